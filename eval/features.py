@@ -1,0 +1,229 @@
+"""Frozen features of images, computed once: each image counted once whatever the process count and batch size."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from gcssl.augment import INTERPOLATIONS, ViewSpec, crop_resize, draw_view, normalize
+from gcssl.data import BadImage
+from gcssl.loader import AUGMENT, collate, eval_loader
+from gcssl.log import say
+from gcssl.runtime import UserError, rng
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from gcssl.data import Images
+
+KINDS = ("last", "last4", "stages34")
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass
+class Features:
+    """Features of the images that could be decoded, in the order of the indices asked for."""
+
+    x: dict[str, Tensor]  # kind -> N D float32, on the CPU
+    y: Tensor  # N int64, -1 where there is no label
+    index: Tensor  # N int64, the image's place in its split
+    n_bad: int = 0  # images left out because they could not be decoded
+
+    def rows(self, wanted: np.ndarray) -> "Features":
+        """Those whose index is among `wanted`, in the order they have here."""
+        keep = torch.from_numpy(np.isin(self.index.numpy(), wanted))
+        return Features({kind: x[keep] for kind, x in self.x.items()}, self.y[keep], self.index[keep])
+
+
+@dataclass(frozen=True)
+class Crop:
+    """How an image becomes an input: resized so that crop_pct of it is the centre crop, or one random crop."""
+
+    size: tuple[int, int]  # height, width in pixels
+    crop_pct: float = 1.0
+    interpolation: str = "bicubic"
+    squash: bool = False  # the whole image resized to the size, sides apart, whatever crop_pct
+    random: ViewSpec | None = None  # when set, a crop drawn from (seed, epoch, index) instead of the centre
+    seed: int = 0
+    epoch: int = 0
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, each module's own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def share(n: int, rank: int, world: int) -> range:
+    """The positions of `n` that one process takes: every world-th from its rank on."""
+    return range(rank, n, world)
+
+
+def gather_rows(rows: Tensor, n: int, accelerator: "Accelerator", chunk: int = 16_384) -> Tensor:
+    """The rows of all processes, joined in the order of `share`, on the CPU and on every process.
+
+    rows: this process's rows (len(share(n, rank, world)), ...), on the CPU. They travel in slices of equal size.
+    """
+    world = accelerator.num_processes
+    if world == 1:
+        return rows
+    most = -(-n // world)
+    padded = torch.zeros(most, *rows.shape[1:], dtype=rows.dtype)
+    padded[: len(rows)] = rows
+    out = torch.empty(most, world, *rows.shape[1:], dtype=rows.dtype)
+    for start in range(0, most, chunk):
+        part = padded[start : start + chunk].to(accelerator.device)
+        joined = accelerator.gather(part).reshape(world, *part.shape)  # world m ...
+        out[start : start + chunk] = joined.transpose(0, 1).cpu()
+    return out.flatten(0, 1)[:n]
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    if precision not in PRECISIONS:
+        raise UserError(f"precision: {precision!r} given, an evaluation takes {' or '.join(PRECISIONS)}")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+class _OwnCrops(Dataset[dict[str, Any]]):
+    """Random crops of one epoch, a function of (seed, epoch, index) alone, or whole images squashed to the size."""
+
+    def __init__(self, images: "Images", indices: np.ndarray, crop: Crop) -> None:
+        self.images, self.indices, self.crop = images, indices, crop
+        self.spec = dataclasses.replace(crop.random, size=crop.size) if crop.random is not None else None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        index = int(self.indices[position])
+        label = -1 if self.images.labels is None else int(self.images.labels[index])
+        try:
+            pixels = self._pixels(self.images.load(index), index)
+        except BadImage:
+            return {
+                "index": index,
+                "image": np.zeros((3, *self.crop.size), np.uint8),
+                "label": label,
+                "ok": False,
+            }
+        return {"index": index, "image": pixels, "label": label, "ok": True}
+
+    def _pixels(self, image: Image.Image, index: int) -> np.ndarray:
+        if self.spec is not None:
+            view = draw_view(rng(self.crop.seed, AUGMENT, self.crop.epoch, index), self.spec)
+            return crop_resize(image, view, self.spec)
+        height, width = self.crop.size
+        squashed = image.resize((width, height), INTERPOLATIONS[self.crop.interpolation])
+        return np.ascontiguousarray(np.asarray(squashed).transpose(2, 0, 1))  # 3 H W
+
+
+def batches(images: "Images", indices: np.ndarray, crop: Crop, batch_size: int, workers: int) -> Any:
+    """{"index" B, "image" B 3 H W uint8, "label" B, "ok" B} over `indices`, in order."""
+    if crop.random is not None or crop.squash:
+        return DataLoader(
+            _OwnCrops(images, indices, crop), batch_size, num_workers=workers, collate_fn=collate
+        )
+    return eval_loader(images, indices, crop.size, crop.crop_pct, crop.interpolation, batch_size, workers)
+
+
+@dataclass
+class Outputs:
+    """What `forward_all` returns: one row an image asked for, undecodable ones included with ok False."""
+
+    x: dict[str, Tensor]
+    y: Tensor
+    ok: Tensor
+
+
+def forward_all(
+    model: nn.Module,
+    call: Any,
+    images: "Images",
+    indices: np.ndarray,
+    accelerator: "Accelerator",
+    crop: Crop,
+    batch_size: int = 256,
+    workers: int = 0,
+    precision: str = "fp32",
+) -> Outputs:
+    """call(x) -> {name: B D} over every image of `indices` exactly once; float32 on the CPU, on every process.
+
+    A process takes every world-th index and results are joined in index order. x is normalised by model.mean and
+    model.std. Raises UserError when no image could be decoded.
+    """
+    indices = np.asarray(indices, dtype=np.int64)
+    if not len(indices):
+        raise UserError("no images to evaluate: the split is empty")
+    device, world = accelerator.device, accelerator.num_processes
+    mine = indices[accelerator.process_index :: world]
+    parts: dict[str, list[Tensor]] = {}
+    labels, good = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.bool)]
+    probe = torch.zeros(1, 3, *crop.size, device=device)  # a process without images still knows the shapes
+    with frozen(model), autocast(device, precision):
+        if not len(mine):
+            parts = {name: [out[:0].float().cpu()] for name, out in call(probe).items()}
+        for batch in batches(images, mine, crop, batch_size, workers) if len(mine) else ():
+            x = batch["image"].to(device, non_blocking=True).float().div_(255)
+            for name, out in call(normalize(x, model.mean, model.std)).items():
+                parts.setdefault(name, []).append(out.float().cpu())
+            labels.append(batch["label"])
+            good.append(batch["ok"])
+    n = len(indices)
+    x = {name: gather_rows(torch.cat(part), n, accelerator) for name, part in parts.items()}
+    out = Outputs(
+        x, gather_rows(torch.cat(labels), n, accelerator), gather_rows(torch.cat(good), n, accelerator)
+    )
+    if not out.ok.any():
+        raise UserError(
+            f"{images.name}: none of the {n} images could be decoded; check data.path and data.image_column"
+        )
+    return out
+
+
+def extract(
+    backbone: nn.Module,
+    images: "Images",
+    indices: np.ndarray,
+    accelerator: "Accelerator",
+    crop: Crop | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    precision: str = "fp32",
+    kinds: tuple[str, ...] = ("last",),
+    quiet: bool = False,
+) -> Features:
+    """Pooled features of images[indices]; crop None: the whole image at the backbone's own size.
+
+    Undecodable images are left out, counted and told in one line. The backbone keeps its mode and every bit.
+    """
+    if crop is None:
+        crop = Crop(tuple(backbone.img_size))
+
+    def call(x: Tensor) -> dict[str, Tensor]:
+        pooled = backbone.pooled(x)
+        missing = [kind for kind in kinds if kind not in pooled]
+        if missing:
+            raise UserError(f"features: {', '.join(missing)} asked, this backbone has {', '.join(pooled)}")
+        return {kind: pooled[kind] for kind in kinds}
+
+    out = forward_all(backbone, call, images, indices, accelerator, crop, batch_size, workers, precision)
+    ok = out.ok
+    n_bad = int((~ok).sum())
+    if n_bad and not quiet:
+        say(f"{images.name}: {n_bad} of {len(ok)} images cannot be decoded and are left out")
+    index = torch.as_tensor(np.asarray(indices, dtype=np.int64))
+    return Features({kind: x[ok] for kind, x in out.x.items()}, out.y[ok], index[ok], n_bad)

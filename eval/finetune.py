@@ -1,0 +1,258 @@
+"""Fine-tune a pretrained backbone, or train the supervised baseline (`backbone=none`), and judge it on the test split.
+
+    accelerate launch -m gcssl.eval.finetune backbone=runs/a data.path=/data/imagenet
+
+The same run as pretraining (`gcssl.pretrain.fit`: resume, preemption, numbers) with a supervised objective: timm's
+transforms, Mixup, RandomErasing and ModelEmaV3, seeded from (seed, epoch, sample) and (seed, step), a layer decay of
+our own grouping by block, and drop path. The last epoch counts; the test split is read once, at the end.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from PIL.Image import Image
+from timm.data import Mixup, create_transform
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from gcssl.config import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    RuntimeConfig,
+    TrainConfig,
+    config_dict,
+    load_config,
+)
+from gcssl.data import Images, held_out
+from gcssl.eval.features import Crop, forward_all
+from gcssl.eval.inputs import FRESH, count_classes, data_of, model_of, open_splits, run_config
+from gcssl.eval.metrics import comparison, percent, result_table, topk_correct, write_result
+from gcssl.loader import TrainSet
+from gcssl.log import say
+from gcssl.models.build import load_backbone
+from gcssl.optim import groups_table, param_groups
+from gcssl.pretrain import INIT, drop_noise, fit, run_sizes
+from gcssl.runtime import RunFolder, UserError, entry, make_accelerator, seed_torch
+
+MIXUP = 301  # first part of these draws' key, as those in gcssl.loader
+
+
+@dataclass
+class FinetuneOptions:
+    augment: str = "full"  # none: flip | light: crop, flip | full: crop, flip, RandAugment, erasing, mixup, cutmix
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # area of the random crop
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    color_jitter: float = 0.4
+    reprob: float = 0.25
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    smoothing: float = 0.1
+    ema_decay: float = 0.9998
+    layer_decay: float | None = None  # None: 0.95 for a pretrained backbone, none for backbone=none
+    holdout: bool = False  # train without the held-out slice of train and judge on it: for choosing settings
+
+
+@dataclass
+class FinetuneConfig:
+    backbone: str = ""  # run folder, checkpoint, exported file, timm or NVlabs checkpoint, random, or none: supervised
+    compare: str | None = None  # random | none: the same budget again from there
+    encoder: str | None = None
+    name: str | None = None  # the run and its result go to eval/<name>/
+    out: str = ""  # result folder, needed where backbone is no run folder
+    crop_pct: float = 1.0
+    finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(name="", img_size=None, drop_path=0.1))
+    data: DataConfig = field(default_factory=lambda: DataConfig(path=""))
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(blr=5e-4, min_lr=1e-6, warmup_epochs=5, clip_grad=5.0)
+    )
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    allow_env: bool = False
+
+
+class Classifier(nn.Module):
+    """Backbone with its head, cross-entropy, and the moving average of the weights that is judged."""
+
+    couples_batch = False
+
+    def __init__(self, backbone: nn.Module, options: FinetuneOptions) -> None:
+        super().__init__()
+        self.encoder = backbone
+        # warmed up, so that the average of a short run is not its initial weights
+        self.ema = ModelEmaV3(backbone, decay=options.ema_decay, use_warmup=True).requires_grad_(False)
+        self.smoothing = options.smoothing
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        noise = batch["noise"][0] if batch.get("noise") else None
+        logits = self.encoder(batch["image"], noise).float()  # B classes
+        hard = batch["target"].ndim == 1  # soft targets carry their smoothing already
+        loss = F.cross_entropy(logits, batch["target"], label_smoothing=self.smoothing if hard else 0.0)
+        return {"loss": loss}
+
+    def after_step(self, step: int) -> None:
+        self.ema.update(self.encoder, step + 1)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        super().train(mode)
+        self.ema.eval()
+        return self
+
+
+class TransformMaker:
+    """A training sample from a PIL image through timm's transform, seeded by (seed, epoch, sample)."""
+
+    def __init__(self, options: FinetuneOptions, size: tuple[int, int], mean: tuple, std: tuple) -> None:
+        full, crop = options.augment == "full", options.augment != "none"
+        self.transform = create_transform(
+            size,
+            is_training=True,
+            scale=tuple(options.scale) if crop else (1.0, 1.0),
+            ratio=(3 / 4, 4 / 3) if crop else (1.0, 1.0),
+            color_jitter=options.color_jitter if full else None,
+            auto_augment=options.auto_augment if full else None,
+            re_prob=options.reprob if full else 0.0,
+            re_mode="pixel",
+            interpolation="random" if full else "bicubic",
+            mean=mean,
+            std=std,
+        )
+
+    def __call__(self, image: Image, label: int | None, key: tuple[int, ...]) -> dict[str, Tensor]:
+        seed_torch(*key)
+        return {"image": self.transform(image)}
+
+
+def run(cfg: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any]:
+    """Fine-tune, or resume the fine-tuning, from cfg.backbone and cfg.compare; writes and returns the result."""
+    if not cfg.backbone:
+        raise UserError("backbone: not given; pass a run folder, a checkpoint, random or none")
+    if cfg.finetune.augment not in ("none", "light", "full"):
+        raise UserError(f"finetune.augment={cfg.finetune.augment}: expected none, light or full")
+    run_cfg = run_config(cfg.backbone)
+    if not cfg.out and run_cfg is None:
+        raise UserError(f"out: needed because backbone={cfg.backbone} is no run folder; pass out=<folder>")
+    folder = (Path(cfg.out) if cfg.out else Path(cfg.backbone) / "eval") / (cfg.name or "finetune")
+    plain = dataclasses.replace(cfg.model, drop_path=0.0, grad_checkpointing=False)
+    model = model_of(dataclasses.replace(cfg, model=plain), run_cfg)  # type: ignore[arg-type]
+    keep = {"drop_path": cfg.model.drop_path, "grad_checkpointing": cfg.model.grad_checkpointing}
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(model, **keep), data=data_of(cfg, run_cfg))  # type: ignore[arg-type]
+    ours = finetune(cfg, accelerator, folder, cfg.backbone)
+    result = {**ours["metrics"], **ours["notes"]}
+    if cfg.compare:
+        theirs = finetune(cfg, accelerator, folder / cfg.compare, cfg.compare)
+        result["compare"] = comparison(cfg.compare, ours, theirs)
+    path = folder / "finetune.json" if cfg.name else folder.parent / "finetune.json"
+    if accelerator.is_main_process:
+        write_result(path, result, {})
+    for line in result_table(result, cfg.backbone, cfg.compare):
+        say(line)
+    say(f"finetune: {result['n_test']} test images, written to {path}")
+    return result
+
+
+def finetune(cfg: FinetuneConfig, accelerator: Accelerator, folder: Path, spec: str) -> dict[str, Any]:
+    """One run from backbone `spec` in `folder`: {"metrics", "notes", "correct", "index"} of the test images."""
+    train, test, test_name = open_splits(cfg.data, side(cfg.model.img_size))
+    if cfg.finetune.holdout:
+        rest, held = held_out(train)
+        train, test, test_name = train.select(rest), train.select(held), "held-out slice of train"
+    n_classes = count_classes(train, test)
+    seed_torch(cfg.train.seed, INIT)
+    backbone, info = load_backbone(spec, cfg.model, cfg.encoder)
+    backbone.reset_classifier(n_classes)
+    objective = Classifier(backbone, cfg.finetune)
+    sizes = run_sizes(cfg.train, len(train), accelerator.num_processes)
+    facts = {"global_batch": sizes.global_batch, "data": train.fingerprint, "backbone": spec}
+    with RunFolder(folder, config_dict(cfg), facts) as run_folder:
+        run_folder.start()
+        say(f"fine-tuning {spec}: {sizes.describe(cfg.train)}")
+        groups = layer_groups(cfg, backbone, spec)
+        say(groups_table(groups))
+        maker = TransformMaker(cfg.finetune, backbone.img_size, backbone.mean, backbone.std)
+        place = partial(to_device, cfg=cfg, accelerator=accelerator, backbone=backbone, sizes=sizes, classes=n_classes)
+        fit(cfg, accelerator, run_folder, objective, groups, TrainSet(train, maker, cfg.train.seed), sizes, place)
+        judged = judge(cfg, objective, test, accelerator)
+    judged["notes"] = {
+        "backbone": spec, "model": info.get("name") or backbone.name, "data": cfg.data.path, "test_split": test_name,
+        "n_test": len(judged["index"]), "classes": n_classes, "epochs": sizes.total_steps / sizes.steps_per_epoch,
+        "steps": sizes.total_steps, "global_batch": sizes.global_batch, "seeds": [cfg.train.seed],
+        "crop": {"size": list(backbone.img_size), "crop_pct": cfg.crop_pct}, "interpolation": "bicubic",
+        "finetune": dataclasses.asdict(cfg.finetune), "blr": cfg.train.blr, "drop_path": cfg.model.drop_path,
+    }  # fmt: skip
+    return judged
+
+
+def side(img_size: Any) -> tuple[int, int]:
+    size = img_size if img_size is not None else 224
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def layer_groups(cfg: FinetuneConfig, backbone: nn.Module, spec: str) -> list[dict[str, Any]]:
+    """Parameter groups of the backbone, the lr falling with depth by `layer_decay` per block."""
+    decay = cfg.finetune.layer_decay
+    if decay is None:
+        decay = 1.0 if spec in FRESH else 0.95
+    named = backbone.named_parameters(prefix="encoder")
+    ids = {f"encoder.{name}": depth for name, depth in backbone.layer_ids().items()}
+    undecayed = {f"encoder.{name}" for name in backbone.no_weight_decay()}
+    return param_groups(named, cfg.train.weight_decay, undecayed, ids, decay)
+
+
+def to_device(
+    batch: dict[str, Any], step: int, *, cfg: FinetuneConfig, accelerator: Accelerator, backbone: nn.Module, sizes: Any,
+    classes: int,
+) -> dict[str, Any]:  # fmt: skip
+    """The batch on the device with its targets, mixed where the recipe mixes: one mixing coefficient a step."""
+    options, device = cfg.finetune, accelerator.device
+    batch["image"], batch["target"] = batch["image"].to(device), batch["label"].to(device)
+    if options.augment == "full" and (options.mixup > 0 or options.cutmix > 0):
+        seed_torch(cfg.train.seed, MIXUP, step)
+        mixup = Mixup(options.mixup, options.cutmix, label_smoothing=options.smoothing, num_classes=classes)
+        batch["image"], batch["target"] = mixup(batch["image"], batch["target"])
+    if cfg.model.drop_path > 0 and backbone.n_noise:
+        shape = (1, backbone.n_noise, sizes.global_batch)
+        batch["noise"] = drop_noise(cfg.train.seed, step, shape, batch["position"], device)
+    return batch
+
+
+def judge(cfg: FinetuneConfig, objective: Classifier, images: Images, accelerator: Accelerator) -> dict[str, Any]:
+    """Accuracy of the averaged and the raw weights; every image counts once, whatever the number of processes."""
+
+    def both(x: Tensor) -> dict[str, Tensor]:
+        return {"ema": objective.ema.module(x), "raw": objective.encoder(x)}
+
+    encoder = objective.encoder
+    objective.mean, objective.std = encoder.mean, encoder.std  # type: ignore[assignment]
+    crop = Crop(encoder.img_size, cfg.crop_pct)
+    precision = "bf16" if cfg.train.precision == "bf16" else "fp32"
+    indices = np.arange(len(images))
+    out = forward_all(
+        objective, both, images, indices, accelerator, crop, cfg.train.batch_size, cfg.data.workers, precision
+    )
+    correct = {name: topk_correct(logits[out.ok], out.y[out.ok]) for name, logits in out.x.items()}
+    metrics = {
+        "finetune/top1": percent(correct["ema"][1]),
+        "finetune/top5": percent(correct["ema"][5]),
+        "finetune/top1_raw": percent(correct["raw"][1]),
+    }
+    return {"metrics": metrics, "correct": correct["ema"][1], "index": torch.from_numpy(indices)[out.ok]}
+
+
+def main(argv: list[str]) -> None:
+    cfg = load_config(FinetuneConfig, argv)
+    run(cfg, make_accelerator(cfg.train, cfg.runtime))
+
+
+if __name__ == "__main__":
+    entry(main)

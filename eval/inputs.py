@@ -1,0 +1,343 @@
+"""What every frozen evaluation reads and writes: the backbone, the data with its test split, the result file."""
+
+import contextlib
+import dataclasses
+import difflib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from gcssl.config import DataConfig, ModelConfig, RuntimeConfig, TrainConfig, config_dict, load_config
+from gcssl.data import held_out, open_data
+from gcssl.eval.features import PRECISIONS, Crop, Features, extract, frozen
+from gcssl.eval.metrics import check_result, comparison, result_table, settings_of, write_result
+from gcssl.log import say
+from gcssl.models.build import backbone_info, build_backbone, load_backbone
+from gcssl.models.convert import load_weights
+from gcssl.runtime import UserError, make_accelerator
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from gcssl.augment import ViewSpec
+    from gcssl.data import Images
+
+T = TypeVar("T")
+FRESH = ("random", "none")  # backbones that no file holds
+
+
+@dataclass
+class InputConfig:
+    """Keys that every frozen evaluation shares. Empty model and data keys are those of the run evaluated."""
+
+    backbone: str = ""  # run folder, checkpoint, exported file, timm or NVlabs checkpoint, random or none
+    compare: str | None = None  # a second backbone for the same evaluation in the same process
+    encoder: str | None = None  # student | teacher; None: the one the objective's paper evaluates
+    name: str | None = None  # results go to eval/<name>/
+    out: str = ""  # result folder, needed where backbone is no run folder
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(name="", img_size=None))
+    data: DataConfig = field(default_factory=lambda: DataConfig(path=""))
+    crop_pct: float | None = None  # side of the centre crop / side of the resized image; None: the backbone's
+    interpolation: str | None = None  # None: the backbone's
+    precision: str = field(default="fp32", metadata={"choices": PRECISIONS})
+    batch_size: int = 256  # images a process and forward pass
+    seed: int = 0
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    allow_env: bool = False
+
+
+@dataclass
+class Inputs:
+    """One backbone and the two splits it is judged on."""
+
+    cfg: Any  # an InputConfig
+    spec: str
+    backbone: nn.Module
+    info: dict[str, Any]
+    train: "Images"
+    test: "Images"
+    test_name: str
+    n_classes: int
+    accelerator: "Accelerator"
+
+    @property
+    def crop(self) -> Crop:
+        """The evaluation crop: what was asked for, else the backbone's own."""
+        cfg, info = self.cfg, self.info
+        asked = cfg.model.img_size
+        size = sides(asked) if asked is not None else tuple(self.backbone.img_size)
+        squash = info.get("crop_mode") == "squash" and cfg.crop_pct is None
+        pct = float(cfg.crop_pct or info["crop_pct"])
+        return Crop(size, pct, cfg.interpolation or info["interpolation"], squash)
+
+    @cached_property
+    def kinds(self) -> tuple[str, ...]:
+        """The features that this backbone has."""
+        blank = torch.zeros(1, 3, *self.crop.size, device=self.accelerator.device)
+        with frozen(self.backbone):
+            return tuple(self.backbone.pooled(blank))
+
+    def features(
+        self, images: "Images", kinds: tuple[str, ...], random: "ViewSpec | None" = None, epoch: int = 0
+    ) -> Features:
+        """Features of all of `images`; random: of one random crop an image, a function of (seed, epoch, index)."""
+        crop = dataclasses.replace(self.crop, random=random, seed=self.cfg.seed, epoch=epoch)
+        return extract(
+            self.backbone,
+            images,
+            np.arange(len(images)),
+            self.accelerator,
+            crop,
+            self.cfg.batch_size,
+            self.cfg.data.workers,
+            self.cfg.precision,
+            kinds,
+            quiet=epoch > 0,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- opening
+
+
+def run_config(spec: str) -> dict[str, Any] | None:
+    """config.yaml of the run folder `spec`, or None when it is no run folder."""
+    path = Path(spec) / "config.yaml"
+    if spec in FRESH or not path.is_file():
+        return None
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise UserError(f"{path}: is no config of a run (no model section)")
+    return config
+
+
+def _given(cfg: Any, blank: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from those of `blank`."""
+    values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+    return {key: value for key, value in values.items() if value != getattr(blank, key)}
+
+
+def _from_dict(schema: type[T], values: dict[str, Any]) -> T:
+    """A config dataclass from a run's section; keys of other versions are left out."""
+    known = {f.name for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    return schema(**{key: value for key, value in values.items() if key in known})
+
+
+def data_of(cfg: InputConfig, run: dict[str, Any] | None) -> DataConfig:
+    """The data asked for; without data.path, that of the run, with the other data keys given laid over it."""
+    if cfg.data.path:
+        return cfg.data
+    if run is None or not isinstance(run.get("data"), dict):
+        raise UserError(
+            f"data.path: not given, and backbone={cfg.backbone} is no run folder; pass data.path=<images>"
+        )
+    data = dataclasses.replace(_from_dict(DataConfig, run["data"]), **_given(cfg.data, DataConfig(path="")))
+    say(f"data.path not given: the run's own, {data.path}")
+    return data
+
+
+def model_of(cfg: InputConfig, run: dict[str, Any] | None) -> ModelConfig:
+    """The model asked for; for a run, the run's at the img_size asked for, and any other difference is refused."""
+    asked = _given(cfg.model, ModelConfig(name="", img_size=None))
+    if run is None:
+        blank = ModelConfig() if cfg.backbone in FRESH else ModelConfig(img_size=None)
+        return dataclasses.replace(blank, **asked)
+    model = dataclasses.replace(_from_dict(ModelConfig, run["model"]), drop_path=0.0, weights=None)
+    for key, value in asked.items():
+        if key != "img_size" and value != getattr(model, key):
+            raise UserError(
+                f"model.{key}={value}: the run {cfg.backbone} has {getattr(model, key)}; leave it out"
+            )
+    return dataclasses.replace(model, **asked)
+
+
+def result_path(cfg: InputConfig, task: str, run: dict[str, Any] | None) -> Path:
+    """<run>/eval/[<name>/]<task>.json, or <out>/[<name>/]<task>.json where out is given."""
+    if not cfg.out and run is None:
+        raise UserError(f"out: needed because backbone={cfg.backbone} is no run folder; pass out=<folder>")
+    if cfg.name is not None and (not cfg.name or Path(cfg.name).name != cfg.name or cfg.name in (".", "..")):
+        raise UserError(f"name: {cfg.name!r} given, expected one word (it names a folder)")
+    folder = Path(cfg.out) if cfg.out else Path(cfg.backbone) / "eval"
+    return folder / cfg.name / f"{task}.json" if cfg.name else folder / f"{task}.json"
+
+
+def sides(img_size: Any) -> tuple[int, int]:
+    """(height, width) of a side or a pair."""
+    return (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
+
+
+def open_splits(
+    data: DataConfig, size: tuple[int, int], only_test: bool = False
+) -> tuple["Images", "Images", str]:
+    """Labelled train and test images and the test split's name; without a test split, the held-out slice of train.
+
+    only_test: a test split alone will do, and stands in for train.
+    """
+    if only_test:
+        with contextlib.suppress(
+            UserError
+        ):  # what is wrong, if it is not the want of a test split, comes up below
+            splits = open_data(data, size, only_test=True)
+            return splits.train, splits.train, splits.train.name
+    splits = open_data(data, size)
+    train, test = splits.train, splits.test
+    if train.labels is None:
+        raise UserError(
+            f"{data.path}: split {train.name} has no labels, and evaluation needs them; see data.label_column"
+        )
+    if test is not None:
+        return train, test, test.name
+    rest, held = held_out(train)
+    say(f"no test split: {len(held)} images of {train.name} are held out as the test, {len(rest)} remain")
+    return train.select(rest), train.select(held), f"held-out slice of {train.name}"
+
+
+def count_classes(train: "Images", test: "Images") -> int:
+    highest = int(max(train.labels.max(), test.labels.max()))
+    return max(len(train.classes or ()), highest + 1)
+
+
+def open_inputs(cfg: InputConfig, accelerator: "Accelerator", only_test: bool = False) -> Inputs:
+    """Opens the data, then loads cfg.backbone. UserError in one line for whatever does not fit."""
+    run = run_config(cfg.backbone)
+    model, data = model_of(cfg, run), data_of(cfg, run)
+    with accelerator.main_process_first():  # the main process fills the caches
+        train, test, name = open_splits(data, sides(model.img_size or 224), only_test and run is None)
+    backbone, info = load(cfg.backbone, model, cfg.encoder)
+    cfg = dataclasses.replace(cfg, data=data)
+    n_classes = max(len(train.classes or ()), int(max(train.labels.max(), test.labels.max())) + 1)
+    backbone = _ready(backbone, accelerator)
+    return Inputs(cfg, cfg.backbone, backbone, info, train, test, name, n_classes, accelerator)
+
+
+def _ready(backbone: nn.Module, accelerator: "Accelerator") -> nn.Module:
+    return backbone.to(accelerator.device).requires_grad_(False).eval()
+
+
+def load(spec: str, model: ModelConfig, encoder: str | None) -> tuple[nn.Module, dict[str, Any]]:
+    """load_backbone, and timm's published weights by name: "timm:gcvit_xxtiny"."""
+    if not spec.startswith("timm:"):
+        return load_backbone(spec, model, encoder)
+    import timm
+
+    name = spec.removeprefix("timm:")
+    if not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise UserError(f"{spec}: timm has no such model; nearest: {', '.join(near) or 'none'}")
+    if timm.get_pretrained_cfg(name) is None or not timm.is_model_pretrained(name):
+        raise UserError(f"{spec}: timm publishes no weights for it; pass a checkpoint file")
+    try:
+        theirs = timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub, the network and the file system each raise their own
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{spec}: its weights cannot be had here ({type(error).__name__}: {reason}); "
+            "without a network pass the path of a downloaded checkpoint"
+        ) from None
+    own = theirs.pretrained_cfg
+    size = model.img_size if model.img_size is not None else list(own["input_size"][1:])
+    backbone = build_backbone(name.split(".")[0], size, theirs.num_classes)
+    load_weights(backbone, theirs.state_dict())
+    backbone.mean, backbone.std = tuple(own["mean"]), tuple(own["std"])
+    keys = {key: own[key] for key in ("crop_pct", "interpolation", "crop_mode") if key in own}
+    return backbone, {**backbone_info(backbone), **keys, "source": spec}
+
+
+def other_inputs(inputs: Inputs, spec: str) -> Inputs:
+    """The same data for another backbone; random and none are built like the one evaluated."""
+    backbone, info = load(spec, _same_model(inputs, spec), inputs.cfg.encoder)
+    return dataclasses.replace(inputs, spec=spec, backbone=_ready(backbone, inputs.accelerator), info=info)
+
+
+def _same_model(inputs: Inputs, spec: str) -> ModelConfig:
+    """For random and none the model evaluated, at the size it is evaluated at; for saved weights nothing but the size."""
+    size = list(inputs.crop.size)
+    if spec not in FRESH:
+        return ModelConfig(img_size=size)
+    args = inputs.info["model_args"]
+    model = ModelConfig(name=inputs.info["name"], img_size=size, in_chans=args["in_chans"])
+    return dataclasses.replace(
+        model, window_ratio=args.get("window_ratio"), bias_resize=args.get("bias_resize", model.bias_resize)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- running
+
+
+def common_notes(inputs: Inputs) -> dict[str, Any]:
+    """What every result says about how it came about."""
+    crop, info = inputs.crop, inputs.info
+    return {
+        "backbone": inputs.spec,
+        "model": info.get("name") or getattr(inputs.backbone, "name", None),
+        "encoder": info.get("encoder"),
+        "step": info.get("step"),
+        "data": inputs.cfg.data.path,
+        "test_split": inputs.test_name,
+        "test_fingerprint": inputs.test.fingerprint,
+        "classes": inputs.n_classes,
+        "crop": {
+            "size": list(crop.size),
+            **({"squash": True} if crop.squash else {"crop_pct": crop.crop_pct}),
+        },
+        "interpolation": crop.interpolation,
+        "mean": [float(v) for v in inputs.backbone.mean],
+        "std": [float(v) for v in inputs.backbone.std],
+        "precision": inputs.cfg.precision,
+        "seeds": [inputs.cfg.seed],
+    }
+
+
+def evaluate(
+    task: str,
+    cfg: Any,
+    accelerator: "Accelerator",
+    judge: Callable[[Inputs, Any], dict[str, Any]],
+    only_test: bool = False,
+) -> dict[str, Any]:
+    """Runs judge(inputs, cfg) for cfg.backbone and cfg.compare, writes <task>.json and prints the table.
+
+    judge returns {"metrics": {name: percent}, "notes": {...}, "paired": a metric's name,
+    "correct": N bool under that metric, "index": N} of the test images.
+    """
+    if not cfg.backbone:
+        raise UserError("backbone: not given; pass a run folder, a checkpoint, random or none")
+    if cfg.precision not in PRECISIONS or cfg.batch_size < 1:
+        raise UserError(
+            f"precision is one of {', '.join(PRECISIONS)} and batch_size at least 1, got "
+            f"{cfg.precision} and {cfg.batch_size}"
+        )
+    path, settings = result_path(cfg, task, run_config(cfg.backbone)), settings_of(config_dict(cfg))
+    check_result(path, settings)
+    begin = time.perf_counter()
+    inputs = open_inputs(cfg, accelerator, only_test)
+    ours = judge(inputs, inputs.cfg)
+    result = {**ours["metrics"], **common_notes(inputs), **ours["notes"]}
+    if cfg.compare:
+        other = other_inputs(inputs, cfg.compare)
+        result["compare"] = comparison(cfg.compare, ours, judge(other, other.cfg))
+    result["seconds"] = round(time.perf_counter() - begin, 2)
+    if accelerator.is_main_process:
+        write_result(path, result, settings)
+    accelerator.wait_for_everyone()
+    for line in result_table(result, cfg.backbone, cfg.compare):
+        say(line)
+    say(f"{task}: {result['n_test']} test images, {result['seconds']:.1f} s, written to {path}")
+    return result
+
+
+def program(schema: type[T], run: Callable[[T, Any], dict[str, Any]], argv: list[str]) -> None:
+    """The command line of an evaluation: [yaml] key=value ..."""
+    cfg: Any = load_config(schema, argv)
+    accelerator = make_accelerator(TrainConfig(precision=cfg.precision), cfg.runtime)
+    run(cfg, accelerator)

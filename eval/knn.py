@@ -1,0 +1,325 @@
+"""Weighted k-nearest-neighbour classification of frozen features (Wu et al. 2018, arXiv:1805.01978, section 3.4).
+
+`accelerate launch -m gcssl.eval.knn backbone=runs/a [data.path=...] [key=value ...]`
+
+The search is exact: candidates come from FAISS (inner product, flat index) or from torch in fp32, are scored again
+in float64 and put in order of (similarity, bank index); where fp32 cannot tell whether a neighbour was missed, the
+query is searched again in float64. Both backends therefore give the same neighbours and the same votes, ties included.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+from gcssl.config import EvalConfig
+from gcssl.eval.features import KINDS, gather_rows
+from gcssl.eval.inputs import InputConfig, Inputs, evaluate, program
+from gcssl.log import say
+from gcssl.runtime import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+MARGIN = 32  # candidates beyond k, so that a rounding error in fp32 cannot drop a neighbour unseen
+SCALE = 10**9  # similarities are compared to nine decimals
+BACKENDS = ("auto", "faiss", "torch")
+
+
+@dataclass
+class KnnConfig(InputConfig):
+    ks: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
+    temperature: float = 0.07
+    features: str = field(default="last", metadata={"choices": KINDS})
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+# ---------------------------------------------------------------------------------------------------- search
+
+
+@contextlib.contextmanager
+def _threads() -> Iterator[None]:
+    """All of this process's share of the cores while searching: torchrun leaves one thread a process.
+
+    torch and faiss share one OpenMP setting on Linux. On macOS each brings its own OpenMP library and the two must
+    stay at one thread.
+    """
+    faiss = sys.modules.get("faiss")
+    before = torch.get_num_threads()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    inside = 1 if sys.platform == "darwin" else max(before, cores // local) if local else before
+    try:
+        _set_threads(inside, faiss)
+        yield
+    finally:
+        _set_threads(before, faiss)
+
+
+def _set_threads(n: int, faiss: ModuleType | None) -> None:
+    torch.set_num_threads(n)
+    if faiss is not None:  # on Linux the same setting; elsewhere faiss may have its own
+        faiss.omp_set_num_threads(n)
+
+
+def _import_faiss() -> ModuleType | None:
+    try:
+        import faiss
+    except (
+        ImportError,
+        RuntimeError,
+        OSError,
+    ):  # the GPU wheel raises RuntimeError without its CUDA libraries
+        return None
+    return faiss
+
+
+def _similarity_key(similarity: Tensor, index: Tensor, n: int) -> Tensor:
+    """int64 that orders by similarity rounded to nine decimals, then by lower index; same shape as similarity."""
+    return (similarity * SCALE).round().long() * n + (n - 1 - index)
+
+
+def _split_key(key: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    rank = key.remainder(n)
+    return (key - rank).div(n, rounding_mode="floor").double() / SCALE, n - 1 - rank
+
+
+def _search_exact(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Float64 brute force in slices of both; bank N D, queries M D -> similarity M k, index M k."""
+    n, kept = len(bank), []
+    for query in queries.split(256):
+        best = torch.empty(len(query), 0, dtype=torch.int64, device=bank.device)
+        for start in range(0, n, 65_536):
+            part = bank[start : start + 65_536].double()
+            index = torch.arange(start, start + len(part), device=bank.device)
+            key = torch.cat([best, _similarity_key(query.double() @ part.T, index, n)], 1)
+            best = key.topk(min(k, key.shape[1]), dim=1).values
+        kept.append(best)
+    return _split_key(torch.cat(kept), n)
+
+
+def _candidates_torch(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """fp32 inner products, bank and queries in slices; similarity M k, index M k."""
+    values, indices = [], []
+    for query in queries.split(1024):
+        best = torch.empty(len(query), 0, device=bank.device)
+        where = torch.empty(len(query), 0, dtype=torch.int64, device=bank.device)
+        for start in range(0, len(bank), 8192):
+            part = query @ bank[start : start + 8192].T  # m n
+            top = part.topk(min(k, part.shape[1]), dim=1)
+            best, where = torch.cat([best, top.values], 1), torch.cat([where, top.indices + start], 1)
+            keep = best.topk(min(k, best.shape[1]), dim=1)
+            best, where = keep.values, where.gather(1, keep.indices)
+        values.append(best)
+        indices.append(where)
+    return torch.cat(values), torch.cat(indices)
+
+
+class _Faiss:
+    """A flat inner-product index, on the GPU when faiss has one there and it passes a ten-query check."""
+
+    def __init__(self, faiss: ModuleType, bank: Tensor, queries: Tensor, k: int) -> None:
+        self.index = faiss.IndexFlatIP(bank.shape[1])
+        self.index.add(bank.cpu().numpy())
+        if getattr(faiss, "get_num_gpus", lambda: 0)() > 0 and bank.is_cuda and k <= 1024:
+            try:
+                gpu = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), bank.device.index or 0, self.index)
+                found = torch.from_numpy(gpu.search(queries[:10].cpu().numpy(), k)[0])
+                truth = _search_exact(bank, queries[:10], k)[0].float().cpu()
+                if torch.allclose(found, truth, atol=1e-4):
+                    self.index = gpu
+                    return
+                reason = "its neighbours differ from brute force"
+            except Exception as error:  # faiss raises bare RuntimeErrors for a missing kernel or a full GPU
+                reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+            raise _FaissGpuRefused(reason)
+
+    def __call__(self, bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        values, indices = self.index.search(queries.cpu().numpy(), k)
+        return torch.from_numpy(values).to(bank.device), torch.from_numpy(indices).to(bank.device)
+
+
+class _FaissGpuRefused(Exception):
+    pass
+
+
+def _searcher(backend: str, bank: Tensor, queries: Tensor, k: int) -> Any:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    faiss = None if backend == "torch" else _import_faiss()
+    if backend == "faiss" and faiss is None:
+        raise ValueError(
+            "backend 'faiss' was asked for and faiss cannot be imported; install it or use 'torch'"
+        )
+    if faiss is None or (
+        backend == "auto" and bank.is_cuda and not getattr(faiss, "get_num_gpus", lambda: 0)()
+    ):
+        return _candidates_torch  # a bank on the GPU is searched there
+    try:
+        return _Faiss(faiss, bank, queries, k)
+    except _FaissGpuRefused as error:
+        say(f"knn: the FAISS GPU index is not used ({error}); exact torch search instead")
+        return _candidates_torch
+
+
+@torch.no_grad()
+def search(bank: Tensor, queries: Tensor, k: int, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """The k nearest of `bank` (N D, unit length) for each of `queries` (M D): similarity M k float64, index M k.
+
+    Nearest first; equal similarity (nine decimals): lower index first.
+    """
+    n = len(bank)
+    bank, queries = bank.float().contiguous(), queries.float().contiguous()
+    m = min(k + MARGIN, n)
+    if backend != "torch":
+        _import_faiss()  # before the threads are set, which concerns it too
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with _threads(), torch.autocast(bank.device.type, enabled=False):
+            rough, index = _searcher(backend, bank, queries, m)(bank, queries, m)  # M m
+            parts, error = [], 1e-7
+            for part, query, near in zip(rough.split(512), queries.split(512), index.split(512), strict=True):
+                fine = torch.einsum("md,mkd->mk", query.double(), bank[near].double())
+                error = max(error, (fine - part).abs().max().item())
+                parts.append(_similarity_key(fine, near, n).topk(k, dim=1).values)
+            values, index = _split_key(torch.cat(parts), n)
+            if m < n:  # the last candidate bounds what was left out
+                doubt = (values[:, -1] <= rough.min(1).values.double() + 2 * error).nonzero()[:, 0]
+                if len(doubt):
+                    values[doubt], index[doubt] = _search_exact(bank, queries[doubt], k)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+    return values, index
+
+
+# ---------------------------------------------------------------------------------------------------- votes
+
+
+def knn_correct(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    ks: Sequence[int] = (10, 20, 100, 200),
+    temperature: float = 0.07,
+    backend: str = "auto",
+) -> Tensor:
+    """Whether each test image is classified rightly, for each k: bool len(ks) M. Arguments as knn_accuracy's."""
+    if not len(train_x) or not len(ks) or min(ks) < 1:
+        raise ValueError(
+            f"a bank of at least one feature and ks of at least 1 expected, got {len(train_x)}, {ks}"
+        )
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    n_classes = int(max(train_y.max(), test_y.max() if len(test_y) else 0)) + 1
+    if not len(test_x):
+        return torch.zeros(len(ks), 0, dtype=torch.bool)
+    bank, queries = normalize(train_x.float(), dim=1), normalize(test_x.float(), dim=1)
+    similarity, index = search(bank, queries, min(max(ks), len(bank)), backend)  # M k
+    near, truth = train_y.to(index.device)[index], test_y.to(index.device)
+    correct = torch.empty(len(ks), len(test_x), dtype=torch.bool)
+    for start in range(0, len(test_x), 1024):
+        rows = slice(start, start + 1024)
+        weight = (
+            (similarity[rows] / temperature).sub(similarity[rows, :1] / temperature).exp()
+        )  # m k, largest is 1
+        vote = weight[..., None] * one_hot(near[rows], n_classes) if n_classes <= 16 else None
+        for row, k in enumerate(ks):
+            if vote is not None:
+                total = vote[:, :k].sum(1)  # m classes
+            else:
+                total = torch.zeros(len(weight), n_classes, dtype=torch.float64, device=weight.device)
+                total.scatter_add_(1, near[rows, :k], weight[:, :k])
+            correct[row, rows] = (total.argmax(1) == truth[rows]).cpu()
+    return correct
+
+
+def knn_accuracy(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    ks: Sequence[int] = (10, 20, 100, 200),
+    temperature: float = 0.07,
+    backend: str = "auto",
+) -> dict[int, float]:
+    """Top-1 in percent for each k. train_x N D and test_x M D of any length, train_y N and test_y M class ids.
+
+    Features are L2-normalised; a neighbour votes exp(cosine / temperature); one search at the largest k serves all.
+    A k above N uses all N and keeps its key. backend: auto (FAISS where it can be imported) | faiss | torch.
+    """
+    if max(ks) > len(train_x):
+        say(f"knn: k is capped at the {len(train_x)} images of the bank")
+    correct = knn_correct(train_x, train_y, test_x, test_y, ks, temperature, backend)
+    return {k: 100.0 * row.double().mean().item() for k, row in zip(ks, correct, strict=True)}
+
+
+# ---------------------------------------------------------------------------------------------------- program
+
+
+def judge(inputs: Inputs, cfg: KnnConfig) -> dict[str, Any]:
+    """kNN of one backbone: "metrics", "notes", and "correct" and "index" of the test images.
+
+    Each process classifies every world-th test image against the whole bank.
+    """
+    accelerator, kind = inputs.accelerator, cfg.features
+    bank, test = inputs.features(inputs.train, (kind,)), inputs.features(inputs.test, (kind,))
+    ks, n = sorted(set(cfg.ks)), len(bank.y)
+    if max(ks) > n:
+        say(f"knn: k is capped at the {n} images of the bank")
+    mine, device = slice(accelerator.process_index, None, accelerator.num_processes), accelerator.device
+    correct = knn_correct(
+        bank.x[kind].to(device),
+        bank.y,
+        test.x[kind][mine].to(device),
+        test.y[mine],
+        ks,
+        cfg.temperature,
+        cfg.eval.backend,
+    )
+    correct = gather_rows(correct.T.contiguous(), len(test.y), accelerator)  # N k
+    notes = {
+        "protocol": f"weighted kNN, cosine, votes exp(s/{cfg.temperature:g}), exact search",
+        "features": kind,
+        "neighbours": {str(k): min(k, n) for k in ks},
+        "n_train": n,
+        "n_test": len(test.y),
+        "n_bad": test.n_bad,
+    }
+    metrics = {f"knn/top1@{k}": 100.0 * correct[:, i].double().mean().item() for i, k in enumerate(ks)}
+    first = ks.index(20) if 20 in ks else 0  # the k that published figures use
+    paired = {"paired": f"knn/top1@{ks[first]}", "correct": correct[:, first], "index": test.index}
+    return {"metrics": metrics, "notes": notes, **paired}
+
+
+def run(cfg: KnnConfig, accelerator: "Accelerator") -> dict[str, Any]:
+    """Classifies the test split by its neighbours in train, writes knn.json and returns what it holds."""
+    if not cfg.ks or min(cfg.ks) < 1 or cfg.temperature <= 0:
+        raise UserError(
+            f"ks={cfg.ks} and temperature={cfg.temperature}: expected ks of at least 1, temperature above 0"
+        )
+    if cfg.eval.backend not in BACKENDS:
+        raise UserError(f"eval.backend: {cfg.eval.backend!r} given, expected one of {', '.join(BACKENDS)}")
+    if cfg.eval.backend == "faiss" and _import_faiss() is None:
+        raise UserError(
+            "eval.backend=faiss: faiss cannot be imported; install faiss-gpu or faiss-cpu, or use torch"
+        )
+    return evaluate("knn", cfg, accelerator, judge)
+
+
+def main(argv: list[str]) -> None:
+    program(KnnConfig, run, argv)
+
+
+if __name__ == "__main__":
+    from gcssl.runtime import entry
+
+    entry(main)

@@ -1,0 +1,382 @@
+"""Linear probe: a whole grid of linear classifiers on frozen features, trained at once, judged once on the test split.
+
+`accelerate launch -m gcssl.eval.linear_probe backbone=runs/a [protocol=augmented] [data.path=...] [key=value ...]`
+
+`cached` computes the features of the evaluation crop once; `augmented` computes those of a new random crop and flip
+in every epoch (what published figures use). Features are standardised without learned scale (He et al. 2022,
+arXiv:2111.06377, appendix A.1). The setting is chosen on the held-out slice of train, the head is then the one
+trained on all of train with that setting, and the test split is read once.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from gcssl.augment import ViewSpec
+from gcssl.data import held_out
+from gcssl.eval.features import KINDS, Features
+from gcssl.eval.inputs import InputConfig, Inputs, evaluate, program
+from gcssl.eval.metrics import percent, topk_correct
+from gcssl.loader import epoch_order
+from gcssl.log import say
+from gcssl.runfolder import agree
+from gcssl.runtime import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+PROTOCOLS = ("cached", "augmented")
+EPOCHS = {"cached": 100, "augmented": 90}
+MOMENTUM = 0.9
+LR_BASE = 256  # the lr of the grid is for this batch
+
+
+@dataclass
+class LinearProbeConfig(InputConfig):
+    protocol: str = field(default="cached", metadata={"choices": PROTOCOLS})
+    epochs: int | None = None  # None: 100 cached, 90 augmented
+    head_batch: int = 1024  # images a step of the heads, capped at the images there are
+    lrs: list[float] = field(
+        default_factory=lambda: [0.001, 0.003, 0.01, 0.03, 0.1, 0.3]
+    )  # at a batch of 256
+    weight_decays: list[float] = field(default_factory=lambda: [0.0, 1e-5, 1e-3])
+    features: list[str] = field(default_factory=lambda: list(KINDS), metadata={"choices": KINDS})
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # augmented: crop area / image area
+
+
+# ----------------------------------------------------------------------------------------------------- heads
+
+
+@dataclass(frozen=True)
+class Setting:
+    features: str
+    lr: float  # at a batch of 256
+    weight_decay: float
+
+
+class Standardise:
+    """Batch norm without scale and shift, its statistics taken once over the features of the training images.
+
+    The epsilon is relative (1e-6 of the mean variance), so that features times 100 give the same numbers.
+    """
+
+    def __init__(self, x: dict[str, Tensor], rows: Tensor) -> None:
+        self.mean, self.std = {}, {}
+        for kind, value in x.items():  # N D; in slices, since float64 copies of all features may not fit
+            parts = rows.split(65_536)
+            mean = sum(value[part].double().sum(0) for part in parts) / len(rows)  # D
+            var = sum((value[part].double() - mean).square().sum(0) for part in parts) / len(rows)
+            self.mean[kind] = mean.float()
+            self.std[kind] = (var + 1e-6 * var.mean()).sqrt().clamp_min(1e-30).float()
+
+    def __call__(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{kind: B D} -> the same, on x's device."""
+        return {
+            kind: (value - self.mean[kind].to(value.device)) / self.std[kind].to(value.device)
+            for kind, value in x.items()
+        }
+
+
+class HeadGrid:
+    """G linear heads a kind of features, all trained by one batched step of SGD with momentum from zero weights.
+
+    The gradient is written out: for softmax cross-entropy it is x^T (p - y) / B. Weight decay is SGD's (added to the
+    gradient, weights only). A head whose lr is too high may become infinite; it leaves the others alone.
+    """
+
+    def __init__(
+        self, dims: dict[str, int], n_classes: int, settings: Sequence[Setting], device: torch.device
+    ) -> None:
+        self.device = device
+        self.settings = {kind: [s for s in settings if s.features == kind] for kind in dims}
+        self.weight, self.bias, self.lr, self.wd = {}, {}, {}, {}
+        for kind, dim in dims.items():
+            g = len(self.settings[kind])
+            self.weight[kind] = torch.zeros(2, dim, g, n_classes, device=device)  # weights, their momentum
+            self.bias[kind] = torch.zeros(2, g, n_classes, device=device)
+            self.lr[kind] = torch.tensor([s.lr for s in self.settings[kind]], device=device)[:, None]
+            self.wd[kind] = torch.tensor([s.weight_decay for s in self.settings[kind]], device=device)[
+                :, None
+            ]
+
+    def logits(self, kind: str, x: Tensor) -> Tensor:
+        """x B D -> B G C."""
+        return torch.einsum("bd,dgc->bgc", x, self.weight[kind][0]) + self.bias[kind][0]
+
+    def step(self, x: dict[str, Tensor], y: Tensor, factor: float) -> None:
+        """One update on a batch; x {kind: B D}, y B; factor scales every lr (batch rule and cosine)."""
+        for kind, value in x.items():
+            error = self.logits(kind, value).softmax(2)  # B G C
+            error[torch.arange(len(y), device=y.device), :, y] -= 1
+            error /= len(y)
+            weight, bias, rate = self.weight[kind], self.bias[kind], factor * self.lr[kind]
+            gradient = torch.einsum("bd,bgc->dgc", value, error)
+            weight[1].mul_(MOMENTUM).add_(gradient).addcmul_(weight[0], self.wd[kind])
+            bias[1].mul_(MOMENTUM).add_(error.sum(0))
+            weight[0].addcmul_(weight[1], rate, value=-1)
+            bias[0].addcmul_(bias[1], rate, value=-1)
+
+    def scores(
+        self, x: dict[str, Tensor], y: Tensor, norm: Standardise
+    ) -> dict[Setting, tuple[float, float]]:
+        """{setting: (top-1 in percent, -cross-entropy)} on x {kind: N D}, y N; -inf where a head is not finite."""
+        out, y = {}, y.to(self.device)
+        for kind, settings in self.settings.items():
+            parts = [self.logits(kind, norm({kind: v.to(self.device)})[kind]) for v in x[kind].split(4096)]
+            logits = torch.cat(parts)  # N G C
+            for g, setting in enumerate(settings):
+                loss = cross_entropy(logits[:, g], y).item()
+                good = math.isfinite(loss)
+                out[setting] = (
+                    (percent(logits[:, g].argmax(1) == y), -loss) if good else (-math.inf, -math.inf)
+                )
+        return out
+
+    def head(self, setting: Setting) -> tuple[Tensor, Tensor]:
+        """Weight D C and bias C of one setting, on the CPU."""
+        g = self.settings[setting.features].index(setting)
+        return self.weight[setting.features][0][:, g].cpu(), self.bias[setting.features][0][g].cpu()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and in which order heads are trained."""
+
+    epochs: int
+    batch: int  # images a step, capped at the images there are
+    seed: int
+
+
+@torch.no_grad()
+def train_epoch(
+    grid: HeadGrid, x: dict[str, Tensor], y: Tensor, rows: Tensor, norm: Standardise, plan: Plan, epoch: int
+) -> None:
+    """One epoch over x[rows], y[rows] ({kind: N D}, N, on any one device) in the stateless order of (seed, epoch)."""
+    size = min(plan.batch, len(rows))
+    steps = len(rows) // size
+    order = rows[torch.from_numpy(np.array(epoch_order(len(rows), plan.seed, epoch))).to(rows.device)]
+    for step in range(steps):
+        take = order[step * size : (step + 1) * size]
+        done = (epoch * steps + step) / (plan.epochs * steps)
+        factor = size / LR_BASE * 0.5 * (1 + math.cos(math.pi * done))
+        batch = norm({kind: x[kind][take].to(grid.device) for kind in grid.settings})
+        grid.step(batch, y[take].to(grid.device), factor)
+
+
+def train_heads(
+    x: dict[str, Tensor],
+    y: Tensor,
+    rows: Tensor,
+    settings: Sequence[Setting],
+    n_classes: int,
+    plan: Plan,
+    device: torch.device,
+) -> tuple[HeadGrid, Standardise]:
+    """A trained grid on the fixed features x[rows] ({kind: N D}), y[rows], and their standardisation."""
+    grid = make_grid(x, settings, n_classes, device)
+    norm = Standardise({kind: x[kind] for kind in grid.settings}, rows)
+    for epoch in range(plan.epochs):
+        train_epoch(grid, x, y, rows, norm, plan, epoch)
+    return grid, norm
+
+
+def make_grid(
+    x: dict[str, Tensor], settings: Sequence[Setting], n_classes: int, device: torch.device
+) -> HeadGrid:
+    kinds = list(dict.fromkeys(s.features for s in settings))
+    return HeadGrid({kind: x[kind].shape[1] for kind in kinds}, n_classes, settings, device)
+
+
+def choose(scores: dict[Setting, tuple[float, float]]) -> Setting:
+    """The best top-1, then the lower loss; UserError when every head diverged."""
+    best = max(scores, key=lambda s: scores[s])
+    if scores[best][0] == -math.inf:
+        raise UserError("every linear head diverged: pass smaller lrs=[...]")
+    return best
+
+
+# --------------------------------------------------------------------------------------------------- protocols
+
+
+@dataclass
+class Probe:
+    """What a protocol hands over: the chosen setting, how the held-out slice scored it, and its head."""
+
+    setting: Setting
+    held_top1: float  # percent
+    weight: Tensor  # D C
+    bias: Tensor  # C
+    norm: Standardise
+    n_train: int
+    n_held: int
+    seconds: float  # of head training
+
+    def logits(self, features: Features) -> Tensor:
+        """N C on the CPU."""
+        kind = self.setting.features
+        return self.norm({kind: features.x[kind]})[kind] @ self.weight + self.bias
+
+
+def _place(features: Features, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    """Features on the device where half of its free memory holds them, else left on the CPU."""
+    size = sum(x.numel() * 4 for x in features.x.values())
+    if device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 2:
+        device = torch.device("cpu")
+    return {kind: x.to(device) for kind, x in features.x.items()}, features.y.to(device)
+
+
+def _agree(scores: dict[Setting, tuple[float, float]]) -> Setting:
+    """The main process's choice, on every process."""
+    return agree(choose(scores))
+
+
+def _where(features: Features, wanted: np.ndarray) -> Tensor:
+    """Rows whose image is among `wanted`."""
+    return torch.from_numpy(np.isin(features.index.numpy(), wanted)).nonzero()[:, 0]
+
+
+def _cached(inputs: Inputs, settings: list[Setting], plan: Plan, held: np.ndarray) -> Probe:
+    """Features of the evaluation crop once; the grid on all but the held-out slice, then one head on everything."""
+    device, kinds = inputs.accelerator.device, tuple(dict.fromkeys(s.features for s in settings))
+    train = inputs.features(inputs.train, kinds)
+    begin = time.perf_counter()
+    slice_rows, (x, y) = _where(train, held), _place(train, device)
+    keep = torch.ones(len(y), dtype=torch.bool)
+    keep[slice_rows] = False
+    rows, slice_rows = keep.nonzero()[:, 0].to(y.device), slice_rows.to(y.device)
+    grid, norm = train_heads(x, y, rows, settings, inputs.n_classes, plan, device)
+    scores = grid.scores({kind: value[slice_rows] for kind, value in x.items()}, y[slice_rows], norm)
+    setting = _agree(scores)
+    everything = torch.arange(len(y), device=y.device)
+    grid, norm = train_heads(x, y, everything, [setting], inputs.n_classes, plan, device)
+    seconds = time.perf_counter() - begin
+    return Probe(
+        setting, scores[setting][0], *grid.head(setting), _on_cpu(norm), len(y), len(slice_rows), seconds
+    )
+
+
+def _augmented(
+    inputs: Inputs, settings: list[Setting], plan: Plan, held: np.ndarray, spec: ViewSpec
+) -> Probe:
+    """Features of fresh crops in every epoch, for two grids at once: one that never sees the held-out slice, which
+    chooses, and one on everything, whose head of the chosen setting is the result. One pass serves both."""
+    device, kinds = inputs.accelerator.device, tuple(dict.fromkeys(s.features for s in settings))
+    grids: list[tuple[HeadGrid, Tensor, Standardise]] = []
+    seconds, told, begin = 0.0, time.perf_counter(), time.perf_counter()
+    for epoch in range(plan.epochs):
+        crops = inputs.features(inputs.train, kinds, random=spec, epoch=epoch)
+        start = time.perf_counter()
+        x, y = _place(crops, device)
+        if not grids:
+            inside = torch.from_numpy(np.isin(crops.index.numpy(), held)).to(y.device)
+            for rows in ((~inside).nonzero()[:, 0], torch.arange(len(y), device=y.device)):
+                grids.append((make_grid(x, settings, inputs.n_classes, device), rows, Standardise(x, rows)))
+        for grid, rows, norm in grids:
+            train_epoch(grid, x, y, rows, norm, plan, epoch)
+        seconds += time.perf_counter() - start
+        if time.perf_counter() - told > 30:
+            told = time.perf_counter()
+            left = (told - begin) / (epoch + 1) * (plan.epochs - epoch - 1)
+            say(f"linear probe: epoch {epoch + 1} of {plan.epochs}, about {left / 60:.0f} min left")
+    slice_ = inputs.features(inputs.train.select(np.sort(held)), kinds)
+    scores = grids[0][0].scores(slice_.x, slice_.y, grids[0][2])
+    setting = _agree(scores)
+    grid, rows, norm = grids[1]
+    return Probe(
+        setting, scores[setting][0], *grid.head(setting), _on_cpu(norm), len(rows), len(slice_.y), seconds
+    )
+
+
+def _on_cpu(norm: Standardise) -> Standardise:
+    norm.mean = {kind: value.cpu() for kind, value in norm.mean.items()}
+    norm.std = {kind: value.cpu() for kind, value in norm.std.items()}
+    return norm
+
+
+# ----------------------------------------------------------------------------------------------------- program
+
+
+def _check(cfg: LinearProbeConfig) -> None:
+    if cfg.protocol not in PROTOCOLS:
+        raise UserError(f"protocol: {cfg.protocol!r} given, expected {' or '.join(PROTOCOLS)}")
+    for key in ("lrs", "weight_decays", "features"):
+        if not getattr(cfg, key):
+            raise UserError(f"{key}: an empty list given, expected at least one value")
+    for kind in cfg.features:
+        if kind not in KINDS:
+            raise UserError(f"features: {kind!r} given, expected some of {', '.join(KINDS)}")
+    if min(cfg.lrs) <= 0 or min(cfg.weight_decays) < 0:
+        raise UserError("lrs must be above 0 and weight_decays not below 0")
+    if cfg.head_batch < 1 or (cfg.epochs is not None and cfg.epochs < 1):
+        raise UserError("head_batch and epochs must be at least 1")
+
+
+def _hints(cfg: LinearProbeConfig, setting: Setting) -> None:
+    edges = [e for e in (min(cfg.lrs), max(cfg.lrs)) if len(cfg.lrs) > 1 and setting.lr == e]
+    if edges:
+        say(
+            f"linear probe: the chosen lr {setting.lr:g} is at the edge of the grid; a wider lrs=[...] may do better"
+        )
+
+
+def probe(inputs: Inputs, cfg: LinearProbeConfig) -> dict[str, Any]:
+    """The linear probe of one backbone: "metrics", "notes", and "correct" and "index" of the test images."""
+    epochs = cfg.epochs or EPOCHS[cfg.protocol]
+    plan = Plan(epochs, cfg.head_batch, cfg.seed)
+    kinds = [kind for kind in cfg.features if kind in inputs.kinds]
+    if not kinds:
+        raise UserError(
+            f"features: {', '.join(cfg.features)} asked, this backbone has {', '.join(inputs.kinds)}"
+        )
+    settings = [Setting(kind, lr, wd) for kind in kinds for lr in cfg.lrs for wd in cfg.weight_decays]
+    _, held = held_out(inputs.train)
+    if cfg.protocol == "cached":
+        found = _cached(inputs, settings, plan, held)
+    else:
+        spec = ViewSpec(scale=(cfg.scale[0], cfg.scale[1]), interpolation=inputs.crop.interpolation)
+        found = _augmented(inputs, settings, plan, held, spec)
+    _hints(cfg, found.setting)
+    test = inputs.features(inputs.test, (found.setting.features,))  # the one time that the test split is read
+    top = topk_correct(found.logits(test), test.y, (1, 5))
+    chosen = {
+        "features": found.setting.features,
+        "lr": found.setting.lr,
+        "weight_decay": found.setting.weight_decay,
+    }
+    notes = {
+        "protocol": cfg.protocol,
+        "features": found.setting.features,
+        "chosen": {**chosen, "lr_base": LR_BASE, "held_out_top1": found.held_top1, "of": len(settings)},
+        "epochs": epochs,
+        "n_train": found.n_train,
+        "n_held_out": found.n_held,
+        "n_test": len(test.y),
+        "n_bad": test.n_bad,
+        "head_seconds": round(found.seconds, 2),
+    }
+    metrics = {"linear/top1": percent(top[1]), "linear/top5": percent(top[5])}
+    paired = {"paired": "linear/top1", "correct": top[1], "index": test.index}
+    return {"metrics": metrics, "notes": notes, **paired}
+
+
+def run(cfg: LinearProbeConfig, accelerator: "Accelerator") -> dict[str, Any]:
+    """Probes cfg.backbone (and cfg.compare), writes linear_probe.json and returns what it holds."""
+    _check(cfg)
+    return evaluate("linear_probe", cfg, accelerator, probe)
+
+
+def main(argv: list[str]) -> None:
+    program(LinearProbeConfig, run, argv)
+
+
+if __name__ == "__main__":
+    from gcssl.runtime import entry
+
+    entry(main)

@@ -1,0 +1,130 @@
+"""What an evaluation counts and writes: top-k, the paired test of two models, and the result file."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gcssl.files import atomic_write
+from gcssl.runtime import UserError
+
+# What may differ between two evaluations that must give the same numbers: where, how fast and from which copy.
+FREE_KEYS = (
+    "name",
+    "out",
+    "batch_size",
+    "runtime",
+    "data.workers",
+    "data.timeout",
+    "data.cache_dir",
+    "allow_env",
+)
+
+
+def topk_correct(scores: Tensor, labels: Tensor, ks: Iterable[int] = (1, 5)) -> dict[int, Tensor]:
+    """{k: bool N}, true where the label is among the k highest scores; scores N C, labels N; k capped at C."""
+    ks = sorted(set(ks))
+    order = scores.float().nan_to_num(-math.inf).topk(min(max(ks), scores.shape[1]), dim=1).indices  # N k
+    hit = order == labels[:, None]  # N k
+    return {k: hit[:, :k].any(1) for k in ks}
+
+
+def percent(correct: Tensor) -> float:
+    """Share of true values, in percent; correct N bool."""
+    if not len(correct):
+        raise ValueError("no predictions to count")
+    return 100.0 * correct.double().mean().item()
+
+
+def mcnemar(correct_a: Tensor, correct_b: Tensor) -> dict[str, float | int]:
+    """McNemar's exact paired test of two models on the same images (Psychometrika 1947, binomial form).
+
+    correct_a, correct_b: N bool. Returns how many images only a, and only b, gets right, and the two-sided
+    p-value of that split if both were equally good.
+    """
+    if correct_a.shape != correct_b.shape:
+        raise ValueError(
+            f"paired results of equal length expected, got {correct_a.shape} and {correct_b.shape}"
+        )
+    only_a = int((correct_a & ~correct_b).sum())
+    only_b = int((correct_b & ~correct_a).sum())
+    n, k = only_a + only_b, min(only_a, only_b)
+    logs = [
+        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2)
+        for i in range(k + 1)
+    ]
+    p = min(1.0, 2 * math.fsum(math.exp(x) for x in logs))
+    return {"only_a": only_a, "only_b": only_b, "p": p}
+
+
+def comparison(spec: str, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """The value of a result's key "compare"; ours and theirs as an evaluation's judge returns them.
+
+    Both hold "metrics", "notes", and of the images counted "index" N and "correct" N bool under the metric "paired".
+    """
+    out = {"backbone": spec, **theirs["metrics"], **theirs["notes"]}
+    if torch.equal(ours["index"], theirs["index"]):
+        out["mcnemar"] = {"metric": ours["paired"], **mcnemar(ours["correct"], theirs["correct"])}
+    return out
+
+
+def settings_of(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config as {dotted key: value}, without the keys that leave the numbers alone."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if prefix + key in FREE_KEYS:
+            continue
+        if isinstance(value, dict):
+            flat |= settings_of(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def check_result(path: Path, settings: dict[str, Any]) -> None:
+    """UserError when `path` holds the result of other settings: call it before any work."""
+    if not path.exists():
+        return
+    try:
+        old = json.loads(path.read_text())["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path}: exists and is no result of this version; move it away or pass name="
+        ) from None
+    keys = [
+        key for key in sorted({*old, *settings}) if old.get(key) != json.loads(json.dumps(settings.get(key)))
+    ]
+    if keys:
+        diff = ", ".join(f"{key}: {old.get(key)} there, {settings.get(key)} asked" for key in keys[:4])
+        raise UserError(f"{path}: holds a result of other settings ({diff}); pass name=<word> to keep both")
+
+
+def write_result(path: Path, result: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Writes one JSON object, whole or not at all; the same name and settings replace, others are refused."""
+    check_result(path, settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps({**result, "settings": settings}, indent=1) + "\n")
+
+
+def table(rows: Sequence[Sequence[object]]) -> list[str]:
+    """Aligned lines, first column left and the others right; floats with two decimals."""
+    text = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in text) for i in range(len(text[0]))]
+    lines = []
+    for row in text:
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def result_table(result: dict[str, Any], label: str, other: str | None = None) -> list[str]:
+    """The metrics of a result, beside those of its comparison where there is one."""
+    metrics = [key for key, value in result.items() if "/" in key and isinstance(value, float)]
+    if other is None or "compare" not in result:
+        return table([["", label], *([key, result[key]] for key in metrics)])
+    rows = [[key, result[key], result["compare"].get(key, math.nan)] for key in metrics]
+    return table([["", label, other], *rows])

@@ -1,0 +1,282 @@
+"""Augmentations in two halves: `draw_view` draws a view's parameters, the others apply them.
+
+Crop, resize and flip run on the worker and give uint8 pixels. Colour jitter, grey, blur and solarise run in one
+pure function with one parameter set per sample, on the worker or in batches on the device (`data.where`).
+Parameters: SimMIM (arXiv:2111.09886), SimCLR (arXiv:2002.05709), MoCo v3 (arXiv:2104.02057, which takes BYOL's).
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from gcssl.config import AugmentConfig
+from gcssl.runtime import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
+BLUR_RADIUS = 6  # 13 taps: three sigmas of the largest published sigma, 2
+MAX_SIGMA = BLUR_RADIUS / 3
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """How one view is drawn; `size` is (H, W) in pixels, every `_p` a probability."""
+
+    size: tuple[int, int] = (224, 224)
+    scale: tuple[float, float] = (0.08, 1.0)  # crop area / image area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # crop width / height
+    flip_p: float = 0.5
+    jitter_p: float = 0.0
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
+    gray_p: float = 0.0
+    blur_p: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
+    solarize_p: float = 0.0
+    interpolation: str = "bilinear"
+
+
+SIMMIM = ViewSpec(scale=(0.67, 1.0))
+SIMCLR = ViewSpec(
+    jitter_p=0.8, jitter=(0.8, 0.8, 0.8, 0.2), gray_p=0.2, blur_p=0.5, interpolation="bicubic"
+)
+BYOL_1 = ViewSpec(jitter_p=0.8, jitter=(0.4, 0.4, 0.2, 0.1), gray_p=0.2, blur_p=1.0)
+BYOL_2 = replace(BYOL_1, blur_p=0.1, solarize_p=0.2)
+
+
+@dataclass(frozen=True)
+class View:
+    """One drawn view: numpy fields of fixed shape, so that a batch of them stacks."""
+
+    crop: np.ndarray  # 10 4 float64: area share, log ratio, and where the box lies (down, right) in [0, 1)
+    flip: np.ndarray  # bool
+    jitter: np.ndarray  # bool
+    factors: np.ndarray  # 4 float32: brightness, contrast, saturation factors and hue shift in turns
+    order: np.ndarray  # 4 int64: which of the four comes first, second, ...
+    gray: np.ndarray  # bool
+    sigma: np.ndarray  # float32, 0 = no blur
+    solarize: np.ndarray  # bool
+
+    def params(self) -> dict[str, np.ndarray]:
+        """What `colour` needs, as fixed-shape arrays."""
+        names = ("jitter", "factors", "order", "gray", "sigma", "solarize")
+        return {name: getattr(self, name) for name in names}
+
+
+def override(spec: ViewSpec, augment: AugmentConfig, view: int) -> ViewSpec:
+    """`spec` with the values that `augment` sets; `view` picks from the lists that hold one value a view."""
+    changes: dict[str, object] = {}
+    for key, length in (("scale", 2), ("ratio", 2), ("blur_sigma", 2), ("jitter", 4)):
+        value = getattr(augment, key)
+        if value is not None:
+            if len(value) != length:
+                raise UserError(f"augment.{key}={list(value)}: expected {length} numbers")
+            changes[key] = tuple(float(v) for v in value)
+    for key in ("blur_p", "solarize_p"):
+        value = getattr(augment, key)
+        if value is not None:
+            if len(value) != 1 and view >= len(value):
+                raise UserError(f"augment.{key}={list(value)}: expected one number, or one a view")
+            changes[key] = float(value[view if len(value) > 1 else 0])
+    for key in ("flip_p", "jitter_p", "gray_p", "interpolation"):
+        if getattr(augment, key) is not None:
+            changes[key] = getattr(augment, key)
+    return _checked(replace(spec, **changes))  # type: ignore[arg-type]
+
+
+def _checked(spec: ViewSpec) -> ViewSpec:
+    for key in ("flip_p", "jitter_p", "gray_p", "blur_p", "solarize_p"):
+        if not 0 <= getattr(spec, key) <= 1:
+            raise UserError(f"augment.{key}={getattr(spec, key)}: expected a probability in [0, 1]")
+    if not 0 < spec.scale[0] <= spec.scale[1] <= 1:
+        raise UserError(f"augment.scale={list(spec.scale)}: expected 0 < smallest <= largest <= 1")
+    if not 0 < spec.ratio[0] <= spec.ratio[1]:
+        raise UserError(f"augment.ratio={list(spec.ratio)}: expected 0 < smallest <= largest")
+    if not 0 < spec.blur_sigma[0] <= spec.blur_sigma[1] <= MAX_SIGMA:
+        raise UserError(f"augment.blur_sigma={list(spec.blur_sigma)}: expected 0 < smallest <= largest <= {MAX_SIGMA:g}")
+    if min(spec.jitter) < 0 or spec.jitter[HUE] > 0.5:
+        raise UserError(f"augment.jitter={list(spec.jitter)}: expected four strengths >= 0, hue at most 0.5")
+    if spec.interpolation not in INTERPOLATIONS:
+        raise UserError(f"augment.interpolation={spec.interpolation}: expected one of {', '.join(INTERPOLATIONS)}")
+    return spec
+
+
+def draw_view(rng: np.random.Generator, spec: ViewSpec) -> View:
+    """Draw one view. The count of numbers drawn is fixed, so that a probability does not move the crops."""
+    u = rng.random((CROP_ATTEMPTS, 4))
+    low, high = math.log(spec.ratio[0]), math.log(spec.ratio[1])
+    crop = np.stack(
+        [spec.scale[0] + u[:, 0] * (spec.scale[1] - spec.scale[0]), low + u[:, 1] * (high - low), u[:, 2], u[:, 3]],
+        axis=1,
+    )
+    flip, jitter, gray, blur, solarize, sigma = rng.random(6)
+    shifts = rng.random(4) * 2 - 1
+    order = np.argsort(rng.random(4))
+    strength = np.array(spec.jitter)
+    lowest = np.maximum(1 - strength[:HUE], 0)  # a factor is uniform in [max(0, 1 - s), 1 + s]
+    factors = lowest + (shifts[:HUE] + 1) / 2 * (1 + strength[:HUE] - lowest)
+    width = spec.blur_sigma[1] - spec.blur_sigma[0]
+    return View(
+        crop=crop,
+        flip=np.bool_(flip < spec.flip_p),
+        jitter=np.bool_(jitter < spec.jitter_p),
+        factors=np.append(factors, shifts[HUE] * strength[HUE]).astype(np.float32),
+        order=order.astype(np.int64),
+        gray=np.bool_(gray < spec.gray_p),
+        sigma=np.float32((spec.blur_sigma[0] + sigma * width) * (blur < spec.blur_p)),
+        solarize=np.bool_(solarize < spec.solarize_p),
+    )
+
+
+def crop_box(view: View, spec: ViewSpec, height: int, width: int) -> tuple[int, int, int, int]:
+    """(top, left, h, w) in pixels of an image of that size: the first of the attempts that fits, else the centre.
+
+    The rule of torchvision's RandomResizedCrop, with the random numbers taken from `view`.
+    """
+    for area, log_ratio, down, right in view.crop:
+        target, ratio = area * height * width, math.exp(log_ratio)
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
+    low, high = spec.ratio
+    w = min(width, max(1, round(height * high)))
+    h = min(height, max(1, round(width / low)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def crop_resize(image: Image.Image, view: View, spec: ViewSpec) -> np.ndarray:
+    """The view's box of an RGB image at spec.size, flipped if drawn: uint8 3 H W.
+
+    As torchvision's RandomResizedCrop but for the border, where Pillow's filter sees the pixels beside the box.
+    """
+    top, left, h, w = crop_box(view, spec, image.height, image.width)
+    size = (spec.size[1], spec.size[0])
+    out = image.resize(size, INTERPOLATIONS[spec.interpolation], box=(left, top, left + w, top + h))
+    pixels = np.asarray(out)  # H W 3
+    if view.flip:
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def resize_center_crop(
+    image: Image.Image, size: tuple[int, int], crop_pct: float, interpolation: str
+) -> np.ndarray:
+    """The evaluation crop: shorter side to size / crop_pct, then the centre: uint8 3 H W.
+
+    Equals torchvision's Resize + CenterCrop for square sizes; a non-square size is covered likewise.
+    """
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation {interpolation!r}: expected one of {', '.join(INTERPOLATIONS)}")
+    height, width = (math.floor(side / crop_pct) for side in size)
+    if width * image.height >= height * image.width:  # the width decides
+        height = max(height, int(width * image.height / image.width))
+    else:
+        width = max(width, int(height * image.width / image.height))
+    out = image.resize((width, height), INTERPOLATIONS[interpolation])
+    top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
+    out = out.crop((left, top, left + size[1], top + size[0]))
+    return np.ascontiguousarray(np.asarray(out).transpose(2, 0, 1))
+
+
+def colour(x: Tensor, params: dict[str, Tensor]) -> Tensor:
+    """Jitter, grey, blur, solarise, in this order: uint8 B 3 H W -> float32 B 3 H W in 0..1.
+
+    `params` holds `View.params()` stacked: jitter B, factors B 4, order B 4, gray B, sigma B, solarize B. They
+    are read on the host: leave them there while x is on a device, so that nothing waits for the device.
+    """
+    x = x.float().div_(255)
+    params = {name: value.cpu() for name, value in params.items()}
+    x = _jitter(x, params)
+    if len(rows := params["gray"].nonzero().squeeze(1)):
+        x[_on(rows, x)] = _gray(x[_on(rows, x)]).expand(-1, 3, -1, -1)
+    if len(rows := params["sigma"].nonzero().squeeze(1)):
+        x[_on(rows, x)] = _blur(x[_on(rows, x)], params["sigma"][rows])
+    if len(rows := params["solarize"].nonzero().squeeze(1)):
+        part = x[_on(rows, x)]
+        x[_on(rows, x)] = torch.where(part < 128 / 255, part, 1 - part)
+    return x
+
+
+def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(x - mean) / std per channel; x float B 3 H W in 0..1."""
+    shift = torch.tensor(mean, dtype=x.dtype).to(x.device, non_blocking=True).view(-1, 1, 1)
+    scale = torch.tensor(std, dtype=x.dtype).to(x.device, non_blocking=True).view(-1, 1, 1)
+    return (x - shift) / scale
+
+
+def _on(rows: Tensor, x: Tensor) -> Tensor:
+    return rows.to(x.device, non_blocking=True)
+
+
+def _jitter(x: Tensor, params: dict[str, Tensor]) -> Tensor:
+    """Each sample's four colour operations in its own order; samples that share an operation run together."""
+    for place in range(4):
+        for op in range(4):
+            rows = (params["jitter"] & (params["order"][:, place] == op)).nonzero().squeeze(1)
+            if len(rows):
+                on = _on(rows, x)
+                factor = _on(params["factors"][rows, op], x).view(-1, 1, 1, 1)
+                x[on] = _JITTER[op](x[on], factor)
+    return x
+
+
+def _gray(x: Tensor) -> Tensor:
+    """B 3 H W -> B 1 H W, ITU-R 601 weights."""
+    r, g, b = x.unbind(1)
+    return (0.2989 * r + 0.587 * g + 0.114 * b).unsqueeze(1)
+
+
+def _brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return (x * factor).clamp_(0, 1)
+
+
+def _contrast(x: Tensor, factor: Tensor) -> Tensor:
+    mean = _gray(x).mean((1, 2, 3), keepdim=True)  # B 1 1 1
+    return torch.lerp(mean, x, factor).clamp_(0, 1)
+
+
+def _saturation(x: Tensor, factor: Tensor) -> Tensor:
+    return torch.lerp(_gray(x), x, factor).clamp_(0, 1)
+
+
+def _hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue by `shift` turns; value and saturation stay (HSV of Smith, 1978)."""
+    value, low = x.amax(1), x.amin(1)  # B H W
+    chroma = value - low
+    r, g, b = x.unbind(1)
+    scale = 1 / chroma.clamp(min=1e-8)
+    sixth = torch.where(
+        value == r, (g - b) * scale, torch.where(value == g, (b - r) * scale + 2, (r - g) * scale + 4)
+    ) + shift.view(-1, 1, 1) * 6
+    channels = []
+    for offset in (5, 3, 1):  # r, g, b = value - chroma * clamp(min(k, 4 - k), 0, 1), k = offset + sixth mod 6
+        k = (sixth + offset).remainder_(6)
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
+    return torch.stack(channels, 1).clamp_(0, 1)
+
+
+def _blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur by 13 taps per axis with reflected borders; sigma B on the host, pixels, at most 2."""
+    b, c, h, w = x.shape
+    taps = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, dtype=torch.float32)
+    kernel = torch.softmax(-0.5 * (taps / sigma[:, None]) ** 2, dim=1)  # B 13
+    kernel = _on(kernel, x).repeat_interleave(c, 0)  # BC 13
+    x = F.pad(x, [BLUR_RADIUS] * 4, mode="reflect").view(1, b * c, h + 2 * BLUR_RADIUS, w + 2 * BLUR_RADIUS)
+    x = F.conv2d(x, kernel[:, None, None, :], groups=b * c)
+    x = F.conv2d(x, kernel[:, None, :, None], groups=b * c)
+    return x.view(b, c, h, w)
+
+
+_JITTER = {BRIGHTNESS: _brightness, CONTRAST: _contrast, SATURATION: _saturation, HUE: _hue}

@@ -1,0 +1,301 @@
+"""Typed, closed configs: defaults <- yaml <- key=value, merged by OmegaConf, every mistake one line.
+
+A config dataclass stands beside the code it sets; this file holds those that pretraining and the evaluations
+share, and `load_config`, the only function that touches OmegaConf.
+"""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gcssl.errors import UserError
+from gcssl.keys import Leaf, arms, check_result, check_value, leaves, nearest, show
+from gcssl.keys import diff_configs as diff_configs
+from gcssl.keys import flatten as flatten
+
+T = TypeVar("T")
+
+
+@dataclass
+class ModelConfig:
+    name: str = "gcvit_nano"
+    img_size: Any = 64  # side, or [height, width], in pixels
+    drop_path: float = 0.0
+    window_ratio: list[int] | None = None  # a stage's window = side / ratio tokens; None: (32, 32, 16, 32)
+    bias_resize: str = "bicubic"  # bicubic: same fraction of the window; crop: same token distance
+    in_chans: int = 3
+    grad_checkpointing: bool = False
+    weights: str | None = None  # run folder, checkpoint or file to start a new run from
+
+
+@dataclass
+class DataConfig:
+    path: str = "shapes"
+    train_split: str | None = None
+    val_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    val_labels: str | None = None  # label file of a flat ImageNet val/ folder
+    workers: int = 4
+    max_bad: float = 0.01  # share of undecodable images above which the run stops
+    timeout: int = 300  # seconds a loader worker may take for one batch
+    cache_dir: str | None = None
+    shapes_n: int = 10_000  # training images of the generated set; its test split has a fifth of it
+
+
+@dataclass
+class AugmentConfig:
+    """Overrides of the objective's published view parameters; None keeps them.
+
+    Lists hold one value a view.
+    """
+
+    where: str = "device"  # colour, blur, solarise: on the device in batches, or on the worker
+    scale: list[float] | None = None
+    ratio: list[float] | None = None
+    flip_p: float | None = None
+    jitter_p: float | None = None
+    jitter: list[float] | None = None  # brightness, contrast, saturation, hue
+    gray_p: float | None = None
+    blur_p: list[float] | None = None
+    blur_sigma: list[float] | None = None
+    solarize_p: list[float] | None = None
+    interpolation: str | None = None
+
+
+@dataclass
+class TrainConfig:
+    epochs: int = 100
+    steps: int | None = None  # when set, wins over epochs
+    batch_size: int = 128  # per process and micro-batch
+    global_batch: int | None = None  # None: batch_size x processes x accumulate
+    accumulate: int = 1  # derived when global_batch is set
+    optimizer: str = "adamw"
+    blr: float = 1.5e-4
+    lr_rule: str = "linear"  # linear | sqrt | none
+    lr_base: int = 256
+    min_lr: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.05
+    weight_decay_end: float | None = None
+    warmup_epochs: float = 10.0
+    clip_grad: float | None = None
+    precision: str = "fp32"  # fp32 | bf16 | fp16
+    compile: bool = False
+    deterministic: bool = False
+    max_hours: float | None = None
+    on_collapse: str = "warn"
+    seed: int = 0
+
+
+@dataclass
+class EvalConfig:
+    online_every: int = 10  # epochs between online kNN probes; 0: never
+    backend: str = "auto"  # auto | faiss | torch
+
+
+@dataclass
+class RuntimeConfig:
+    timeout: int = 600  # seconds a process waits for the others
+
+
+@dataclass
+class LogConfig:
+    every: int = 10  # optimizer steps
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+
+@dataclass
+class CheckpointConfig:
+    every: float = 1.0  # epochs; at least one optimizer step
+    keep: int = 2
+    keep_every: int | None = None  # epochs whose checkpoints are never pruned
+
+
+@dataclass
+class PretrainConfig:
+    out: str = ""
+    encoder: str | None = None  # student | teacher; None: the one the objective's paper evaluates
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: Any = None  # the dataclass of objective.name
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    allow_env: bool = False  # let ${oc.env:...} read the environment
+
+
+def load_config(schema: type[T], argv: list[str], objectives: dict[str, type] | None = None) -> T:
+    """Defaults <- yaml files <- key=value, as a `schema`; every mistake is a UserError `<key>: <reason>`.
+
+    argv: paths of yaml files first, then key=value; what comes later wins. objectives: name -> config
+    dataclass, of which objective.name chooses the type of the `objective` key. `${oc.env:...}` is refused
+    unless the command line itself (not a yaml) has allow_env=true.
+    """
+    paths, pairs = _split(argv)
+    raw = [(str(path), read_yaml(path)) for path in paths]
+    default = _with_objective(
+        schema(), [layer for _, layer in raw] + [_nest(k, v) for k, v in pairs], objectives
+    )
+    known = leaves(default)
+    layers = raw + [("", _nest(key, _parse(key, text, known))) for key, text in pairs]
+    allow_env = any(layer.get("allow_env") is True for source, layer in layers if not source)
+    merged = OmegaConf.structured(default)
+    for source, layer in layers:
+        if "allow_env" in layer and ("allow_env" not in known or source):
+            layer = {key: value for key, value in layer.items() if key != "allow_env"}
+        where = f" (in {source})" if source else ""
+        for key, value in flatten(layer, stop=known).items():
+            check_value(key, value, known, allow_env, where)
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            raise _explain(error, layer, known, where) from None
+    try:
+        config = cast(T, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise _explain(error, {}, known, "") from None
+    for key, value in flatten(config_dict(config), stop=known).items():
+        check_result(key, value, known[key])
+    return config
+
+
+def config_dict(config: Any) -> dict[str, Any]:
+    """The config as nested dicts of JSON values."""
+    return cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config), default=str)))
+
+
+def dump_config(config: Any) -> str:
+    """The config as yaml that load_config reads back to an equal config."""
+    return to_yaml(config_dict(config))
+
+
+def to_yaml(content: dict[str, Any]) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(content))
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """A yaml file as nested dicts, with `${...}` left as it stands."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path}: no such config file; expected [file.yaml ...] key=value ...") from None
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no valid yaml: {_one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected keys and values, got a {type(content).__name__}")
+    return _expand({str(key): value for key, value in content.items()})
+
+
+def _split(argv: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:
+    paths: list[Path] = []
+    pairs: list[tuple[str, str]] = []
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        is_path = not pairs and (
+            not equals or (argument.endswith((".yaml", ".yml")) and Path(argument).exists())
+        )
+        if argument.startswith("-"):
+            raise UserError(f"{key}: options are written without dashes: [file.yaml ...] key=value ...")
+        if is_path and (argument.endswith((".yaml", ".yml")) or Path(argument).is_file()):
+            paths.append(Path(argument))
+        elif not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+            raise UserError(
+                f"{argument}: expected [file.yaml ...] key=value ..., for example train.epochs=10"
+            )
+        else:
+            pairs.append((key, value))
+    return paths, pairs
+
+
+def _nest(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return cast(dict[str, Any], value)
+
+
+def _expand(tree: dict[str, Any]) -> dict[str, Any]:
+    """Let a yaml write `train.epochs: 3` for the nested form, as the command line does."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = {str(k): v for k, v in value.items()} if isinstance(value, dict) else None
+        nested = _nest(key, _expand(inner) if inner is not None else value)
+        result = cast(dict[str, Any], _merge(result, nested))
+    return result
+
+
+def _merge(a: Any, b: Any) -> Any:
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return b
+    return {**a, **{key: _merge(a.get(key), value) for key, value in b.items()}}
+
+
+def _with_objective(default: T, layers: list[dict[str, Any]], objectives: dict[str, type] | None) -> T:
+    """The defaults, with the dataclass of the chosen objective in place."""
+    if objectives is None or not hasattr(default, "objective"):
+        return default
+    given = [layer["objective"] for layer in layers if "objective" in layer]
+    for section in given:
+        if not isinstance(section, dict):
+            raise UserError(f"objective: given {show(section)}, expected objective.name={section}")
+    names = [section["name"] for section in given if "name" in section]
+    choices = ", ".join(objectives)
+    if names and names[-1] not in objectives:
+        raise UserError(
+            f"objective.name: given {show(names[-1])}, expected one of {choices}"
+            f"{nearest(str(names[-1]), objectives)}"
+        )
+    if names:
+        default.objective = objectives[names[-1]]()
+    elif default.objective is None:
+        raise UserError(f"objective.name: not given, expected one of {choices}")
+    return default
+
+
+def _parse(key: str, text: str, known: dict[str, Leaf]) -> Any:
+    """A command line value.
+
+    Where text is wanted it is taken as written, so that out=007 and name=no stay what they are.
+    """
+    legal = arms(known[key].kind) if key in known else []
+    quoted = text[:1] in ("'", '"')
+    if str in legal and not quoted and not (text in ("null", "~") and type(None) in legal):
+        return text
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{key}: given {text}, which is no valid yaml value: {_one_line(error)}") from None
+    return cast(dict[str, Any], parsed)["value"]
+
+
+def _explain(
+    error: OmegaConfBaseException, layer: dict[str, Any], known: dict[str, Leaf], where: str
+) -> UserError:
+    """OmegaConf's error as one line.
+
+    It names no key for a section that was given a value: then the layer tells.
+    """
+    full = str(error.full_key or next(iter(flatten(layer, stop=known)), "config"))
+    key = re.sub(r"\[\d+\]", "", full)
+    value = flatten(layer, stop=known).get(key)
+    if key in known and key in flatten(layer, stop=known) and "${" not in str(value):
+        return UserError(f"{key}: given {show(value)}, expected {known[key].expected()}{where}")
+    return UserError(f"{key}: {_one_line(error)}{where}")
+
+
+def _one_line(error: BaseException) -> str:
+    """The first line of an OmegaConf error; the problem and its place of a yaml error."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:
+        return f"{getattr(error, 'problem', '')} in line {mark.line + 1}, column {mark.column + 1}"
+    return str(error).strip().split("\n")[0]

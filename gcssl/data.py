@@ -1,0 +1,287 @@
+"""Images on disk -> one RGB image at a time: `open_data` finds the splits, `Images.load` decodes.
+
+Every file is decoded by Pillow into true colours; one that cannot be is a `BadImage`, which the loader counts and
+replaces. Layouts: folders.py (folders of images), tables.py (parquet, Arrow, webdataset, Hub), shapes.py.
+"""
+
+import contextlib
+import hashlib
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from gcssl.config import DataConfig
+from gcssl.errors import UserError
+from gcssl.folders import find_folders
+from gcssl.log import say
+from gcssl.shapes import CLASSES, shapes_split
+from gcssl.sources import TEST_NAMES, TRAIN_NAMES, Found, Raw, Reader
+from gcssl.tables import HUB_NAME, find_hub, find_other, find_tables
+
+MAX_PIXELS = 178_956_970  # Pillow's own limit; larger files are refused as decompression bombs
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "MPO")  # none starts a program
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+WHITE = (255, 255, 255, 255)
+
+
+class BadImage(Exception):
+    """An image that cannot be decoded; the message is one line without the file's name."""
+
+
+class Images:
+    """One split: `load(i)` gives RGB, `labels` int64 N or None (read once, without decoding an image)."""
+
+    def __init__(
+        self, reader: Reader, labels: np.ndarray | None, classes: list[str] | None, name: str, fingerprint: str = ""
+    ) -> None:
+        self.reader, self.name, self.classes = reader, name, classes
+        self.labels = None if labels is None else np.asarray(labels, np.int64)
+        self.fingerprint = fingerprint or _fingerprint(self)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def load(self, i: int) -> Image.Image:
+        """Image i as RGB; raises BadImage."""
+        try:
+            source = self.reader.read(int(i))
+        except Exception as error:  # a corrupt page of a table
+            raise BadImage(_one_line(error)) from error
+        return source if isinstance(source, Image.Image) else decode(source)
+
+    def where(self, i: int) -> str:
+        """File or row of image i, for messages."""
+        return self.reader.where(int(i))
+
+    def select(self, indices: np.ndarray, name: str | None = None) -> "Images":
+        """The images at `indices`, in that order, as a split of its own."""
+        indices = np.asarray(indices, np.int64)
+        labels = None if self.labels is None else self.labels[indices]
+        digest = hashlib.sha256(self.fingerprint.encode() + indices.tobytes()).hexdigest()
+        return Images(_Selected(self.reader, indices), labels, self.classes, name or self.name, digest)
+
+
+@dataclass
+class _Selected:
+    reader: Reader
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, i: int) -> bytes | Path | Image.Image:
+        return self.reader.read(int(self.indices[i]))
+
+    def where(self, i: int) -> str:
+        return self.reader.where(int(self.indices[i]))
+
+
+@dataclass
+class Splits:
+    train: Images
+    test: Images | None  # labelled in the classes of train, or None
+
+
+def open_data(cfg: DataConfig, img_size: tuple[int, int] = (64, 64), only_test: bool = False) -> Splits:
+    """Find and open the splits of `cfg.path`; raises UserError in one line. Nothing is decoded yet.
+
+    test: data.val_split, else the first labelled one of validation, val, test (and their other names), else None.
+    With `only_test` no training split is needed: both fields are the test split, its class ids its own.
+    The generated set is drawn at img_size (H, W).
+    """
+    if cfg.path == "shapes":
+        train = _images(shapes_split("train", cfg.shapes_n, img_size), "train", None)
+        test = _images(shapes_split("test", max(len(CLASSES), cfg.shapes_n // 5), img_size), "test", train.classes)
+        return Splits(test if only_test else train, test)
+    found = _find(cfg)
+    train_name = None if only_test else _train_name(cfg, found)
+    train = None if train_name is None else _images(_open(cfg, found, train_name), train_name, None)
+    test = _test(cfg, found, train_name, train)
+    if only_test and test is None:
+        raise UserError(f"data.val_split: no labelled test split in {cfg.path}, expected one of its splits {', '.join(found)}")
+    return Splits(train or test, test)  # type: ignore[arg-type]
+
+
+def _find(cfg: DataConfig) -> Found:
+    """The splits of data.path by layout: tables, then folders of images, then whatever load_dataset makes of it."""
+    if not cfg.path:
+        raise UserError("data.path: not given, expected a folder of images or tables, a Hub name, or the word shapes")
+    root = Path(cfg.path).expanduser()
+    if not root.exists():
+        if HUB_NAME.fullmatch(cfg.path):
+            return find_hub(cfg)
+        raise UserError(f"data.path: given {cfg.path}, no such folder; expected one, a Hub name owner/name, or the word shapes")
+    if root.is_dir() and not any(root.iterdir()):
+        raise UserError(f"data.path: {cfg.path} is empty, expected images, parquet, arrow or tar files")
+    if any((root / part / name).is_file() for part in ("", "train") for name in METADATA):
+        return find_other(cfg, root)  # the datasets library pairs images with a metadata file
+    found = find_tables(cfg, root)
+    if not found and root.is_dir():
+        found = find_folders(cfg, root)
+    return found or find_other(cfg, root)
+
+
+def _train_name(cfg: DataConfig, found: Found) -> str:
+    if cfg.train_split is not None:
+        if cfg.train_split not in found:
+            raise UserError(f"data.train_split: given {cfg.train_split}, expected one of {', '.join(found)}")
+        return cfg.train_split
+    name = next((n for n in found if n.lower() in TRAIN_NAMES), None)
+    if name is None and len(found) == 1:
+        name = next(iter(found))
+    if name is None:
+        raise UserError(f"data.train_split: no split called train in {cfg.path}, expected one of {', '.join(found)} to be named")
+    return name
+
+
+def _test(cfg: DataConfig, found: Found, train_name: str | None, train: Images | None) -> Images | None:
+    """The first candidate that is labelled; None when train is unlabelled, as then nothing can be judged."""
+    if cfg.val_split is not None and cfg.val_split not in found:
+        raise UserError(f"data.val_split: given {cfg.val_split}, expected one of {', '.join(found)}")
+    if train is not None and train.classes is None:
+        return None
+    rank = {name: i for i, name in enumerate(TEST_NAMES)}
+    names = sorted((n for n in found if n.lower() in rank and n != train_name), key=lambda n: rank[n.lower()])
+    for name in [cfg.val_split] if cfg.val_split is not None else names:
+        raw = _open(cfg, found, name)
+        images = _images(raw, name, None if train is None else train.classes)
+        if images.labels is not None:
+            return images
+        if cfg.val_split is not None:
+            raise UserError(f"data.val_split: {name} of {cfg.path} has no labels (or some of -1), expected a labelled split")
+        say(f"data: split {name} has no labels, not used for testing")
+    return None
+
+
+def _open(cfg: DataConfig, found: Found, name: str) -> Raw:
+    raw = found[name]()
+    if not len(raw.reader):
+        raise UserError(f"data.path: split {name} of {cfg.path} holds no images")
+    return raw
+
+
+def _images(raw: Raw, name: str, train_classes: list[str] | None) -> Images:
+    labels, classes = _class_ids(raw, name, train_classes)
+    return Images(raw.reader, labels, classes, name)
+
+
+def _class_ids(raw: Raw, name: str, train_classes: list[str] | None) -> tuple[np.ndarray | None, list[str] | None]:
+    """(ids int64 N, class names), ids those of the training classes when given; (None, None) when not labelled."""
+    if raw.labels is None or any(value is None for value in raw.labels):
+        return None, None
+    values = np.asarray(raw.labels)
+    if np.issubdtype(values.dtype, np.integer) and values.min() < 0:
+        return None, None
+    classes, ids = raw.classes, values
+    if classes is None:
+        unique, ids = np.unique(values, return_inverse=True)
+        classes = [str(value) for value in unique]
+    elif values.max() >= len(classes):
+        raise UserError(f"data.label_column: label {values.max()} in split {name}, expected less than {len(classes)} classes")
+    if train_classes is None:
+        return (ids.astype(np.int64), classes) if len(classes) > 1 else (None, None)
+    known = {c: i for i, c in enumerate(train_classes)}
+    foreign = [classes[i] for i in np.unique(ids) if classes[i] not in known]
+    if foreign:
+        raise UserError(
+            f"data.path: class {foreign[0]} of split {name} is none of the {len(train_classes)} training classes "
+            f"({', '.join(train_classes[:3])}, ...); expected the same names in both"
+        )
+    table = np.array([known.get(c, -1) for c in classes], np.int64)
+    return table[ids], train_classes
+
+
+def held_out(images: Images, share: float = 0.05, cap: int = 25_000) -> tuple[np.ndarray, np.ndarray]:
+    """(rest, held): sorted int64 indices that part the images, the same for every seed and machine.
+
+    `held` has `share` of each class (of all images when unlabelled), at most `cap` in all and at least one of every
+    class that has two images; which ones is decided by a hash of the set's fingerprint and the index.
+    """
+    n = len(images)
+    score = _hash(n, images.fingerprint)
+    labels = np.zeros(n, np.int64) if images.labels is None else images.labels
+    share = min(share, cap / max(n, 1))
+    held = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        held.append(members[np.argsort(score[members], kind="stable")[:count]])
+    chosen = np.sort(np.concatenate(held)) if held else np.empty(0, np.int64)
+    return np.setdiff1d(np.arange(n), chosen), chosen
+
+
+def _hash(n: int, text: str) -> np.ndarray:
+    """uint64 n: splitmix64 of a text's digest plus the index, the same on every machine."""
+    start = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    z = np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _fingerprint(images: Images) -> str:
+    """sha256 of count, labels, class names and the bytes of three images: the same wherever the set lies."""
+    digest = hashlib.sha256(f"{len(images)} {images.classes}".encode())
+    if images.labels is not None:
+        digest.update(images.labels.tobytes())
+    for i in sorted({0, len(images) // 2, len(images) - 1}):
+        try:
+            source = images.reader.read(i)
+            digest.update(source.read_bytes() if isinstance(source, Path) else source if isinstance(source, bytes) else source.tobytes())
+        except Exception as error:  # a damaged one is as good a mark as a sound one
+            digest.update(type(error).__name__.encode())
+    return digest.hexdigest()
+
+
+def decode(source: bytes | Path | str) -> Image.Image:
+    """Encoded bytes or a file -> RGB in true colours, turned as EXIF says; any failure is a BadImage.
+
+    16-bit grey is divided by 257 (Pillow's own conversion saturates), float grey is read as 0..1, 0..255 or 0..65535
+    by its maximum, transparency is laid on white, of an animation the first frame is taken. ICC profiles are ignored.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImage(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}: refused")
+            image.load()
+            _turn_upright(image)
+            return _true_rgb(image)
+    except BadImage:
+        raise
+    except Exception as error:  # Pillow raises a dozen types on damaged files
+        raise BadImage(_one_line(error)) from error
+
+
+def _turn_upright(image: Image.Image) -> None:
+    with contextlib.suppress(Exception):  # damaged EXIF in a sound image: it stays as stored
+        ImageOps.exif_transpose(image, in_place=True)
+
+
+def _true_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_to_bytes(np.asarray(image), image.mode == "F")).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        if image.mode == "La":
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image).convert("RGB")
+    return image.convert("RGB") if image.mode != "RGB" else image
+
+
+def _to_bytes(values: np.ndarray, is_float: bool) -> np.ndarray:
+    """16-bit or float grey H W -> uint8 H W."""
+    values = values.astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    if not (math.isfinite(low) and math.isfinite(high)) or low < 0 or high > 65535:
+        raise BadImage(f"grey values from {low:g} to {high:g}: expected 0..65535, or 0..255 or 0..1 as floats")
+    scale = 1 / 257 if not is_float or high > 255 else 1 if high > 1 else 255
+    return np.round(values * scale).astype(np.uint8)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,42 @@
+"""The ways a run can end, and the exit code of each."""
+
+import os
+
+
+class UserError(Exception):
+    """Bad usage, config or data.
+
+    The text is one line: what was given, what is expected, what to do. Exit 2.
+    """
+
+
+class Preempted(Exception):
+    """Stopped by a signal or by train.max_hours after a checkpoint; the same command continues. Exit 75."""
+
+
+class NumericStop(Exception):
+    """Stopped on a number that is not finite, or on a collapse. Exit 78."""
+
+
+def outcome(error: BaseException | None) -> tuple[str, int, str]:
+    """State, exit code and reason of the exception that ended a run, for status.json; None: it finished."""
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return "finished", 0, ""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return "refused", 2, text
+    if isinstance(error, Preempted):
+        return "preempted", 75, text
+    if isinstance(error, NumericStop):
+        return "failed", 78, text
+    if isinstance(error, KeyboardInterrupt):
+        return "failed", 130, "interrupted from the keyboard"
+    return "failed", 1, f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def is_main_process() -> bool:
+    """True in the one process that prints and writes.
+
+    Known from the launcher's environment, before any set-up.
+    """
+    return int(os.environ.get("RANK", "0")) == 0

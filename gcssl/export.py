@@ -1,0 +1,210 @@
+"""Backbones for others: python -m gcssl.export backbone=runs/a format=timm out=exported
+
+timm: a folder with model.safetensors, config.json and README.md. timm.create_model("local-dir:<folder>",
+pretrained=True) loads it; for the variants that timm's registry lacks, README.md has the two lines that build
+timm's own class from config.json. torch: a .pt state dict with its description in a .json beside it.
+Either is written under a temporary name, read back, compared with the backbone, and only then given its name.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from timm.models.gcvit import GlobalContextVit
+from torch import Tensor, nn
+
+from gcssl.checkpoint import write_tensors
+from gcssl.config import ModelConfig, load_config
+from gcssl.errors import UserError
+from gcssl.log import say
+from gcssl.models.build import Backbone, Saved, backbone_info, load_backbone, rebuild, recognise
+from gcssl.models.convert import load_weights
+from gcssl.models.gcvit import GCViT
+from gcssl.models.timm_backbone import timm_cfg
+from gcssl.runtime import entry
+
+TOLERANCE = 2e-5  # largest difference of an output, relative to the outputs' scale
+# timm's entry points set depths and num_heads themselves (and more) and take no others
+TIMM_HAS = ("gcvit_xxtiny", "gcvit_xtiny", "gcvit_tiny", "gcvit_small", "gcvit_base")
+ENTRY_ARGS = ("img_size", "window_ratio", "num_classes", "in_chans")
+CLASS_ARGS = (*ENTRY_ARGS, "embed_dim", "depths", "num_heads", "mlp_ratio", "layer_scale")
+
+
+@dataclass
+class ExportConfig:
+    backbone: str = ""  # as in load_backbone: run folder, checkpoint, file, random
+    format: str = "timm"
+    out: str = ""  # a new folder (timm) or a new .pt file (torch)
+    encoder: str | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    allow_env: bool = False
+
+
+def export(cfg: ExportConfig) -> Path:
+    """Writes the export and returns its path. UserError when something is there already or outputs differ."""
+    if cfg.format not in ("timm", "torch"):
+        raise UserError(f"format={cfg.format}: expected timm or torch")
+    if not cfg.backbone or not cfg.out:
+        raise UserError("expected backbone=<run folder, checkpoint or file> and out=<what to write>")
+    out = Path(cfg.out)
+    if cfg.format == "torch" and out.suffix not in (".pt", ".pth"):
+        raise UserError(f"out={cfg.out}: expected a file name that ends in .pt")
+    for path in (out, out.with_suffix(".json")) if cfg.format == "torch" else (out,):
+        if path.exists():
+            raise UserError(f"out={cfg.out}: {path} is already there; choose a new name or remove it")
+    backbone, info = load_backbone(cfg.backbone, cfg.model, cfg.encoder)
+    backbone.eval()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    difference = (export_timm if cfg.format == "timm" else export_torch)(backbone, info, out)
+    parameters = sum(p.numel() for p in backbone.parameters())
+    say(f"{out}: {backbone.name}, {parameters:,} parameters; outputs read back differ by {difference:.1e}")
+    return out
+
+
+# ---- timm
+
+
+def export_timm(backbone: Backbone, info: dict[str, Any], out: Path) -> float:
+    """The folder that timm loads; returns the largest relative difference of timm's outputs from ours."""
+    config = timm_config(backbone, info)
+    weights = backbone if isinstance(backbone, GCViT) else backbone.model
+    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    temporary.mkdir()
+    try:
+        write_tensors(temporary / "model.safetensors", weights.state_dict())
+        (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (temporary / "README.md").write_text(readme(config, out.name))
+        difference = max(compare(backbone, build(temporary)) for build in builders(config))
+        os.rename(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return difference
+
+
+def timm_config(backbone: Backbone, info: dict[str, Any]) -> dict[str, Any]:
+    """config.json: timm's own keys, and ours under "gcssl"."""
+    args = backbone.model_args
+    if isinstance(backbone, GCViT):
+        variant = recognise(args)
+        native = variant in TIMM_HAS
+        name = "gcvit_nano" if variant == "gcvit" else variant  # ours take any arguments of the class
+        model_args = {k: args[k] for k in (ENTRY_ARGS if native else CLASS_ARGS)}
+        size = (args["in_chans"], *backbone.img_size)
+        cfg = timm_cfg(backbone.img_size, input_size=size, architecture=name).to_dict()
+    else:
+        name, model_args = backbone.name, dict(backbone.model._model_args)
+        cfg = {**backbone.model.pretrained_cfg, "input_size": (args["in_chans"], *backbone.img_size)}
+        for source in ("url", "file", "hf_hub_id", "source"):
+            cfg.pop(source, None)
+    for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation"):
+        cfg[key] = info[key]
+    cfg["num_classes"] = backbone.num_classes
+    config = {"architecture": name, "num_classes": backbone.num_classes, "num_features": backbone.num_features,
+              "pretrained_cfg": cfg, "model_args": model_args}  # fmt: skip
+    if info.get("class_names") and len(info["class_names"]) == backbone.num_classes:
+        config["label_names"] = info["class_names"]
+    return {**config, "gcssl": {**info, **backbone_core(backbone)}}
+
+
+def backbone_core(backbone: Backbone) -> dict[str, Any]:
+    """The part of the description that the weights decide."""
+    info = backbone_info(backbone)
+    return {k: info[k] for k in ("name", "model_args", "img_size", "windows", "num_classes")}
+
+
+def builders(config: dict[str, Any]) -> list[Callable[[Path], nn.Module]]:
+    """The ways in which timm builds this export: its registry and, for our variants, its class."""
+
+    def from_registry(folder: Path) -> nn.Module:
+        return timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+    def from_class(folder: Path) -> nn.Module:
+        model = GlobalContextVit(**json.loads((folder / "config.json").read_text())["model_args"])
+        model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+        return model
+
+    return [from_registry, from_class] if "embed_dim" in config["model_args"] else [from_registry]
+
+
+def compare(backbone: Backbone, other: nn.Module) -> float:
+    """Largest relative difference of outputs and features of two images; UserError above TOLERANCE."""
+    images = torch.rand(
+        2, backbone.model_args["in_chans"], *backbone.img_size, generator=torch.Generator().manual_seed(0)
+    )
+    device = next(backbone.parameters()).device
+    ours: nn.Module = backbone if isinstance(backbone, GCViT) else backbone.model
+    worst = 0.0
+    with torch.no_grad():
+        for a, b in (
+            (ours(images.to(device)).cpu(), other.eval()(images)),
+            (_features(ours, images.to(device)).cpu(), _features(other, images)),
+        ):
+            worst = max(worst, ((a - b).abs().max() / a.abs().max().clamp(min=1e-12)).item())
+    if not worst <= TOLERANCE:  # also when it is not a number
+        raise UserError(
+            f"{backbone.name}: outputs read back differ by {worst:.1e} > {TOLERANCE}; nothing written"
+        )
+    return worst
+
+
+def _features(model: Any, images: Tensor) -> Tensor:
+    return model.forward_features(images)
+
+
+def readme(config: dict[str, Any], name: str) -> str:
+    """How to load the folder, and what it is."""
+    info = config["gcssl"]
+    lines = [f"# {info['name']}", ""]
+    what = ", ".join(f"{k} {info[k]}" for k in ("objective", "step", "encoder") if info.get(k) is not None)
+    lines += [f"Written by gcssl ({what or 'no training stated'})."]
+    if "embed_dim" in config["model_args"]:
+        lines += [
+            "",
+            "timm's registry lacks this variant; timm's class has it:",
+            "",
+            "```python",
+            "import json",
+        ]
+        lines += ["import safetensors.torch", "from timm.models.gcvit import GlobalContextVit"]
+        lines += [f'model = GlobalContextVit(**json.load(open("{name}/config.json"))["model_args"])']
+        lines += [f'model.load_state_dict(safetensors.torch.load_file("{name}/model.safetensors"))', "```"]
+        lines += ["", "After `import gcssl` its registry has it too:"]
+    lines += ["", "```python", "import timm"]
+    lines += [f'model = timm.create_model("local-dir:{name}", pretrained=True)', "```"]
+    return "\n".join(lines) + "\n"
+
+
+# ---- torch
+
+
+def export_torch(backbone: Backbone, info: dict[str, Any], out: Path) -> float:
+    """A state dict and its description; returns the largest relative difference of the outputs read back."""
+    described = out.with_suffix(".json")
+    files = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in (out, described)]
+    try:
+        torch.save({k: v.detach().cpu() for k, v in backbone.state_dict().items()}, files[0])
+        files[1].write_text(json.dumps({**info, **backbone_core(backbone)}, indent=1) + "\n")
+        again = rebuild(Saved({}, backbone.name, json.loads(files[1].read_text())["model_args"], {}))
+        load_weights(again, torch.load(files[0], weights_only=True))
+        difference = compare(backbone, again if isinstance(again, GCViT) else again.model)
+        os.replace(files[1], described)
+        os.replace(files[0], out)
+    finally:
+        for path in files:
+            path.unlink(missing_ok=True)
+    return difference
+
+
+def main(argv: list[str]) -> None:
+    export(load_config(ExportConfig, argv))
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,46 @@
+"""Writing files so that a reader finds the old content or the new, never half of it."""
+
+import os
+from pathlib import Path
+
+
+def fsync_folder(path: Path) -> None:
+    """Make a rename or a new entry in this folder survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def umask_mode() -> int:
+    """The mode that a plain open() would give.
+
+    os.umask can only be read by setting it; a file tells it without a race.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("Umask:"):
+                return 0o666 & ~int(line.split()[1], 8)
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def atomic_write(path: Path | str, content: bytes | str) -> None:
+    """Write next to `path`, fsync, rename over it, fsync the folder.
+
+    Leaves no temporary file behind on an error.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)

@@ -1,0 +1,139 @@
+"""Folders of image files: torchvision's layout, one tree of classes, flat folders, official and Kaggle ImageNet."""
+
+import csv
+import os
+from functools import partial
+from pathlib import Path
+
+from gcssl.config import DataConfig
+from gcssl.errors import UserError
+from gcssl.sources import TEST_NAMES, TRAIN_NAMES, Files, Found, Raw
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif")
+KAGGLE = Path("ILSVRC/Data/CLS-LOC")  # below the folder that Kaggle's archive unpacks into
+KAGGLE_LABELS = "LOC_val_solution.csv"
+
+
+def find_folders(cfg: DataConfig, root: Path) -> Found:
+    """The splits of a folder of images, opened on demand; empty when there is no image at all.
+
+    Sub-folders with a split's name are splits, others are classes (ids in the order of the sorted names); a
+    folder without classes is unlabelled. The ids of every split are those of the training folder.
+    """
+    for inner in (KAGGLE, Path("Data/CLS-LOC")):
+        if (root / inner / "train").is_dir():
+            labels = root / KAGGLE_LABELS
+            found = _splits(cfg, root / inner, str(labels) if labels.is_file() else None)
+            return found
+    return _splits(cfg, root, None)
+
+
+def _splits(cfg: DataConfig, root: Path, default_labels: str | None) -> Found:
+    named = {cfg.train_split, cfg.val_split, *TRAIN_NAMES, *TEST_NAMES}
+    folders = _folders(root)
+    splits = [name for name in folders if name in named or name.lower() in named]
+    others = [name for name in folders if name not in splits and _has_image(root / name)]
+    if not splits or others or _images(root):  # a class may be called "train": then it has sisters that are classes
+        return {"train": partial(_labelled_tree, root)} if _has_image(root) else {}
+    found: Found = {}
+    train = next((n for n in splits if n == cfg.train_split or n.lower() in TRAIN_NAMES), None)
+    for name in splits:
+        if not _has_image(root / name):
+            continue
+        if name == train or train is None:
+            found[name] = partial(_labelled_tree, root / name)
+        else:
+            labels = cfg.val_labels or default_labels
+            found[name] = partial(_test_tree, root / name, root / train, labels, name.lower() in TEST_NAMES[:4])
+    return found
+
+
+def _labelled_tree(root: Path) -> Raw:
+    """Class folders, or images without labels. One class alone says nothing: unlabelled."""
+    names, labels, classes = _tree(root)
+    if len(classes) < 2:
+        return Raw(Files(root, names))
+    return Raw(Files(root, names), labels, classes)
+
+
+def _test_tree(root: Path, train: Path, val_labels: str | None, needs_labels: bool) -> Raw:
+    """A test split beside `train`: class folders named as there, or flat files with a label file."""
+    names, labels, classes = _tree(root)
+    if len(classes) >= 2:
+        return Raw(Files(root, names), labels, classes)
+    if not needs_labels or len([c for c in _folders(train) if _has_image(train / c)]) < 2:
+        return Raw(Files(root, names))
+    if val_labels is None:
+        raise UserError(
+            f"data.val_labels: not given, and {root} holds {len(names)} files without class folders; expected its "
+            f"label file ({KAGGLE_LABELS}, or one class name per line in the order of the sorted file names)"
+        )
+    return Raw(Files(root, names), read_label_file(Path(val_labels), names), None)
+
+
+def read_label_file(path: Path, names: list[str]) -> list[str]:
+    """Class names of `names` (sorted file names) from Kaggle's csv or from one name per line."""
+    if not path.is_file():
+        raise UserError(f"data.val_labels: given {path}, no such file")
+    if path.suffix.lower() == ".csv":
+        with path.open(newline="") as file:
+            rows = [row for row in csv.reader(file) if len(row) > 1]
+        by_image = {row[0]: row[1].split()[0] for row in rows if row[1].split()}
+        missing = [name for name in names if Path(name).stem not in by_image]
+        if missing:
+            raise UserError(f"data.val_labels: {path} has no row for {len(missing)} of {len(names)} files, first {missing[0]}")
+        return [by_image[Path(name).stem] for name in names]
+    lines = path.read_text().split("\n")
+    lines = [line.strip() for line in lines if line.strip()]
+    if len(lines) != len(names):
+        raise UserError(f"data.val_labels: {path} has {len(lines)} lines, expected one for each of {len(names)} files")
+    if all(line.isdigit() for line in lines):
+        raise UserError(
+            f"data.val_labels: {path} holds numbers, whose order is not that of the class names; expected one class name "
+            f"(n01440764, ...) per line, or {KAGGLE_LABELS}"
+        )
+    return lines
+
+
+def _tree(root: Path) -> tuple[list[str], list[int], list[str]]:
+    """(file names relative to root, sorted within a class; class ids; class names). Files at the top: no classes."""
+    flat = _images(root)
+    if flat:
+        return flat, [], []
+    names: list[str] = []
+    labels: list[int] = []
+    classes: list[str] = []
+    for folder in _folders(root):
+        files = _below(root / folder)
+        if files:
+            names += [f"{folder}/{file}" for file in files]
+            labels += [len(classes)] * len(files)
+            classes.append(folder)
+    return names, labels, classes
+
+
+def _folders(root: Path) -> list[str]:
+    with os.scandir(root) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+
+def _images(root: Path) -> list[str]:
+    with os.scandir(root) as entries:
+        return sorted(e.name for e in entries if _is_image(e.name) and e.is_file())
+
+
+def _below(root: Path) -> list[str]:
+    """All image files below root, relative to it, sorted."""
+    names = []
+    for folder, _, files in os.walk(root, followlinks=True):
+        prefix = os.path.relpath(folder, root)
+        names += [file if prefix == "." else f"{prefix}/{file}" for file in files if _is_image(file)]
+    return sorted(names)
+
+
+def _has_image(root: Path) -> bool:
+    return any(_is_image(file) for _, _, files in os.walk(root, followlinks=True) for file in files)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")

@@ -1,0 +1,161 @@
+"""Config keys: which exist, what each may hold, and the one line that says so to who got it wrong."""
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from gcssl.errors import UserError
+
+# Strings of which only these are legal, wherever a schema has the key. A field of another schema may carry
+# its own: field(default=..., metadata={"choices": (...)}).
+CHOICES = {
+    "encoder": ("student", "teacher"),
+    "format": ("timm", "torch"),
+    "model.bias_resize": ("bicubic", "crop"),
+    "augment.where": ("device", "worker"),
+    "augment.interpolation": ("bilinear", "bicubic"),
+    "train.optimizer": ("adamw", "sgd"),
+    "train.lr_rule": ("linear", "sqrt", "none"),
+    "train.precision": ("fp32", "bf16", "fp16"),
+    "train.on_collapse": ("warn", "stop"),
+    "eval.backend": ("auto", "faiss", "torch"),
+    "log.trackers": ("tensorboard",),
+}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "", stop: Collection[str] = ()) -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; a key in `stop` keeps its dict as its value."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and value and key not in stop:
+            flat |= flatten(value, key + ".", stop)
+        else:
+            flat[key] = value
+    return flat
+
+
+def diff_configs(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """One line `key: old -> new` for each key that differs."""
+    old, new = flatten(a), flatten(b)
+    absent = "(absent)"
+    keys = [key for key in {**old, **new} if key not in old or key not in new or old[key] != new[key]]
+    return [f"{key}: {show(old.get(key, absent))} -> {show(new.get(key, absent))}" for key in keys]
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """`; did you mean x?` where a choice is near, nothing otherwise."""
+    found = difflib.get_close_matches(name, list(choices), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What is known of one key: its annotation, default and choices."""
+
+    kind: Any
+    default: Any
+    choices: tuple[str, ...]
+
+    def expected(self) -> str:
+        return "one of " + ", ".join(self.choices) if self.choices else _type_name(self.kind)
+
+
+def leaves(config: Any, prefix: str = "") -> dict[str, Leaf]:
+    """Every key that can be set, by its full name."""
+    kinds = typing.get_type_hints(type(config))
+    found: dict[str, Leaf] = {}
+    for item in dataclasses.fields(config):
+        key, value = prefix + item.name, getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            found |= leaves(value, key + ".")
+        else:
+            choices = item.metadata.get("choices", CHOICES.get(key, ()))
+            found[key] = Leaf(kinds[item.name], value, tuple(choices))
+    return found
+
+
+def arms(kind: Any) -> list[Any]:
+    """int | None -> [int, NoneType]."""
+    union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+    return list(typing.get_args(kind)) if union else [kind]
+
+
+def _type_name(kind: Any) -> str:
+    names = {bool: "true or false", float: "a number", int: "a whole number", str: "text", type(None): "null"}
+    told = []
+    for arm in arms(kind):
+        origin, inner = typing.get_origin(arm), typing.get_args(arm)
+        if origin in (list, tuple):
+            told.append(f"a list of {inner[0].__name__}s" if inner else "a list")
+        elif origin is dict:
+            told.append("keys with values")
+        else:
+            told.append(names.get(arm, getattr(arm, "__name__", str(arm))))
+    return " or ".join(told)
+
+
+def check_value(key: str, value: Any, known: dict[str, Leaf], allow_env: bool, where: str) -> None:
+    """A key that exists, no reading of the environment, no value that OmegaConf would bend into shape."""
+    if key not in known:
+        raise UserError(f"{key}: {_unknown(key, value, known)}{where}")
+    if not allow_env and re.search(r"\$\{\s*oc\.env", json.dumps(value, default=str)):
+        raise UserError(
+            f"{key}: {value} reads the environment; put allow_env=true on the command line to let it{where}"
+        )
+    legal = arms(known[key].kind)
+    bent_to_text = isinstance(value, bool) and str in legal and bool not in legal
+    bent_to_bool = bool in legal and isinstance(value, (int, float)) and not isinstance(value, bool)
+    if bent_to_text or bent_to_bool:
+        hint = " (yaml reads yes, no, on, off as true and false: quote them)" if bent_to_text else ""
+        raise UserError(f"{key}: given {show(value)}, expected {known[key].expected()}{hint}{where}")
+
+
+def _unknown(key: str, value: Any, known: dict[str, Leaf]) -> str:
+    inside = [name for name in known if name.startswith(key + ".")]
+    if inside:
+        return f"given {show(value)}, expected keys inside it: {inside[0]}=... and the like"
+    parent, _, last = key.rpartition(".")
+    outer = next((name for name in known if key.startswith(name + ".")), None)
+    if outer is not None:
+        return f"no such key; {outer} is {known[outer].expected()} and holds no keys"
+    siblings = {
+        name[len(parent) + 1 if parent else 0 :].split(".")[0] for name in known if name.startswith(parent)
+    }
+    near = difflib.get_close_matches(last, sorted(siblings), n=1)
+    if near:
+        return f"no such key; did you mean {parent + '.' if parent else ''}{near[0]}?"
+    same_name = [name for name in known if name.rpartition(".")[2] == last]
+    near = same_name or difflib.get_close_matches(key, list(known), n=1, cutoff=0.8)
+    if near:
+        return f"no such key; did you mean {near[0]}?"
+    return f"no such key; {parent or 'the config'} has {', '.join(sorted(siblings)) or 'none'}"
+
+
+def check_result(key: str, value: Any, leaf: Leaf) -> None:
+    """What no type says: choices, numbers that are finite, an image size."""
+    values = value if isinstance(value, list) else [value]
+    bad = any(isinstance(number, float) and not math.isfinite(number) for number in values)
+    expected = "a finite number" if bad else leaf.expected()
+    if value is not None and leaf.choices:
+        bad = bad or any(one not in leaf.choices for one in values)
+    if key.endswith("img_size") and leaf.kind is Any and not (value is None and leaf.default is None):
+        sides = [side for side in values if isinstance(side, int) and not isinstance(side, bool) and side > 0]
+        bad = len(sides) != (2 if isinstance(value, list) else 1) or len(sides) != len(values)
+        expected = "a side in pixels (64) or [height,width] ([64,96])"
+    if bad:
+        near = nearest(str(value), leaf.choices)
+        raise UserError(f"{key}: given {show(value)}, expected {expected}{near}")
+
+
+def show(value: Any) -> str:
+    if isinstance(value, str):
+        return value if value and value == value.strip() else repr(value)
+    return json.dumps(value, default=str)

@@ -1,0 +1,316 @@
+"""From a split to batches on the device: which image goes where, in which view, is a function of the seed and the step.
+
+order = f(seed, epoch); global batch s holds order[s * G : (s + 1) * G], and each process takes its slice; a view
+is f(seed, epoch, image, view). No worker holds state, so any worker count and any resume give the same batches.
+"""
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from gcssl.augment import View, ViewSpec, colour, crop_resize, normalize, resize_center_crop
+from gcssl.data import BadImage, Images
+from gcssl.runtime import UserError, rng
+
+# First part of every key after the seed, so that no two uses share numbers.
+ORDER, AUGMENT, REPLACE = 101, 102, 103
+REPLACEMENTS = 20  # bad images in a row before the set is called broken
+
+Key = tuple[int, int, int]  # epoch, image, position in the global batch
+Drawn = tuple[list[tuple[ViewSpec, View]], list[np.ndarray | None]]
+Draw = Callable[[np.random.Generator, tuple[int, int]], Drawn]
+Make = Callable[[Image.Image, int | None, tuple[int, ...]], dict[str, Any]]
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of n images that one epoch runs through: int64 n."""
+    return rng(seed, ORDER, epoch).permutation(n)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """A batch sampler: the micro-batches of one process, from start_step to total_steps.
+
+    Micro-batch a of a step on process `rank` holds positions [(a * world + rank) * batch_size, + batch_size) of the
+    global batch. The ragged end of an epoch is dropped; the permutations differ, so other images miss each time.
+    """
+
+    n: int
+    global_batch: int
+    batch_size: int
+    accumulate: int
+    world: int
+    rank: int
+    seed: int
+    total_steps: int
+    start_step: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size * self.accumulate * self.world != self.global_batch:
+            raise ValueError(
+                f"global_batch {self.global_batch}: expected batch_size {self.batch_size} x accumulate "
+                f"{self.accumulate} x world {self.world}"
+            )
+        if self.n < self.global_batch:
+            raise UserError(
+                f"train.global_batch: given {self.global_batch}, expected at most the {self.n} training images"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.n // self.global_batch
+
+    def __len__(self) -> int:
+        """Micro-batches of this process that are left."""
+        return max(0, self.total_steps - self.start_step) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order, order_epoch = np.empty(0, np.int64), -1
+        for step in range(self.start_step, self.total_steps):
+            epoch, batch = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = epoch_order(self.n, self.seed, epoch), epoch
+            for micro in range(self.accumulate):
+                first = (micro * self.world + self.rank) * self.batch_size
+                start = batch * self.global_batch + first
+                chosen = order[start : start + self.batch_size].tolist()
+                yield [(epoch, index, first + i) for i, index in enumerate(chosen)]
+
+
+class TrainSet(Dataset[dict[str, Any]]):
+    """Items by (epoch, image, position). `make(image, label, key)` turns a decoded image into a dict of arrays.
+
+    `key` is the item's own stream: `rng(*key)` = f(seed, epoch, image). An image that cannot be decoded is replaced by
+    another one, chosen by (image, attempt) alone: the same one in every epoch and on any layout. The item reports it.
+    """
+
+    def __init__(self, images: Images, make: Make, seed: int) -> None:
+        self.images, self.make, self.seed = images, make, seed
+        self.reading: Any = None  # what each worker reads now, -1 for none: shared memory, set by train_loader
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        epoch, index, position = key
+        image, used, bad = self._load(index)
+        label = None if self.images.labels is None else int(self.images.labels[used])
+        item = self.make(image, label, (self.seed, AUGMENT, epoch, index))
+        return item | {"index": used, "position": position, "label": -1 if label is None else label, "bad": bad}
+
+    def _load(self, index: int) -> tuple[Image.Image, int, list[tuple[int, str, str]]]:
+        """(image, its index, what was bad on the way)."""
+        bad: list[tuple[int, str, str]] = []
+        used = index
+        for attempt in range(REPLACEMENTS):
+            self._tell(used)
+            try:
+                return self.images.load(used), used, bad
+            except BadImage as error:
+                bad.append((used, self.images.where(used), str(error)))
+                used = int(rng(index, REPLACE, attempt).integers(len(self.images)))
+            finally:
+                self._tell(-1)
+        raise UserError(
+            f"data.path: {REPLACEMENTS} images in a row cannot be decoded, the last one {bad[-1][1]} ({bad[-1][2]})"
+        )
+
+    def _tell(self, index: int) -> None:
+        info = get_worker_info()
+        if self.reading is not None and info is not None:
+            self.reading[info.id] = index
+
+
+@dataclass
+class ViewMaker:
+    """The `make` of pretraining: an objective's draw, crop and resize here, colour where `where` says."""
+
+    draw: Draw
+    img_size: tuple[int, int]
+    where: str = "device"
+
+    def __post_init__(self) -> None:
+        if self.where not in ("device", "worker"):
+            raise UserError(f"augment.where: given {self.where}, expected device or worker")
+
+    def __call__(self, image: Image.Image, label: int | None, key: tuple[int, ...]) -> dict[str, Any]:
+        drawn, masks = self.draw(rng(*key), self.img_size)
+        views = [crop_resize(image, view, spec) for spec, view in drawn]
+        params = [view.params() for _, view in drawn]
+        if self.where == "worker":
+            views = [_colour_one(x, p) for x, p in zip(views, params, strict=True)]
+        return {"views": views, "params": params, "masks": masks}
+
+
+def _colour_one(x: np.ndarray, params: dict[str, np.ndarray]) -> np.ndarray:
+    """`colour` for one image, rounded back to uint8 3 H W so that a batch stays small."""
+    one = {name: torch.as_tensor(np.asarray(value))[None] for name, value in params.items()}
+    return colour(torch.from_numpy(x)[None], one)[0].mul_(255).round_().to(torch.uint8).numpy()
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of items: every list of views, params or masks becomes a list of stacked tensors, `bad` one list."""
+    return {key: _stack([item[key] for item in items], key) for key in items[0]}
+
+
+def _stack(values: list[Any], key: str) -> Any:
+    first = values[0]
+    if key == "bad":
+        return [entry for value in values for entry in value]
+    if first is None:
+        return None
+    if isinstance(first, dict):
+        return {name: _stack([value[name] for value in values], name) for name in first}
+    if isinstance(first, list):
+        return [_stack([value[i] for value in values], key) for i in range(len(first))]
+    if isinstance(first, Tensor):
+        return torch.stack(values)
+    return torch.from_numpy(np.stack([np.asarray(value) for value in values]))
+
+
+def train_loader(dataset: TrainSet, plan: BatchPlan, workers: int, timeout: int, seed: int = 0) -> DataLoader[Any]:
+    """One loader for the whole rest of the run. A worker that dies or hangs ends it with one line that names the files.
+
+    `seed` only feeds the workers' unused global generators: nothing that decides about a batch comes from them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return _Loader(
+        dataset,
+        batch_sampler=plan,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=collate,
+        timeout=timeout if workers else 0,
+        worker_init_fn=_start_worker,
+        multiprocessing_context=_context() if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=2 if workers else None,
+        generator=generator,
+    )
+
+
+class _Loader(DataLoader[Any]):
+    """A DataLoader whose failures are one line."""
+
+    def __iter__(self) -> Any:
+        dataset = self.dataset
+        if isinstance(dataset, TrainSet) and self.num_workers:
+            dataset.reading = multiprocessing.get_context("fork" if _can_fork() else "spawn").Array(
+                "q", [-1] * self.num_workers, lock=False
+            )
+        iterator = super().__iter__()
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except UserError as error:  # raised in a worker: torch puts the traceback before the message
+                raise UserError(str(error).strip().split("\n")[-1].removeprefix("gcssl.errors.UserError: ")) from None
+            except RuntimeError as error:
+                if "DataLoader" not in str(error) or "Caught" in str(error):
+                    raise
+                raise UserError(self._what_died(error)) from error
+            yield batch
+
+    def _what_died(self, error: RuntimeError) -> str:
+        reason = " ".join(str(error).split())
+        dataset = self.dataset
+        if not isinstance(dataset, TrainSet) or dataset.reading is None:
+            return reason
+        files = [dataset.images.where(index) for index in dataset.reading if index >= 0]
+        doing = f"workers were reading {', '.join(files)}" if files else "no worker was reading a file"
+        return f"{reason[:200]}; {doing} (data.workers={self.num_workers}, data.timeout={self.timeout:g} s)"
+
+
+def _can_fork() -> bool:
+    return "fork" in multiprocessing.get_all_start_methods() and torch.utils.data.get_worker_info() is None
+
+
+def _context() -> str:
+    return "fork" if _can_fork() else "spawn"
+
+
+def _start_worker(_: int) -> None:
+    """One thread a worker; signals are the main process's business, which lets its workers finish."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class _EvalSet(Dataset[dict[str, Any]]):
+    def __init__(
+        self, images: Images, indices: np.ndarray, size: tuple[int, int], crop_pct: float, interpolation: str
+    ) -> None:
+        self.images, self.indices = images, np.asarray(indices, np.int64)
+        self.size, self.crop_pct, self.interpolation = size, crop_pct, interpolation
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        index = int(self.indices[i])
+        label = -1 if self.images.labels is None else int(self.images.labels[index])
+        try:
+            pixels = resize_center_crop(self.images.load(index), self.size, self.crop_pct, self.interpolation)
+        except BadImage:
+            return {"index": index, "image": np.zeros((3, *self.size), np.uint8), "label": label, "ok": False}
+        return {"index": index, "image": pixels, "label": label, "ok": True}
+
+
+def eval_loader(
+    images: Images,
+    indices: np.ndarray,
+    size: tuple[int, int],
+    crop_pct: float,
+    interpolation: str,
+    batch_size: int,
+    workers: int,
+    timeout: int = 300,
+) -> DataLoader[Any]:
+    """Images at `indices` in that order, resized and centre-cropped: {index B, image uint8 B 3 H W, label B, ok B}.
+
+    An image that cannot be decoded comes as zeros with ok False; label is -1 where there is none.
+    """
+    return _Loader(
+        _EvalSet(images, indices, size, crop_pct, interpolation),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        timeout=timeout if workers else 0,
+        worker_init_fn=_start_worker,
+        multiprocessing_context=_context() if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def batch_to_device(
+    batch: dict[str, Any],
+    device: torch.device | str,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    where: str = "device",
+) -> dict[str, Any]:
+    """The batch on `device`, its views normalised floats (coloured here when where == "device").
+
+    `params` stay on the host, where `colour` reads them; `bad` stays a list.
+    """
+    out = dict(batch)
+    for key, value in batch.items():
+        if isinstance(value, Tensor):
+            out[key] = value.to(device, non_blocking=True)
+    out["masks"] = [m if m is None else m.to(device, non_blocking=True) for m in batch.get("masks", [])]
+    views = []
+    for i, x in enumerate(batch.get("views", [])):
+        x = x.to(device, non_blocking=True)
+        x = colour(x, batch["params"][i]) if where == "device" else x.float().div_(255)
+        views.append(normalize(x, mean, std))
+    out["views"] = views
+    return out

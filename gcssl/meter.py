@@ -1,0 +1,115 @@
+"""What a step measures and what the processes must agree on: losses, a finite check, a wish to stop, bad files."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from gcssl.log import say
+from gcssl.runtime import UserError
+
+BadSample = tuple[int, str, str]  # index, path, reason
+
+
+class Meter:
+    """Collects one optimizer step's scalars over its micro-batches and reduces them over the processes."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.outs: list[dict[str, Tensor]] = []
+        self.bad: list[BadSample] = []
+        self.waited = 0.0  # seconds spent waiting for batches
+        self.began = 0.0  # when the first batch was there: start-up does not count
+
+    def waiting(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """The loader's batches; the time spent waiting for them is measured."""
+        batches = iter(loader)
+        batch = next(batches, None)
+        self.began = time.perf_counter()
+        while batch is not None:
+            yield batch
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time so far that was spent waiting for data."""
+        return self.waited / max(time.perf_counter() - self.began, 1e-9)
+
+    def summary(self, n_images: int) -> str:
+        """What the run cost; n_images: seen by all processes since the start."""
+        seconds = max(time.perf_counter() - self.began, 1e-9)
+        speed, memory = n_images / seconds, peak_memory(self.accelerator.device)
+        return f"{n_images} images in {seconds:.0f} s: {speed:.0f} images/s, {self.data_wait:.1%} waiting for data, {memory:.0f} MB"
+
+    def add(self, out: dict[str, Any]) -> None:
+        """Keep the scalars of one micro-batch; keys that begin with an underscore are the objective's own."""
+        self.outs.append({k: v.detach().float() for k, v in out.items() if not k.startswith("_")})
+
+    def agree(self, grad_norm: Tensor, stop: bool) -> dict[str, float]:
+        """Means over micro-batches and processes, with `finite`, `stop` and `bad`: one all-reduce, one host read."""
+        keys = list(self.outs[0])
+        losses = torch.stack([torch.stack([out[k].to(grad_norm.device) for k in keys]) for out in self.outs]).mean(0)
+        local = torch.cat([losses, grad_norm.detach().float().reshape(1)])
+        judged = losses if self.accelerator.scaler is not None else local  # a loss scaler skips infinite gradients itself
+        flags = torch.stack([(~torch.isfinite(judged)).any().float(), local.new_tensor(stop), local.new_tensor(len(self.bad))])
+        packed = torch.cat([flags, local / self.accelerator.num_processes])
+        if self.accelerator.num_processes > 1:
+            dist.all_reduce(packed)
+        infinite, stop_sum, bad, *means = packed.tolist()
+        self.outs = []
+        values = dict(zip([*keys, "grad_norm"], means, strict=True))
+        return values | {"finite": infinite == 0, "stop": stop_sum > 0, "bad": bad > 0}
+
+    def take_bad(self) -> list[BadSample]:
+        bad, self.bad = self.bad, []
+        return bad
+
+
+def peak_memory(device: torch.device) -> float:
+    """MB: what tensors took at most on a GPU, else this process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class BadSamples:
+    """The files that could not be decoded, each listed once in `bad_samples.jsonl`.
+
+    Raises UserError when more than `max_bad` (a share) of the data set is bad.
+    """
+
+    def __init__(self, folder: Path, n_images: int, max_bad: float) -> None:
+        self.path, self.n_images, self.max_bad = folder / "bad_samples.jsonl", n_images, max_bad
+        self.seen: set[int] = set()
+        if self.path.exists():
+            self.seen = {json.loads(line)["index"] for line in self.path.read_text().splitlines()}
+
+    def record(self, bad: list[BadSample], accelerator: Accelerator) -> None:
+        """Called by every process together, whichever of them met the files."""
+        every = gather_object(bad) if accelerator.num_processes > 1 else bad
+        new = {index: (path, reason) for index, path, reason in sorted(every) if index not in self.seen}
+        if accelerator.is_main_process and new:
+            with self.path.open("a") as file:
+                for index, (path, reason) in new.items():
+                    file.write(json.dumps({"index": index, "path": path, "reason": reason}) + "\n")
+        if new and not self.seen:
+            index, (path, reason) = next(iter(new.items()))
+            say(f"bad image replaced: {path} ({reason}); all of them are listed in {self.path}")
+        self.seen |= set(new)
+        if len(self.seen) > self.max_bad * self.n_images:
+            raise UserError(
+                f"data.max_bad={self.max_bad}: {len(self.seen)} of {self.n_images} images cannot be decoded, listed in"
+                f" {self.path}; mend them or raise data.max_bad"
+            )

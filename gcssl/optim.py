@@ -1,0 +1,125 @@
+"""Parameter groups, optimizers, and learning rates as pure functions of the step."""
+
+import math
+from collections.abc import Collection, Iterable
+from fnmatch import fnmatch
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gcssl.errors import UserError
+
+if TYPE_CHECKING:
+    from gcssl.config import TrainConfig
+
+UNDECAYED = ("*.bias", "bias", "*token*", "*relative_position_bias_table*", "*pos_embed*")
+
+
+def param_groups(
+    named_params: nn.Module | Iterable[tuple[str, Tensor]],
+    weight_decay: float,
+    no_decay: Collection[str] = (),
+    layer_ids: dict[str, int] | None = None,
+    layer_decay: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Groups of equal weight decay and lr scale; each trainable parameter once, in the order given.
+
+    Undecayed: vectors and scalars, names in `no_decay` (also of a part: "a" matches "encoder.a"), and names
+    that match UNDECAYED (biases, tokens, bias tables).
+    layer_ids: name -> depth, 0 the first layer; scale = layer_decay ** (deepest id - id), as in BEiT
+    (arXiv:2106.08254); a name without an id is a new head and keeps scale 1. None: every scale is 1.
+    Group keys: params, names, weight_decay, lr_scale, decay.
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}")
+    if isinstance(named_params, nn.Module):
+        named_params = named_params.named_parameters()
+    deepest = max(layer_ids.values(), default=0) if layer_ids else 0
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    seen: set[int] = set()
+    for name, parameter in named_params:
+        if not parameter.requires_grad or id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        undecayed = parameter.ndim < 2 or any(fnmatch(name, pattern) for pattern in UNDECAYED)
+        decay = not undecayed and not any(f".{name}".endswith(f".{other}") for other in no_decay)
+        depth = layer_ids.get(name, deepest) if layer_ids else deepest
+        scale = layer_decay ** (deepest - depth)
+        group = groups.setdefault(
+            (scale, decay),
+            {
+                "params": [],
+                "names": [],
+                "weight_decay": weight_decay if decay else 0.0,
+                "lr_scale": scale,
+                "decay": decay,
+            },
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return sorted(groups.values(), key=lambda group: (group["lr_scale"], group["decay"]))
+
+
+def groups_table(groups: list[dict[str, Any]]) -> str:
+    """One line a group: lr scale, weight decay, count of tensors and of numbers, first name."""
+    lines = ["lr scale  decay   tensors  parameters  first"]
+    for group in groups:
+        numbers = sum(parameter.numel() for parameter in group["params"])
+        lines.append(
+            f"{group['lr_scale']:8.4f}  {group['weight_decay']:<6g}  {len(group['params']):7d}  "
+            f"{numbers:10,d}  {group['names'][0]}"
+        )
+    return "\n".join(lines)
+
+
+def make_optimizer(groups: list[dict[str, Any]], cfg: "TrainConfig") -> torch.optim.Optimizer:
+    """AdamW (fused where torch has it for the device) or SGD with momentum 0.9.
+
+    Its lr is set by set_lr every step.
+    """
+    if cfg.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    if cfg.optimizer != "adamw":
+        raise UserError(f"train.optimizer: given {cfg.optimizer}, expected one of adamw, sgd")
+    if len(cfg.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.betas):
+        raise UserError(f"train.betas: given {cfg.betas}, expected two numbers in [0, 1)")
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    fused = devices <= {"cpu", "cuda"}
+    return torch.optim.AdamW(groups, lr=0.0, betas=(cfg.betas[0], cfg.betas[1]), fused=fused)
+
+
+def scaled_lr(cfg: "TrainConfig", global_batch: int) -> float:
+    """Peak lr: train.blr x (global batch / train.lr_base) ** p, p = 1 (linear), 1/2 (sqrt) or 0 (none)."""
+    powers = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}
+    if cfg.lr_rule not in powers:
+        raise UserError(f"train.lr_rule: given {cfg.lr_rule}, expected one of {', '.join(powers)}")
+    if cfg.lr_base < 1:
+        raise UserError(f"train.lr_base: given {cfg.lr_base}, expected at least 1")
+    return cfg.blr * (global_batch / cfg.lr_base) ** powers[cfg.lr_rule]
+
+
+def cosine(step: int, total: int, start: float, end: float) -> float:
+    """Half a cosine from `start` at step 0 to `end` at step `total` and after."""
+    share = min(max(step / max(total, 1), 0.0), 1.0)
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def lr_at(step: int, total: int, warmup_steps: int, lr: float, min_lr: float) -> float:
+    """Learning rate of the update after `step` done updates; step 0 is the first.
+
+    Linear warm-up: lr * (step + 1) / (warmup_steps + 1), so the first update is not lost at 0 and step ==
+    warmup_steps has lr; then half a cosine that would reach min_lr at step == total, one past the last
+    update.
+    """
+    if step < warmup_steps:
+        return lr * (step + 1) / (warmup_steps + 1)
+    return cosine(step - warmup_steps, total - warmup_steps, lr, min_lr)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float | None = None) -> None:
+    """Give each group lr x its lr_scale; weight_decay, where given, to the groups that decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+        if weight_decay is not None and group.get("decay", True):
+            group["weight_decay"] = weight_decay

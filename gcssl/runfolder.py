@@ -1,0 +1,297 @@
+"""The folder of one run: locked while in use, bound to a config, and saying how the run ended."""
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from gcssl.config import config_dict, diff_configs, read_yaml, to_yaml
+from gcssl.errors import UserError, is_main_process, outcome
+from gcssl.files import atomic_write
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# What a later start of the same run may change. The batch keys only where the global batch stays the same.
+FREE_KEYS = (
+    "data.workers",
+    "data.timeout",
+    "log.",
+    "checkpoint.",
+    "runtime.",
+    "train.max_hours",
+    "out",
+    "allow_env",
+)
+BATCH_KEYS = ("train.batch_size", "train.accumulate", "train.global_batch")
+PRODUCTS = ("checkpoints", "metrics.jsonl", "backbone.safetensors", "backbone.json", "bad_samples.jsonl")
+PACKAGES = (
+    "gcssl",
+    "torch",
+    "torchvision",
+    "timm",
+    "accelerate",
+    "datasets",
+    "omegaconf",
+    "safetensors",
+    "pillow",
+    "numpy",
+    "faiss-gpu",
+    "faiss-cpu",
+)
+
+
+def agree(value: Any) -> Any:
+    """The main process's value in every process (plain values; without a process group: the value itself)."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+class RunFolder:
+    """`with RunFolder(out, config, facts) as run:` opens or continues the run of this config in `out`.
+
+    config: config_dict(cfg). facts: JSON values that must not change although the config may, such as
+    {"global_batch": 256, "data": fingerprint}; with "global_batch" given, the keys it derives from are free.
+    Entering raises UserError (in every process alike) for a folder in use, or one whose run has another
+    config. Nothing is written over before start(), which the program calls once data and model were accepted.
+    Leaving writes status.json from the exception that passes; a refused start leaves that of an older run.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        config: Any,
+        global_batch: int | None = None,
+        accelerator: "Accelerator | None" = None,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        if not str(out):
+            raise UserError("out: no folder given; write e.g. out=runs/a")
+        self.path = Path(out)
+        self.config: dict[str, Any] = config if isinstance(config, dict) else config_dict(config)
+        self.facts = {**({} if global_batch is None else {"global_batch": global_batch}), **(facts or {})}
+        self.is_main = is_main_process() if accelerator is None else accelerator.is_main_process
+        self.resumed = False  # the folder holds steps of this run already
+        self.step = 0  # last step told to progress()
+        self._begun = ""  # when this start began; also tells its status from that of an earlier start
+        self._started = False
+        self._lock: int | None = None
+
+    def __enter__(self) -> Self:
+        problem: str | None = None
+        if self.is_main:
+            try:
+                self._open()
+            except UserError as error:
+                problem = str(error)
+                self._release()
+        problem, self.resumed, self._begun, self.step = agree((problem, self.resumed, self._begun, self.step))
+        if problem is not None:
+            raise UserError(problem)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        state, code, reason = outcome(error)
+        try:
+            if state == "finished" and not self._started:
+                self.start()
+            if state == "refused" and self.resumed and not self._started:
+                pass  # the run in the folder is as it was
+            elif self.is_main:
+                self._end(state, code, reason)
+            elif state in ("refused", "failed"):  # the main process may only see a lost connection
+                self._end(state, code, f"process {os.environ['RANK']}: {reason}")
+        except OSError as failure:
+            print(f"gcssl: {self.path}/status.json: cannot be written: {failure}", file=sys.stderr)
+        self._release()
+
+    def progress(self, step: int, **more: Any) -> None:
+        """Tell status.json that the run goes on and where it is. Main process; the others do nothing."""
+        if not self._started:
+            self.start()
+        self.step = step
+        if self.is_main:
+            self._write("running", step=step, **more)
+
+    def _open(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+        except OSError as error:
+            raise UserError(f"out: {self.path} cannot be written to: {error.strerror}") from None
+        self._compare()
+        self._begun = datetime.now(UTC).isoformat()
+
+    def start(self) -> None:
+        """Bind the folder to this config: from here on nothing is left to refuse.
+
+        Main process; the others do nothing.
+        """
+        self._started = True
+        if not self.is_main:
+            return
+        try:
+            environment = json.dumps(self._environment(), indent=1)
+            atomic_write(self.path / "config.yaml", to_yaml(self.config))
+            atomic_write(self.path / "env.json", environment + "\n")
+            self.progress(self.step)
+        except OSError as error:
+            raise UserError(f"out: {self.path} cannot be written to: {error.strerror}") from None
+
+    def _compare(self) -> None:
+        """Refuse what would change the run that is already in the folder."""
+        used = [name for name in PRODUCTS if _holds_something(self.path / name)]
+        old = self._read_yaml("config.yaml")
+        if not used:
+            return  # nothing was done yet: a start that was refused, or stopped before its first step
+        if old is None:
+            raise UserError(
+                f"out: {self.path} holds {', '.join(used)} but no config.yaml; give another folder"
+            )
+        free = FREE_KEYS + (BATCH_KEYS if "global_batch" in self.facts else ())
+        old_facts = self._read_json("env.json").get("facts", {})
+        lines = [line for line in diff_configs(old, self.config) if not _is_free(line.split(":")[0], free)]
+        common = old_facts.keys() & self.facts.keys()
+        lines += [
+            f"{k}: {old_facts[k]} -> {self.facts[k]}" for k in sorted(common) if old_facts[k] != self.facts[k]
+        ]
+        if lines:
+            raise UserError(
+                f"out: {self.path} holds a run with another config ({'; '.join(lines)}); "
+                "set these back to continue it, or give another folder"
+            )
+        self.resumed = True
+        self.step = int(self._read_json("status.json").get("step", 0))
+
+    def _take_lock(self) -> None:
+        self._lock = lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        # A loader worker that outlives a killed run must not keep the lock, which forked processes share.
+        os.register_at_fork(after_in_child=self._release)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(lock, 200).decode(errors="replace").strip() or "another process"
+            raise UserError(
+                f"out: {self.path} is in use by {owner}; wait until it ends or give another folder"
+            ) from None
+        except OSError:
+            return  # a file system without locks
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _end(self, state: str, code: int, reason: str) -> None:
+        old = self._read_json("status.json")
+        ended_first = old.get("begun") == self._begun and old.get("state") in ("failed", "refused")
+        if not ended_first:
+            self._write(state, step=self.step, exit_code=code, reason=reason)
+
+    def _write(self, state: str, **more: Any) -> None:
+        now = datetime.now(UTC).isoformat()
+        host = socket.gethostname()
+        status = {"state": state, **more, "time": now, "begun": self._begun, "host": host, "pid": os.getpid()}
+        atomic_write(self.path / "status.json", json.dumps(status, indent=1) + "\n")
+
+    def _environment(self) -> dict[str, Any]:
+        old = self._read_json("env.json")
+        earlier = old.pop("earlier", [])
+        now = {"begun": self._begun, **environment(), "facts": self.facts}
+        return {**now, "earlier": ([*earlier, old] if old else earlier)[-20:]}
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        try:
+            content = json.loads((self.path / name).read_text())
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def _read_yaml(self, name: str) -> dict[str, Any] | None:
+        return read_yaml(self.path / name) if (self.path / name).exists() else None
+
+
+def _holds_something(path: Path) -> bool:
+    if path.is_dir():
+        return any(path.glob("step_*"))
+    return path.exists() and path.stat().st_size > 0
+
+
+def _is_free(key: str, free: tuple[str, ...]) -> bool:
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in free)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit, hardware and command line of this process, as JSON values."""
+    return {
+        "argv": sys.argv,
+        "cwd": os.getcwd(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "commit": _commit(),
+        "hardware": _hardware(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that runs, with + for changed tracked files; None outside of git."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        told = [
+            subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
+            ).stdout
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told[0].strip() + ("+" if told[1].strip() else "")
+
+
+def _hardware() -> dict[str, Any]:
+    import torch
+
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else []
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "host": socket.gethostname(),
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(memory, 1),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+    }

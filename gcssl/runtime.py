@@ -1,0 +1,260 @@
+"""What a process needs around the training: exit codes, stop signals, seeds, the accelerator.
+
+The run folder is in gcssl/runfolder.py; its names are reached from here.
+"""
+
+import hashlib
+import logging
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from types import FrameType
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from gcssl.errors import NumericStop as NumericStop
+from gcssl.errors import Preempted as Preempted
+from gcssl.errors import UserError as UserError
+from gcssl.errors import is_main_process as is_main_process
+from gcssl.errors import outcome
+from gcssl.runfolder import RunFolder as RunFolder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from gcssl.config import RuntimeConfig, TrainConfig
+
+
+def entry(main: Callable[[list[str]], None]) -> None:
+    """Run a program's main on the command line and leave with its exit code (1 with a traceback)."""
+    quiet_libraries()
+    error: BaseException | None = None
+    try:
+        main(sys.argv[1:])
+    except (Exception, KeyboardInterrupt) as raised:
+        error = raised
+    _, code, reason = outcome(error)
+    if code in (0, 75, 78):  # all processes agree on these, so this cannot wait for a dead one
+        _leave_process_group()
+    if error is not None:
+        _report(error, code, reason)
+    sys.exit(code)
+
+
+def _report(error: BaseException, code: int, reason: str) -> None:
+    """One line on stderr, from the main process; from another one where the main one did not end the job."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    who = ""
+    if not is_main_process():
+        time.sleep(8)  # an error that all have is told by the main process; the launcher then ends this one
+        who = f" (process {os.environ['RANK']})"
+    if code == 1:
+        traceback.print_exception(error)
+    else:
+        print(f"gcssl: {reason}{who}", file=sys.stderr, flush=True)
+
+
+def _leave_process_group() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def quiet_libraries() -> None:
+    """No progress bars, warnings or log lines of libraries, here and in child processes.
+
+    PYTHONWARNINGS and -W win.
+    """
+    quiet = {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "error",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "GRPC_VERBOSITY": "ERROR",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore")
+    for library in (
+        "accelerate",
+        "absl",
+        "datasets",
+        "huggingface_hub",
+        "PIL",
+        "tensorboard",
+        "timm",
+        "torch",
+    ):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
+    if "huggingface_hub" in sys.modules:
+        sys.modules["huggingface_hub"].utils.disable_progress_bars()
+
+
+def _digest(seed: int, key: tuple[int, ...]) -> int:
+    """128 bits from any number of integers; unlike in numpy's SeedSequence, (1,) and (1, 0) differ."""
+    text = b",".join(b"%d" % part for part in (seed, *key))
+    return int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")
+
+
+def rng(seed: int, *key: int) -> np.random.Generator:
+    """The one stateless generator: Philox keyed by all integers; equal keys, equal draws, in any process."""
+    return np.random.Generator(np.random.Philox(key=_digest(seed, key)))
+
+
+def seed_torch(seed: int, *key: int) -> None:
+    """Seed Python's, numpy's and torch's global generators (CUDA included) from a key like that of `rng`."""
+    import torch
+
+    number = _digest(seed, key)
+    random.seed(number)
+    np.random.seed(number & 0xFFFFFFFF)
+    torch.manual_seed(number & 0x7FFFFFFFFFFFFFFF)
+
+
+def batch_layout(train: "TrainConfig", world: int) -> tuple[int, int]:
+    """(accumulation steps, global batch) of `world` processes; from train.global_batch where that is set."""
+    for name in ("batch_size", "accumulate"):
+        if getattr(train, name) < 1:
+            raise UserError(f"train.{name}: given {getattr(train, name)}, expected at least 1")
+    micro = train.batch_size * world
+    if train.global_batch is None:
+        return train.accumulate, micro * train.accumulate
+    if train.global_batch < 1 or train.global_batch % micro:
+        raise UserError(
+            f"train.global_batch: given {train.global_batch}, expected a multiple of {micro} "
+            f"(train.batch_size {train.batch_size} x {world} processes); change train.batch_size"
+        )
+    return train.global_batch // micro, train.global_batch
+
+
+def make_accelerator(train: "TrainConfig", runtime: "RuntimeConfig") -> "Accelerator":
+    """Device, DDP, precision and accumulation from our config; refuses a launcher that sets others."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        GradientAccumulationPlugin,
+        InitProcessGroupKwargs,
+    )
+
+    accumulate, _ = batch_layout(train, int(os.environ.get("WORLD_SIZE", "1")))
+    _refuse_foreign_settings(train, accumulate)
+    set_deterministic(train.deterministic)
+    if train.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.precision: given fp16 on a machine without a GPU, expected fp32 or bf16")
+    if train.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise UserError(f"train.precision: {torch.cuda.get_device_name()} has no bf16, expected fp16 or fp32")
+    # Accelerate keeps both as singletons and refuses other values; another run in this process may differ.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # otherwise torchrun's CPU processes stay strangers
+        mixed_precision="no" if train.precision == "fp32" else train.precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=accumulate, adjust_scheduler=False, sync_with_dataloader=False
+        ),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=runtime.timeout)),
+        ],
+    )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != world:
+        raise UserError(
+            f"launcher: it started {world} processes, of which accelerate sees {accelerator.num_processes}; "
+            "start them with torchrun, or with one of configs/accelerate/"
+        )
+    accelerator.wait_for_everyone()  # a process that ends at once must not leave others half connected
+    return accelerator
+
+
+def _refuse_foreign_settings(train: "TrainConfig", accumulate: int) -> None:
+    """`accelerate launch` hands its config down in the environment, where it would silently win over ours."""
+    ours = "no" if train.precision == "fp32" else train.precision
+    expected = {
+        "ACCELERATE_MIXED_PRECISION": ("mixed_precision", {"no", ours}, "train.precision"),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+            "gradient_accumulation_steps",
+            {"1", str(accumulate)},
+            "train.global_batch or train.accumulate",
+        ),
+        "ACCELERATE_DYNAMO_BACKEND": ("dynamo_backend", {"no"}, "train.compile"),
+        "ACCELERATE_USE_FSDP": ("distributed_type FSDP", {"false"}, "plain data parallelism (MULTI_GPU)"),
+        "ACCELERATE_USE_DEEPSPEED": (
+            "distributed_type DEEPSPEED",
+            {"false"},
+            "plain data parallelism (MULTI_GPU)",
+        ),
+        "ACCELERATE_USE_MEGATRON_LM": (
+            "distributed_type MEGATRON_LM",
+            {"false"},
+            "plain data parallelism (MULTI_GPU)",
+        ),
+    }
+    for variable, (name, allowed, instead) in expected.items():
+        given = os.environ.get(variable)
+        if given is not None and given.lower() not in allowed:
+            raise UserError(f"accelerate config: it sets {name}={given}; remove that and use {instead}")
+
+
+def set_deterministic(on: bool) -> None:
+    """Only deterministic kernels: equal bits on the same GPU model and software.
+
+    Must precede the first CUDA call.
+    """
+    import torch
+
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.deterministic = on
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGUSR1 into a flag that the loop reads between two steps; also train.max_hours.
+
+    The handlers only set the flag. `requested` is this process's own view: the caller reduces it over
+    processes.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, max_hours: float | None = None) -> None:
+        self.reason = ""
+        self.deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
+        self.max_hours = max_hours
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
+
+    @property
+    def requested(self) -> bool:
+        if not self.reason and self.deadline is not None and time.monotonic() >= self.deadline:
+            self.reason = f"train.max_hours={self.max_hours:g} are over"
+        return bool(self.reason)
+
+    def close(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

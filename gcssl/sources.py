@@ -1,0 +1,51 @@
+"""What a layout on disk hands to data.py: a reader and the labels as they were found."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("validation", "valid", "val", "dev", "test", "testing")  # in order of preference
+
+
+class Reader(Protocol):
+    """The images of one split; `read` gives encoded bytes, a file or an image, `where` a name for messages."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, i: int) -> bytes | Path | Image.Image: ...
+
+    def where(self, i: int) -> str: ...
+
+
+@dataclass
+class Raw:
+    """One split as found: `labels` are ids into `classes`, or names or numbers where `classes` is None."""
+
+    reader: Reader
+    labels: Sequence[str] | Sequence[int] | np.ndarray | None = None
+    classes: list[str] | None = None
+
+
+Found = dict[str, Callable[[], Raw]]  # split name -> open it
+
+
+class Files:
+    """Image files below one folder; names are kept in one Arrow buffer, which workers share without copying."""
+
+    def __init__(self, root: Path, names: list[str]) -> None:
+        self.root, self.names = root, pa.array(names, pa.large_string())
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, i: int) -> Path:
+        return self.root / self.names[i].as_py()
+
+    def where(self, i: int) -> str:
+        return str(self.read(i))

@@ -1,0 +1,234 @@
+"""Tables of encoded images, opened by the datasets library: parquet, Arrow, save_to_disk, webdataset, Hub.
+
+Images are never decoded here. Arrow is memory-mapped where it lies, parquet up to 2 GiB is read into memory;
+what has to be copied into a cache is announced with its size.
+"""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gcssl.config import DataConfig
+from gcssl.errors import UserError
+from gcssl.log import say
+from gcssl.sources import TEST_NAMES, TRAIN_NAMES, Found, Raw
+
+if TYPE_CHECKING:
+    import datasets
+
+IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "pixels")
+LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target", "category", "y")
+IN_MEMORY = 2 * 2**30  # bytes of parquet that are read rather than cached
+SHARD = re.compile(r"[-_.]?\d+([-_.]?of[-_.]?\d+)?$")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+class Rows:
+    """The image column of a table."""
+
+    def __init__(self, table: "datasets.Dataset", column: str, name: str, root: Path) -> None:
+        self.table, self.column, self.name, self.root = table.select_columns([column]), column, name, root
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def read(self, i: int) -> bytes | Path:
+        cell = self.table[i][self.column]
+        if isinstance(cell, dict):
+            cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
+        if isinstance(cell, str):
+            return self.root / cell  # an absolute path stays itself
+        if not isinstance(cell, bytes):
+            raise ValueError(f"the cell holds {type(cell).__name__}, expected encoded bytes")
+        return cell
+
+    def where(self, i: int) -> str:
+        return f"{self.name} row {i}"
+
+
+def find_tables(cfg: DataConfig, root: Path) -> Found:
+    """The splits of a folder (or one file) of tables, opened on demand; empty when there is none."""
+    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+        return _from_disk(cfg, root)
+    for suffix, opener in ((".parquet", _parquet), (".arrow", _arrow), (".tar", _webdataset)):
+        files = [root] if root.is_file() and root.suffix == suffix else sorted(root.rglob(f"*{suffix}"))
+        if files:
+            shards = _by_split(files, cfg)
+            return {split: partial(_raw, cfg, root, split, partial(opener, cfg, paths)) for split, paths in shards.items()}
+    return {}
+
+
+def find_hub(cfg: DataConfig) -> Found:
+    """The splits of a dataset on the Hub (or in its cache), copied into the datasets cache."""
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(cfg.path, cache_dir=cfg.cache_dir)
+        size = builder.info.download_size
+        say(f"data: copying {cfg.path} ({_size(size) if size else 'size unknown'}) into {builder.cache_dir}")
+        tables = datasets.load_dataset(cfg.path, cache_dir=cfg.cache_dir)
+    except Exception as error:  # the Hub client raises a dozen types
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"data.path: {cfg.path} is no folder here, and not on the Hub or out of reach ({reason})") from error
+    return {name: partial(_raw, cfg, Path(), name, partial(_same, table)) for name, table in tables.items()}
+
+
+def find_other(cfg: DataConfig, root: Path) -> Found:
+    """Whatever else load_dataset opens (csv or json with paths, metadata files beside images)."""
+    import datasets
+
+    try:
+        tables = datasets.load_dataset(str(root), cache_dir=cfg.cache_dir)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"data.path: {root} holds no images, parquet, arrow or tar files ({reason})") from error
+    return {name: partial(_raw, cfg, root, name, partial(_same, table)) for name, table in tables.items()}
+
+
+def _same(table: "datasets.Dataset") -> "datasets.Dataset":
+    return table
+
+
+def _raw(cfg: DataConfig, root: Path, split: str, opener: Callable[[], "datasets.Dataset"]) -> Raw:
+    import datasets
+
+    table = opener()
+    image, label = pick_columns(table.features, cfg)
+    if isinstance(table.features[image], datasets.Image):
+        table = table.cast_column(image, datasets.Image(decode=False))
+    folder = root if root.is_dir() else root.parent
+    rows = Rows(table, image, f"{root} {split}" if str(root) != "." else f"{cfg.path} {split}", folder)
+    if label is None:
+        return Raw(rows)
+    feature = table.features[label]
+    values = table.select_columns([label])[:][label]
+    if isinstance(feature, datasets.ClassLabel):
+        return Raw(rows, [-1 if v is None else v for v in values], list(feature.names))
+    return Raw(rows, values, None)
+
+
+def pick_columns(features: dict[str, Any], cfg: DataConfig) -> tuple[str, str | None]:
+    """(image column, label column or None): those the config names, else found by type and name."""
+    import datasets
+
+    columns = ", ".join(features)
+    for key in ("image_column", "label_column"):
+        name = getattr(cfg, key)
+        if name is not None and name not in features:
+            raise UserError(f"data.{key}: given {name}, expected one of the columns {columns}")
+    images = [c for c, f in features.items() if isinstance(f, datasets.Image)]
+    image = cfg.image_column or next((c for c in IMAGE_NAMES if c in images), None)
+    if image is None:
+        image = images[0] if len(images) == 1 else None if images else next((c for c in IMAGE_NAMES if c in features), None)
+    if image is None:
+        what = "several image columns" if images else "no image column"
+        raise UserError(f"data.image_column: {what} in {cfg.path}, expected one of the columns {columns} to be named")
+    label = cfg.label_column or next((c for c in LABEL_NAMES if _is_label(features.get(c))), None)
+    if label is None:
+        labels = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel)]
+        if len(labels) > 1:
+            raise UserError(f"data.label_column: several in {cfg.path}, expected one of {', '.join(labels)} to be named")
+        label = labels[0] if labels else None
+    elif not _is_label(features[label]):
+        raise UserError(f"data.label_column: {label} in {cfg.path} holds {features[label]}, expected integers or names")
+    return image, label
+
+
+def _is_label(feature: Any) -> bool:
+    dtype = getattr(feature, "dtype", "")
+    return isinstance(dtype, str) and ("int" in dtype or "string" in dtype)
+
+
+def _by_split(files: list[Path], cfg: DataConfig) -> dict[str, list[Path]]:
+    """Shards grouped by the split that their file (or its folder) names; all without one are the training split."""
+    known = [n for n in (cfg.train_split, cfg.val_split, *TRAIN_NAMES, *TEST_NAMES) if n]
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        words = re.split(r"[-_.]", file.stem)
+        name = next((k for k in known if k == file.stem or k in words or k == file.parent.name), None)
+        groups.setdefault(name or SHARD.sub("", file.stem) or "train", []).append(file)
+    if not any(name in known for name in groups):
+        return {"train": files}
+    return groups
+
+
+def _parquet(cfg: DataConfig, files: list[Path]) -> "datasets.Dataset":
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    total = sum(file.stat().st_size for file in files)
+    if total > IN_MEMORY:
+        return _cached("parquet", cfg, files, total)
+    try:
+        schema = pq.read_schema(files[0])
+        image, label = pick_columns(datasets.Features.from_arrow_schema(schema), cfg)
+        columns = [image] if label is None else [image, label]
+        tables = [pq.ParquetFile(file).read(columns=columns) for file in files]
+        return datasets.Dataset(pa.concat_tables(tables)).select_columns(columns)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"data.path: {_damaged(files)} is no sound parquet ({_short(error)})") from error
+
+
+def _arrow(cfg: DataConfig, files: list[Path]) -> "datasets.Dataset":
+    import datasets
+    import pyarrow as pa
+
+    try:
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"data.path: {files[0].parent} holds no sound Arrow files ({_short(error)})") from error
+
+
+def _webdataset(cfg: DataConfig, files: list[Path]) -> "datasets.Dataset":
+    return _cached("webdataset", cfg, files, sum(file.stat().st_size for file in files))
+
+
+def _from_disk(cfg: DataConfig, root: Path) -> Found:
+    import datasets
+
+    try:
+        tables = datasets.load_from_disk(str(root))
+    except Exception as error:  # damaged state.json, missing shards
+        raise UserError(f"data.path: {root} is no sound save_to_disk folder ({_short(error)})") from error
+    splits = tables if isinstance(tables, dict) else {"train": tables}
+    return {str(name): partial(_raw, cfg, root, str(name), partial(_same, table)) for name, table in splits.items()}
+
+
+def _cached(kind: str, cfg: DataConfig, files: list[Path], total: int) -> "datasets.Dataset":
+    import datasets
+
+    place = cfg.cache_dir or datasets.config.HF_DATASETS_CACHE
+    say(f"data: {kind} of {_size(total)} in {files[0].parent} is read through an Arrow copy in {place} (made once)")
+    try:
+        return datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train", cache_dir=cfg.cache_dir)
+    except Exception as error:  # the builders wrap what the readers raise
+        cause = error.__cause__ or error
+        raise UserError(f"data.path: {files[0].parent} holds no sound {kind} files ({_short(cause)})") from error
+
+
+def _damaged(files: list[Path]) -> Path:
+    """The first of the parquet files that cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for file in files:
+        try:
+            pq.ParquetFile(file).read()
+        except (pa.ArrowException, OSError):
+            return file
+    return files[0]
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def _size(n: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"

@@ -1,0 +1,290 @@
+"""Backbones by name, and back from what runs, exports, timm and NVlabs wrote."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from gcssl.checkpoint import load_checkpoint, read_backbone
+from gcssl.checkpoint import read_checkpoint as read_step
+from gcssl.config import ModelConfig
+from gcssl.errors import UserError
+from gcssl.models.convert import State, describe, from_nvlabs, is_nvlabs, load_weights, read_state
+from gcssl.models.gcvit import GCViT
+from gcssl.models.timm_backbone import TimmBackbone, is_model, known_models, nearest, register_variants
+
+Backbone = GCViT | TimmBackbone
+
+_TINY: dict[str, Any] = {"embed_dim": 64, "num_heads": [2, 4, 8, 16], "mlp_ratio": 3.0, "layer_scale": None}
+_WIDE: dict[str, Any] = {"mlp_ratio": 2.0, "layer_scale": 1e-5}
+
+# name -> arguments of GCViT (arXiv:2206.09959 and NVIDIA's releases); timm's class knows the same names
+BACKBONES: dict[str, dict[str, Any]] = {
+    "gcvit_nano": {**_TINY, "embed_dim": 32, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 4, 8]},
+    "gcvit_xxtiny": {**_TINY, "depths": [2, 2, 6, 2]},
+    "gcvit_xtiny": {**_TINY, "depths": [3, 4, 6, 5]},
+    "gcvit_tiny": {**_TINY, "depths": [3, 4, 19, 5]},
+    "gcvit_tiny2": {**_TINY, "depths": [3, 4, 29, 5]},
+    "gcvit_small": {**_WIDE, "embed_dim": 96, "depths": [3, 4, 19, 5], "num_heads": [3, 6, 12, 24]},
+    "gcvit_small2": {
+        **_WIDE, "embed_dim": 96, "depths": [3, 4, 23, 5], "num_heads": [3, 6, 12, 24], "mlp_ratio": 3.0,
+    },
+    "gcvit_base": {**_WIDE, "embed_dim": 128, "depths": [3, 4, 19, 5], "num_heads": [4, 8, 16, 32]},
+    "gcvit_large": {**_WIDE, "embed_dim": 192, "depths": [3, 4, 19, 5], "num_heads": [6, 12, 24, 48]},
+}  # fmt: skip
+for _name in list(BACKBONES)[1:]:  # the same weights with bias tables for larger images
+    BACKBONES |= {f"{_name}_{size}": {**BACKBONES[_name], "img_size": size} for size in (384, 512)}
+
+FULL_CROP = (
+    "gcvit_xxtiny",
+    "gcvit_tiny",
+    "gcvit_base",
+    "gcvit_large",
+)  # NVIDIA's releases judged without a border
+
+
+def register_with_timm() -> None:
+    """Makes timm.create_model build the variants above that timm lacks (from timm's own class)."""
+    register_variants(BACKBONES)
+
+
+def build_backbone(
+    name: str,
+    img_size: int | Sequence[int] | None = None,
+    num_classes: int = 0,
+    drop_path: float = 0.0,
+    window_ratio: Sequence[int] | None = None,
+    bias_resize: str = "bicubic",
+    in_chans: int = 3,
+    grad_checkpointing: bool = False,
+    **kw: Any,
+) -> Backbone:
+    """A backbone with fresh weights: one of BACKBONES, or any model of timm.
+
+    img_size: side or (H, W) in pixels, where bias tables and position embeddings live; None: the variant's
+    own (224). window_ratio and bias_resize concern GC ViT alone, and so does kw (other arguments of GCViT).
+    """
+    common: dict[str, Any] = {"num_classes": num_classes, "drop_path": drop_path, "in_chans": in_chans}
+    common["grad_checkpointing"] = grad_checkpointing
+    if name in BACKBONES:
+        args = {**BACKBONES[name], **common, "bias_resize": bias_resize, **kw}
+        if img_size is not None:
+            args["img_size"] = img_size
+        if window_ratio is not None:
+            args["window_ratio"] = window_ratio
+        backbone = GCViT(**args)
+        backbone.name = name
+        return backbone
+    if not is_model(name):
+        known = nearest(name, [*BACKBONES, *known_models()])
+        raise UserError(f"model.name={name}: no such model here or in timm; nearest: {known}")
+    if kw or window_ratio is not None:
+        given = ", ".join([*kw, *(["window_ratio"] if window_ratio is not None else [])])
+        raise UserError(f"model.name={name}: {given} concerns GC ViT alone; leave it out for a timm model")
+    return TimmBackbone(name, 224 if img_size is None else img_size, **common)
+
+
+def from_config(model: ModelConfig) -> Backbone:
+    """Fresh weights from the caller's random state."""
+    return build_backbone(
+        model.name, model.img_size, 0, model.drop_path, model.window_ratio, model.bias_resize, model.in_chans,
+        model.grad_checkpointing,
+    )  # fmt: skip
+
+
+def backbone_info(backbone: Backbone, **extra: Any) -> dict[str, Any]:
+    """What backbone.json says: how to rebuild the backbone, what it takes and gives, where it comes from."""
+    info = {
+        "name": backbone.name,
+        "model_args": backbone.model_args,
+        "img_size": list(backbone.img_size),
+        "windows": [list(w) for w in backbone.windows] if isinstance(backbone, GCViT) else None,
+        "stride": backbone.stride,
+        "channels": list(backbone.channels),
+        "num_features": backbone.num_features,
+        "num_classes": backbone.num_classes,
+        "mean": list(backbone.mean),
+        "std": list(backbone.std),
+        "crop_pct": backbone.crop_pct,
+        "crop_mode": "center",
+        "interpolation": backbone.interpolation,
+        "class_names": None,
+        "step": None,
+        "objective": None,
+        "encoder": None,
+    }
+    return {**info, **extra}
+
+
+# ---- loading
+
+
+@dataclass
+class Saved:
+    """Weights as they were found: timm's key layout, and what is known of them."""
+
+    state: State
+    name: str | None  # None: not stated and not recognised
+    args: dict[str, Any]  # of GCViT, or of TimmBackbone
+    info: dict[str, Any]
+
+
+def load_backbone(
+    spec: str, model: ModelConfig, encoder: str | None = None, exact: bool = False
+) -> tuple[Backbone, dict[str, Any]]:
+    """The backbone that `spec` names, and its description (backbone_info's keys).
+
+    spec: a run folder (finished or not), one of its checkpoints, an exported folder or file, a timm or NVlabs
+    checkpoint, "random" (untrained, seed 0 whatever the caller's random state) or "none" (untrained, from the
+    caller's random state). For saved weights `model` must agree or stay at its defaults; drop_path and
+    grad_checkpointing are always taken from it, and img_size when it is set (bias tables are then resized).
+    exact: build what `model` says, img_size and window_ratio included, and load the weights into that, as a
+    new run does.
+    """
+    if spec in ("random", "none"):
+        if spec == "none":
+            backbone = from_config(model)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                backbone = from_config(model)
+        return backbone, backbone_info(backbone, source=spec)
+    if encoder not in (None, "student", "teacher"):
+        raise UserError(f"encoder={encoder}: expected student or teacher")
+    saved = read_saved(Path(spec), encoder)
+    if exact:
+        backbone = from_config(model)
+    else:
+        agree(spec, saved, model)
+        backbone = rebuild(saved, model)
+    notes = load_weights(backbone, saved.state, saved.args.get("img_size"))
+    described = {k: v for k, v in saved.info.items() if k not in backbone_info(backbone) or v is not None}
+    current = (
+        "name",
+        "model_args",
+        "img_size",
+        "windows",
+        "num_classes",
+        "channels",
+        "num_features",
+        "stride",
+    )
+    info = {**backbone_info(backbone), **{k: v for k, v in described.items() if k not in current}}
+    return backbone, {**info, "source": spec, "notes": notes}
+
+
+def read_saved(path: Path, encoder: str | None) -> Saved:
+    """Finds weights and description behind a path. UserError when there are none."""
+    if not path.exists():
+        raise UserError(f"{path}: no such run, checkpoint or file; expected one of these, or random, or none")
+    if path.is_file():
+        return read_weights_file(path)
+    if (path / "backbone.json").is_file():
+        state, info = read_backbone(path)
+        held = info.get("encoder")
+        if encoder in (None, held):
+            return Saved(state, info["name"], info["model_args"], info)
+        if not (path / "checkpoints").is_dir():
+            raise UserError(f"{path}: holds the {held} encoder, encoder={encoder} was asked for")
+    if (path / "config.json").is_file():
+        info = json.loads((path / "config.json").read_text()).get("gcssl")
+        if info is None:
+            return read_weights_file(path / "model.safetensors")
+        return Saved(read_state(path), info["name"], info["model_args"], info)
+    return read_run(path, encoder)
+
+
+def read_weights_file(path: Path) -> Saved:
+    """An exported torch file, with its json beside it, or a timm or NVlabs checkpoint."""
+    beside = path.with_suffix(".json")
+    state = read_state(path)
+    described = json.loads(beside.read_text()) if beside.is_file() else {}
+    if "model_args" in described:
+        return Saved(state, described["name"], described["model_args"], described)
+    nvlabs = is_nvlabs(state)
+    state = from_nvlabs(state) if nvlabs else state
+    args = describe(state)
+    if args is None:
+        return Saved(state, None, {}, {})
+    if args["img_size"] is None:
+        args["img_size"] = [224, 224]
+    name = recognise(args)
+    info: dict[str, Any] = {"crop_pct": 0.875, "interpolation": "bicubic"}
+    if nvlabs:
+        large = min(args["img_size"]) >= 384
+        info["crop_pct"] = 1.0 if large or name in FULL_CROP else 0.875
+        info["crop_mode"] = "squash" if large else "center"
+    return Saved(state, name, args, info)
+
+
+def recognise(args: dict[str, Any]) -> str:
+    """The variant with this width, depths, heads, MLP ratio and layer scale; "gcvit" when there is none."""
+    keys = ("embed_dim", "depths", "num_heads", "mlp_ratio", "layer_scale")
+    same = [n for n, a in BACKBONES.items() if "img_size" not in a and all(a[k] == args[k] for k in keys)]
+    return same[0] if same else "gcvit"
+
+
+def read_run(path: Path, encoder: str | None) -> Saved:
+    """The encoder inside a run's checkpoint: the newest of a run folder, or the one given."""
+    loaded = read_step(path) if (path / "manifest.json").is_file() else load_checkpoint(path)
+    run = path if (path / "config.yaml").is_file() else path.parent.parent
+    if loaded is None or not (run / "config.yaml").is_file():
+        raise UserError(
+            f"{path}: neither a run folder with a backbone or a checkpoint, nor an exported backbone"
+        )
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    tensors = loaded.tensors["model"]
+    default = loaded.state.get("default_encoder", "student")
+    which = encoder or config.get("encoder") or default
+    prefix = "teacher." if which == "teacher" else "encoder."
+    state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    if not state:
+        raise UserError(f"{path}: its checkpoint holds no {which} encoder")
+    built = from_config_on_meta(ModelConfig(**config["model"]))
+    objective = (config.get("objective") or {}).get("name")
+    head = state.get("head.fc.weight")
+    args = {**built.model_args, "num_classes": 0 if head is None else head.shape[0]}
+    info = backbone_info(built, step=loaded.step, objective=objective, encoder=which)
+    return Saved(state, built.name, args, info)
+
+
+def from_config_on_meta(model: ModelConfig) -> Backbone:
+    with torch.device("meta"):
+        return from_config(model)
+
+
+def agree(spec: str, saved: Saved, model: ModelConfig) -> None:
+    """UserError when `model` asks for another model than the saved one; its defaults ask for nothing."""
+    default = ModelConfig()
+    same_class = saved.name is not None and BACKBONES.get(model.name, {}).get("depths") == saved.args.get(
+        "depths"
+    )
+    if saved.name is not None and model.name not in (default.name, saved.name) and not same_class:
+        raise UserError(
+            f"{spec} holds {saved.name}, model.name={model.name} was asked for; leave model.name out"
+        )
+    ratio = saved.args.get("window_ratio")
+    if model.window_ratio is not None and ratio is not None and list(model.window_ratio) != list(ratio):
+        raise UserError(f"{spec} has window_ratio {list(ratio)}, {list(model.window_ratio)} was asked for")
+
+
+def rebuild(saved: Saved, model: ModelConfig | None = None) -> Backbone:
+    """The saved backbone's architecture with fresh weights, for model.img_size when that is set."""
+    if saved.name is None:  # weights of a timm model: only the config says which
+        return from_config(model or ModelConfig())
+    args = dict(saved.args)
+    if model is not None:
+        args |= {"drop_path": model.drop_path, "grad_checkpointing": model.grad_checkpointing}
+        if model.img_size not in (None, ModelConfig().img_size):
+            args["img_size"] = model.img_size
+        if "embed_dim" in args and model.bias_resize != ModelConfig().bias_resize:
+            args["bias_resize"] = model.bias_resize
+    if "embed_dim" not in args:
+        return TimmBackbone(saved.name, **args)
+    backbone = GCViT(**args)
+    backbone.name = saved.name
+    return backbone

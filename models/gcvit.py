@@ -1,0 +1,399 @@
+"""GC ViT (arXiv:2206.09959): four stages of window attention; odd blocks ask with one query per image.
+
+Layout: maps are B H W C, tokens inside a stage B W N C (W windows of N tokens, row-major), attention is
+B W K N D (K heads). Parameter names and shapes are those of timm's GlobalContextVit, so state dicts load
+strictly both ways.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gcssl.errors import UserError
+from gcssl.models.windows import RelPosBias, check_size, pair, query_levels
+
+WINDOW_RATIO = (32, 32, 16, 32)  # a stage's window has side / ratio tokens a side
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+# ---- attention
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, body: str | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D) + bias) v: B W K N D.
+
+    q: B W K N D, or B 1 K N D shared by all windows; k, v: B W K N D; bias: K N N.
+    body: "matmul", "sdpa", or None: matmul where the bias needs a gradient on a CPU (faster), else sdpa.
+    """
+    if body is None:
+        body = "matmul" if q.device.type == "cpu" and bias.requires_grad else "sdpa"
+    q, bias = q.to(k.dtype), bias.to(k.dtype)
+    if body == "matmul":
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # B W K N N
+        return scores.add_(bias).softmax(-1) @ v
+    if body != "sdpa":
+        raise ValueError(f"body must be 'matmul', 'sdpa' or None, got {body!r}")
+    q, k, v = (t.expand(k.shape).flatten(0, 1) for t in (q, k, v))  # B*W K N D
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None]).view(
+        v.shape[0] // k.shape[0], *v.shape
+    )
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int, window: tuple[int, int], is_global: bool, mode: str) -> None:
+        super().__init__()
+        self.num_heads, self.is_global = num_heads, is_global
+        self.qkv = nn.Linear(dim, dim * (2 if is_global else 3))
+        self.rel_pos = RelPosBias(window, num_heads, mode)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, query: Tensor, window: tuple[int, int]) -> Tensor:
+        """x: B W N C; query: B N C, used by global blocks only -> B W N C."""
+        b, w, n, c = x.shape
+        parts = self.qkv(x).view(b, w, n, -1, self.num_heads, c // self.num_heads).unbind(3)  # B W N K D each
+        if self.is_global:
+            parts = (query.view(b, 1, n, self.num_heads, -1), *parts)
+        q, k, v = (t.transpose(2, 3) for t in parts)  # B W K N D
+        out = attend(q, k, v, self.rel_pos(window))
+        return self.proj(out.transpose(2, 3).reshape(b, w, n, c))
+
+
+# ---- blocks
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim: int, value: float) -> None:
+        super().__init__()
+        self.value = value
+        self.gamma = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+def drop_path(x: Tensor, rate: float, noise: Tensor | None) -> Tensor:
+    """x (B ...): a sample is dropped where noise (B, in [0, 1)) < rate, else scaled by 1 / (1 - rate)."""
+    if noise is None or rate == 0.0:
+        return x
+    keep = (noise >= rate).to(x.dtype) / (1 - rate)
+    return x * keep.view(-1, *[1] * (x.ndim - 1))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, optional layer scale; `is_global` blocks take their query from outside."""
+
+    def __init__(
+        self, dim: int, num_heads: int, window: tuple[int, int], is_global: bool, mlp_ratio: float,
+        layer_scale: float | None, mode: str,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.rate = 0.0  # drop path rate, set by GCViT
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads, window, is_global, mode)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.ls1, self.ls2 = (
+            nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in "12"
+        )
+
+    def forward(self, x: Tensor, query: Tensor, window: tuple[int, int], noise: Tensor | None) -> Tensor:
+        """x: B W N C, query: B N C, noise: 2 B or None -> B W N C."""
+        first, second = (None, None) if noise is None else noise.unbind(0)
+        x = x + drop_path(self.ls1(self.attn(self.norm1(x), query, window)), self.rate, first)
+        return x + drop_path(self.ls2(self.mlp(self.norm2(x))), self.rate, second)
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gates from the map's average. Weights have the shape of timm's 1x1 convolutions."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        hidden = max(8, int(dim / 4 + 4) // 8 * 8)
+        self.fc1 = nn.Conv2d(dim, hidden, 1, bias=False)
+        self.fc2 = nn.Conv2d(hidden, dim, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = F.gelu(F.linear(x.mean((1, 2)), self.fc1.weight.flatten(1)))  # B hidden
+        return x * F.linear(s, self.fc2.weight.flatten(1)).sigmoid()[:, None, None]
+
+
+class ConvBlock(nn.Module):
+    """x + PW(SE(GELU(DW3x3(x)))), B H W C: the unit of stem, downsampler and query generator."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv_dw = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.se = SqueezeExcite(dim)
+        self.conv_pw = nn.Conv2d(dim, dim, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.gelu(conv(x, self.conv_dw))
+        return x + F.linear(self.se(y), self.conv_pw.weight.flatten(1))
+
+
+def conv(x: Tensor, layer: nn.Module) -> Tensor:
+    """A convolution or pooling on B H W C: permuted, it is B C H W in channels-last memory."""
+    return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Downsample(nn.Module):
+    """LN, conv block, 3x3 stride-2 convolution, LN: B H W C -> B H/2 W/2 C'."""
+
+    def __init__(self, dim: int, dim_out: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.conv_block = ConvBlock(dim)
+        self.reduction = nn.Conv2d(dim, dim_out, 3, stride=2, padding=1, bias=False)
+        self.norm2 = nn.LayerNorm(dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm2(conv(self.conv_block(self.norm1(x)), self.reduction))
+
+
+class Stem(nn.Module):
+    """Pixels B 3 H W -> tokens B H/4 W/4 C. They overlap: one sees 11 x 11 pixels, and all through SE."""
+
+    def __init__(self, in_chans: int, dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, dim, 3, stride=2, padding=1)
+        self.down = Downsample(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        return self.down(x.permute(0, 2, 3, 1))
+
+
+class QueryGenerator(nn.Module):
+    """The stage's input pooled to the window's grid, once per image: B H W C -> B N C."""
+
+    def __init__(self, dim: int, levels: int) -> None:
+        super().__init__()
+        self.levels = levels
+        self.blocks = nn.ModuleDict({f"conv{i + 1}": ConvBlock(dim) for i in range(max(1, levels))})
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks.values():
+            x = block(x)
+            x = conv(x, self.pool) if self.levels else x
+        return x.flatten(1, 2).contiguous()
+
+
+class Stage(nn.Module):
+    def __init__(
+        self, downsample: nn.Module, levels: int, blocks: list[Block], norm: nn.Module, dim: int
+    ) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.global_block = QueryGenerator(dim, levels)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.grad_checkpointing = False
+
+    def forward(
+        self, x: Tensor, window: tuple[int, int], noise: Tensor | None, blocks: list[Tensor] | None
+    ) -> Tensor:
+        """x: B H W C, noise: 2*depth B -> B H' W' C'. Each block's token average (B C) goes to `blocks`."""
+        x = self.downsample(x)
+        query = self.global_block(x)
+        b, h, w, c = x.shape
+        (wh, ww), rows, cols = window, h // window[0], w // window[1]
+        x = x.reshape(b, rows, wh, cols, ww, c).transpose(2, 3).reshape(b, rows * cols, wh * ww, c)
+        for i, block in enumerate(self.blocks):
+            args = (x, query, window, None if noise is None else noise[2 * i : 2 * i + 2])
+            keep = self.grad_checkpointing and self.training and torch.is_grad_enabled()
+            x = checkpoint(block, *args, use_reentrant=False) if keep else block(*args)
+            if blocks is not None:
+                blocks.append(x.mean((1, 2)))
+        x = x.view(b, rows, cols, wh, ww, c).transpose(2, 3).reshape(b, h, w, c)
+        return self.norm(x)
+
+
+class Head(nn.Module):
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+
+
+def init_weights(module: nn.Module) -> None:
+    """Linears (1x1 convolutions too) and tables trunc-normal 0.02, biases 0, norms 1/0; convs torch's own."""
+    if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, RelPosBias):
+        nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+    elif isinstance(module, LayerScale):
+        nn.init.constant_(module.gamma, module.value)
+
+
+class GCViT(nn.Module):
+    """The backbone. `img_size` is where the bias tables live; it takes any sides that are multiples of 32."""
+
+    stride = 32
+    interpolation = "bicubic"
+
+    def __init__(
+        self,
+        embed_dim: int = 64,
+        depths: Sequence[int] = (3, 4, 19, 5),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        mlp_ratio: float = 3.0,
+        layer_scale: float | None = None,
+        img_size: int | Sequence[int] = 224,
+        window_ratio: Sequence[int] = WINDOW_RATIO,
+        bias_resize: str = "bicubic",
+        drop_path: float = 0.0,
+        num_classes: int = 0,
+        in_chans: int = 3,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if bias_resize not in ("bicubic", "crop"):
+            raise UserError(f"bias_resize {bias_resize!r}: expected bicubic or crop")
+        if not 0.0 <= drop_path < 1.0:
+            raise UserError(f"drop_path {drop_path}: expected a rate in [0, 1)")
+        self.name = "gcvit"
+        self.model_args: dict[str, Any] = {
+            "embed_dim": embed_dim, "depths": list(depths), "num_heads": list(num_heads),
+            "mlp_ratio": mlp_ratio, "layer_scale": layer_scale, "img_size": list(pair(img_size)),
+            "window_ratio": list(window_ratio), "bias_resize": bias_resize, "drop_path": drop_path,
+            "num_classes": num_classes, "in_chans": in_chans, "grad_checkpointing": grad_checkpointing,
+        }  # fmt: skip
+        self.img_size, self.depths, self.window_ratio = pair(img_size), tuple(depths), tuple(window_ratio)
+        self.channels = tuple(embed_dim * 2**i for i in range(4))
+        self.num_features, self.num_classes, self.n_noise = self.channels[-1], num_classes, 2 * sum(depths)
+        self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else ((0.5,) * in_chans,) * 2
+        self.crop_pct = 0.875 if min(self.img_size) >= 160 else 1.0  # small images have no border to spare
+        levels = query_levels(window_ratio)
+        self.windows = self.windows_at(self.img_size)
+        self.stem = Stem(in_chans, embed_dim)
+        self.stages = nn.ModuleList()
+        for i, dim in enumerate(self.channels):
+            blocks = [
+                Block(dim, num_heads[i], self.windows[i], k % 2 == 1, mlp_ratio, layer_scale, bias_resize)
+                for k in range(depths[i])
+            ]
+            down = Downsample(dim // 2, dim) if i else nn.Identity()
+            norm = nn.LayerNorm(dim) if i == 3 else nn.Identity()
+            self.stages.append(Stage(down, levels[i], blocks, norm, dim))
+        self.head = Head(self.num_features, num_classes)
+        self.apply(init_weights)
+        self.set_drop_path(drop_path)
+        self.set_grad_checkpointing(grad_checkpointing)
+
+    def windows_at(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Each stage's window (height, width) in tokens for images of `size` pixels; UserError if illegal."""
+        check_size(size, max(self.stride, *self.window_ratio))
+        return [(size[0] // r, size[1] // r) for r in self.window_ratio]
+
+    def set_drop_path(self, rate: float) -> None:
+        """Drop path rates rise linearly from 0 (first block) to `rate` (last block)."""
+        self.drop_path = self.model_args["drop_path"] = rate
+        blocks = [module for module in self.modules() if isinstance(module, Block)]
+        for k, block in enumerate(blocks):
+            block.rate = rate * k / max(1, len(blocks) - 1)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.model_args["grad_checkpointing"] = enable
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A fresh head; 0 classes: none, forward then returns the pooled features."""
+        like = self.stem.conv1.weight
+        self.num_classes = self.model_args["num_classes"] = num_classes
+        self.head = Head(self.num_features, num_classes).to(like.device, like.dtype)
+        self.head.apply(init_weights)
+
+    def _maps(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        noise: Tensor | None = None,
+        blocks: list[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """B 3 H W -> the stages' four maps B h w C, the last one normed; block averages go to `blocks`."""
+        windows = self.windows_at((x.shape[-2], x.shape[-1]))
+        if not self.training or self.drop_path == 0.0:
+            noise = None
+        elif noise is None:
+            noise = torch.rand(self.n_noise, x.shape[0], device=x.device)
+        x = self.stem(x)
+        if mask is not None and mask_token is not None:
+            x = hide_tokens(x, mask, mask_token)
+        maps, first = [], 0
+        for stage, window, depth in zip(self.stages, windows, self.depths, strict=True):
+            x = stage(x, window, None if noise is None else noise[2 * first : 2 * (first + depth)], blocks)
+            first += depth
+            maps.append(x)
+        return maps
+
+    def forward_features(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """B 3 H W -> B C H/32 W/32, normed.
+
+        mask: B h w, True = hidden, any unit that divides the stride-4 grid; mask_token: C, written over
+        hidden tokens. noise: n_noise B, uniforms for drop path (rows 2k and 2k+1: block k's attention and
+        MLP); drawn from torch's generator when absent.
+        """
+        return self._maps(x, mask, mask_token, noise)[-1].permute(0, 3, 1, 2)
+
+    def forward_pyramid(self, x: Tensor) -> list[Tensor]:
+        """B 3 H W -> four maps B C h w at strides 4, 8, 16, 32; the last one is normed."""
+        return [m.permute(0, 3, 1, 2) for m in self._maps(x)]
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """B 3 H W -> logits, or the average-pooled features B C when there is no head."""
+        return self.head.fc(self._maps(x, noise=noise)[-1].mean((1, 2)))
+
+    def pooled(self, x: Tensor) -> dict[str, Tensor]:
+        """Average-pooled probe features: last B C; last4 B (C of the last 4 blocks); stages34 B (C3 + C4)."""
+        blocks: list[Tensor] = []
+        maps = [m.mean((1, 2)) for m in self._maps(x, blocks=blocks)]
+        last4 = torch.cat([*blocks[-4:-1], maps[3]], 1)
+        return {"last": maps[3], "last4": last4, "stages34": torch.cat(maps[2:], 1)}
+
+    def no_weight_decay(self) -> set[str]:
+        return {n for n, _ in self.named_parameters() if n.endswith("relative_position_bias_table")}
+
+    def layer_ids(self) -> dict[str, int]:
+        """Each parameter's depth: stem 0, blocks from 1, head last; downsamplers go with the block before."""
+        return {n: self._layer_id(n.split(".")) for n, _ in self.named_parameters()}
+
+    def _layer_id(self, path: list[str]) -> int:
+        if path[0] != "stages":
+            return 0 if path[0] == "stem" else sum(self.depths) + 1
+        before = sum(self.depths[: int(path[1])])
+        if path[2] == "blocks":
+            return before + int(path[3]) + 1
+        return before + {"downsample": 0, "global_block": 1, "norm": self.depths[-1]}[path[2]]
+
+
+def hide_tokens(x: Tensor, mask: Tensor, token: Tensor) -> Tensor:
+    """Writes `token` (C) over the tokens of x (B h w C) that `mask` (B h' w' bool, True = hidden) covers."""
+    (h, w), (mh, mw) = x.shape[1:3], mask.shape[1:]
+    if h % mh or w % mw:
+        raise ValueError(f"a mask of {mh} x {mw} units does not divide a grid of {h} x {w} stride-4 tokens")
+    hidden = mask.repeat_interleave(h // mh, 1).repeat_interleave(w // mw, 2)[..., None]  # B h w 1
+    return torch.where(hidden, token.to(x.dtype), x)

@@ -1,0 +1,60 @@
+"""Heads of the view objectives: MLPs whose batch norms use the statistics of the global batch, and only
+those.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Reduce = Callable[[Tensor], Tensor]  # sums a tensor over the processes, with gradient, on any backend
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in fp32 when it is narrower, unchanged otherwise (float64 stays, for tests and gradient checks)."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation of B C without running statistics, over the samples of all processes.
+
+    Train and eval mode are the same: the head is used only in pretraining, always on whole batches.
+    Statistics are taken in fp32 and in two passes (mean, then squares around it), so a large common offset
+    costs no accuracy. `reducer` is asked at each call: None for one process, else the sum over processes
+    (`gcssl.ssl.gather.reducer`; handed in because models know nothing of processes). torch's SyncBatchNorm
+    refuses CPU tensors.
+    """
+
+    def __init__(self, dim: int, reducer: Callable[[], Reduce | None], affine: bool = True) -> None:
+        super().__init__()
+        self.reducer, self.eps = reducer, 1e-5
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x, reduce = at_least_fp32(x), self.reducer()
+            if reduce is None:
+                return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+            packed = reduce(torch.cat([x.sum(0), x.new_full((1,), len(x))]))  # C + 1: sums, count
+            count = packed[-1].detach()
+            centred = x - packed[:-1] / count
+            var = reduce(x.square().sum(0)) / count - (packed[:-1] / count).square()  # C, biased as torch's
+            y = centred * torch.rsqrt(var + self.eps)
+            return y if self.weight is None or self.bias is None else torch.addcmul(self.bias, y, self.weight)
+
+
+def mlp(dims: list[int], norm: Callable[[int, bool], nn.Module]) -> nn.Sequential:
+    """Linear (no bias) - norm - ReLU for each step of `dims`; after the last Linear a norm without affine, no
+    ReLU.
+
+    B dims[0] -> B dims[-1]. `norm(dim, affine)` makes a norm. MoCo v3's projector is dims [C, 4096, 4096,
+    256], its predictor [256, 4096, 256] (arXiv:2104.02057, appendix A).
+    """
+    layers: list[nn.Module] = []
+    for i, (a, b) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        last = i == len(dims) - 2
+        layers += [nn.Linear(a, b, bias=False), norm(b, not last)]
+        layers += [] if last else [nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)

@@ -1,0 +1,191 @@
+"""Any timm model behind the same small interface as GCViT, and the GC ViT variants that timm lacks."""
+
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.models import PretrainedCfg, is_model, register_model
+from timm.models._manipulate import group_parameters
+from timm.models.gcvit import _create_gcvit
+from torch import Tensor, nn
+
+from gcssl.errors import UserError
+from gcssl.models.windows import check_size, pair
+
+
+class TimmBackbone(nn.Module):
+    """A timm model: B 3 H W -> features. It takes no token mask and draws its own drop path noise."""
+
+    n_noise = 0
+    model: Any
+
+    def __init__(
+        self,
+        name: str,
+        img_size: int | Sequence[int] = 224,
+        num_classes: int = 0,
+        drop_path: float = 0.0,
+        in_chans: int = 3,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name, self.img_size, self.num_classes = name, pair(img_size), num_classes
+        self.model = create(name, self.img_size, num_classes, drop_path, in_chans)
+        info = self.model.feature_info if isinstance(self.model.feature_info, list) else []
+        if not info or not hasattr(self.model, "forward_intermediates"):
+            raise UserError(
+                f"model.name={name}: this timm model has no forward_intermediates, so it cannot be wrapped"
+            )
+        last_at = {level["reduction"]: i for i, level in enumerate(info)}  # the last map of each stride
+        self.levels = list(last_at.values())
+        self.channels = tuple(info[i]["num_chs"] for i in self.levels)
+        self.stride = info[-1]["reduction"]
+        self.num_features = self.model.head_hidden_size
+        check_size(self.img_size, self.stride)
+        cfg = self.model.pretrained_cfg
+        self.mean, self.std = tuple(cfg["mean"]), tuple(cfg["std"])
+        self.crop_pct, self.interpolation = cfg["crop_pct"], cfg["interpolation"]
+        self.model_args: dict[str, Any] = {
+            "img_size": list(self.img_size), "num_classes": num_classes, "drop_path": drop_path,
+            "in_chans": in_chans, "grad_checkpointing": grad_checkpointing,
+        }  # fmt: skip
+        if grad_checkpointing:
+            self.set_grad_checkpointing()
+
+    @property
+    def drop_path(self) -> float:
+        return self.model_args["drop_path"]
+
+    def set_drop_path(self, rate: float) -> None:
+        """Only the rate it was built with: timm has no general way to change it."""
+        if rate != self.drop_path:
+            raise ValueError(
+                f"{self.name} was built with drop_path={self.drop_path}, not {rate}: build it anew"
+            )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.model_args["grad_checkpointing"] = enable
+        self.model.set_grad_checkpointing(enable)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.num_classes = self.model_args["num_classes"] = num_classes
+        self.model.reset_classifier(num_classes)
+
+    def _check(self, x: Tensor) -> None:
+        check_size((x.shape[-2], x.shape[-1]), self.stride)
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """B 3 H W -> logits, or the pooled features B C when there is no head (timm's own pooling)."""
+        self._check(x)
+        return self.model(x)
+
+    def _maps(self, x: Tensor, levels: list[int]) -> list[Tensor]:
+        self._check(x)
+        return self.model.forward_intermediates(x, indices=levels, norm=True, intermediates_only=True)
+
+    def forward_features(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,  # noqa: ARG002
+        mask_token: Tensor | None = None,  # noqa: ARG002
+        noise: Tensor | None = None,  # noqa: ARG002
+    ) -> Tensor:
+        """B 3 H W -> B C h w at the last stride; mask, mask_token and noise are ignored."""
+        return self._maps(x, self.levels[-1:])[-1]
+
+    def forward_pyramid(self, x: Tensor) -> list[Tensor]:
+        """B 3 H W -> one map B C h w for each stride the model has (one in all for a plain ViT)."""
+        return self._maps(x, self.levels)
+
+    def pooled(self, x: Tensor) -> dict[str, Tensor]:
+        """Probe features: last B C (timm's own pooling); stages34 B (C3 + C4) where the model has stages."""
+        self._check(x)
+        last = self.model.forward_head(self.model.forward_features(x), pre_logits=True)  # B C
+        if len(self.levels) < 2:
+            return {"last": last}
+        maps = self._maps(x, self.levels[-2:])
+        return {"last": last, "stages34": torch.cat([m.mean((2, 3)) for m in maps], 1)}
+
+    def no_weight_decay(self) -> set[str]:
+        names = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
+        return {f"model.{name}" for name in names}
+
+    def layer_ids(self) -> dict[str, int]:
+        """Depth of each parameter, from timm's own grouping; by order of the modules where it states none."""
+        if hasattr(self.model, "group_matcher"):
+            ids = group_parameters(self.model, self.model.group_matcher(coarse=False), reverse=True)
+            return {f"model.{name}": depth for name, depth in ids.items()}
+        parts = list(dict.fromkeys(name.split(".")[0] for name, _ in self.model.named_parameters()))
+        return {f"model.{n}": parts.index(n.split(".")[0]) for n, _ in self.model.named_parameters()}
+
+
+def create(name: str, size: tuple[int, int], num_classes: int, drop_path: float, in_chans: int) -> nn.Module:
+    """timm's model built for `size`, open to other sizes where its class can be; weights at random."""
+    base: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
+    rate: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    options = ({"img_size": size, "dynamic_img_size": True}, {"img_size": size, "strict_img_size": False})
+    for option in (*options, {"img_size": size}, {}):
+        try:
+            return timm.create_model(name, **base, **rate, **option)
+        except TypeError as error:  # an argument this class lacks
+            if "unexpected keyword" not in str(error):
+                raise
+            if "drop_path_rate" in str(error):
+                raise UserError(
+                    f"model.drop_path={drop_path}: {name} has no drop path; leave it at 0"
+                ) from None
+        except (ValueError, AssertionError, RuntimeError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{name} cannot be built for {size[0]}x{size[1]} images: {reason}") from None
+    raise UserError(f"{name}: timm cannot build it")
+
+
+def known_models() -> list[str]:
+    return timm.list_models()
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The known names closest to `name`, for an error message."""
+    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.6)
+    return ", ".join(close) if close else ", ".join(list(known)[:9])
+
+
+# ---- timm's registry
+
+default_cfgs: dict[str, Any] = {}  # timm's register_model reads it from the module of the entry point
+
+
+def register_variants(variants: Mapping[str, Mapping[str, Any]]) -> None:
+    """Makes timm.create_model build, from timm's own class, the variants (name -> arguments) it lacks."""
+    module = sys.modules[__name__]
+    for name, args in variants.items():
+        if is_model(name):
+            continue
+        kwargs = dict(args)
+        size = kwargs.pop("img_size", 224)
+        default_cfgs[name] = timm_cfg(size).to_dict()
+        entry_point = _entry_point(name, kwargs)
+        setattr(module, name, entry_point)
+        register_model(entry_point)
+
+
+def _entry_point(name: str, variant: dict[str, Any]) -> Any:
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create_gcvit(name, pretrained=pretrained, **{**variant, **kwargs})
+
+    build.__name__ = build.__qualname__ = name
+    build.__module__ = __name__
+    return build
+
+
+def timm_cfg(size: int | Sequence[int] = 224, **fields: Any) -> PretrainedCfg:
+    """timm's description of a GC ViT for images of `size`."""
+    height, width = pair(size)
+    ours: dict[str, Any] = {
+        "input_size": (3, height, width), "fixed_input_size": True, "pool_size": (height // 32, width // 32),
+        "crop_pct": 0.875, "interpolation": "bicubic", "first_conv": "stem.conv1", "classifier": "head.fc",
+    }  # fmt: skip
+    return PretrainedCfg(**{**ours, **fields})

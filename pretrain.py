@@ -1,0 +1,313 @@
+"""Pretrain a backbone.
+
+    accelerate launch pretrain.py configs/pretrain/simmim_gcvit_tiny_in1k.yaml data.path=/data/imagenet out=runs/a
+
+`pretrain` is the run from top to bottom: config, data, backbone, objective, optimizer, prepare, resume, loop, backbone
+file. `fit` is its loop; fine-tuning uses the same one. Everything that can differ between two runs is a pure function
+of the config, the seed and the step, so the same command goes on, bit for bit, where an interrupted run stopped.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gcssl.runtime import NumericStop, Preempted, RunFolder, StopSignal, UserError, entry, make_accelerator, quiet_libraries
+
+quiet_libraries()
+
+from accelerate import Accelerator  # noqa: E402
+
+from gcssl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint, write_backbone  # noqa: E402
+from gcssl.config import PretrainConfig, TrainConfig, config_dict, load_config  # noqa: E402
+from gcssl.data import Images, held_out, open_data  # noqa: E402
+from gcssl.eval.features import extract  # noqa: E402
+from gcssl.eval.knn import knn_accuracy  # noqa: E402
+from gcssl.loader import BatchPlan, TrainSet, ViewMaker, batch_to_device, train_loader  # noqa: E402
+from gcssl.log import RunLog, say  # noqa: E402
+from gcssl.meter import BadSamples, Meter  # noqa: E402
+from gcssl.models.build import backbone_info, build_backbone, load_backbone  # noqa: E402
+from gcssl.optim import cosine, groups_table, lr_at, make_optimizer, param_groups, scaled_lr, set_lr  # noqa: E402
+from gcssl.runtime import batch_layout, rng, seed_torch  # noqa: E402
+from gcssl.ssl.objectives import OBJECTIVES  # noqa: E402
+
+KNN_K = 20  # the k of the online probe
+
+
+def main(argv: list[str]) -> None:
+    pretrain(load_config(PretrainConfig, argv, {name: config for name, (_, config) in OBJECTIVES.items()}))
+
+
+def pretrain(cfg: PretrainConfig) -> Path:
+    """Run or resume the pretraining that `cfg` describes; returns its run folder."""
+    if not cfg.out:
+        raise UserError("out: no run folder given; say out=runs/<name>")
+    accelerator = make_accelerator(cfg.train, cfg.runtime)
+    backbone = build_pretrain_backbone(cfg)
+    objective_class, _ = OBJECTIVES[cfg.objective.name]
+    images = open_data(cfg.data, backbone.img_size).train
+    sizes = run_sizes(cfg.train, len(images), accelerator.num_processes)
+    if objective_class.couples_batch and sizes.accumulate > 1:
+        raise UserError(
+            f"train.accumulate={sizes.accumulate}: {cfg.objective.name} compares the images of a batch, so accumulation"
+            " would change it; use more processes or a larger train.batch_size"
+        )
+    objective = objective_class(
+        cfg.objective, backbone, cfg.augment, backbone.img_size, sizes.total_steps, sizes.steps_per_epoch
+    )
+    facts = {"global_batch": sizes.global_batch, "data": images.fingerprint}
+    with RunFolder(cfg.out, config_dict(cfg), facts) as run:
+        run.start()
+        say(sizes.describe(cfg.train))
+        undecayed = {f"encoder.{name}" for name in backbone.no_weight_decay()}
+        groups = param_groups(objective.named_parameters(), cfg.train.weight_decay, undecayed)
+        say(groups_table(groups))
+        maker = ViewMaker(objective.draw, backbone.img_size, cfg.augment.where)
+        probe = online_probe(cfg, images, accelerator, sizes.steps_per_epoch)
+
+        def to_device(batch: dict[str, Any], step: int) -> dict[str, Any]:
+            batch = batch_to_device(batch, accelerator.device, backbone.mean, backbone.std, cfg.augment.where)
+            if cfg.model.drop_path > 0 and backbone.n_noise:
+                shape = (len(batch["views"]), backbone.n_noise, sizes.global_batch)
+                batch["noise"] = drop_noise(cfg.train.seed, step, shape, batch["position"], accelerator.device)
+            return batch
+
+        fit(cfg, accelerator, run, objective, groups, TrainSet(images, maker, cfg.train.seed), sizes, to_device, probe)
+        if accelerator.is_main_process:
+            save_backbone(cfg, run.path, objective, sizes.total_steps, images.classes)
+            say(f"backbone: {run.path / 'backbone.safetensors'}")
+    return run.path
+
+
+def build_pretrain_backbone(cfg: PretrainConfig) -> nn.Module:
+    """The student before its first step: initialised from the seed, or from `model.weights`."""
+    seed_torch(cfg.train.seed, INIT)
+    if cfg.model.weights:
+        backbone, info = load_backbone(cfg.model.weights, cfg.model, cfg.encoder, exact=True)
+        say(f"model.weights: a new run from {cfg.model.weights} (step {info.get('step', 'unknown')})")
+        return backbone
+    m = cfg.model
+    return build_backbone(
+        m.name,
+        m.img_size,
+        drop_path=m.drop_path,
+        window_ratio=m.window_ratio,
+        bias_resize=m.bias_resize,
+        in_chans=m.in_chans,
+        grad_checkpointing=m.grad_checkpointing,
+    )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Batch and step counts of a run, derived once."""
+
+    batch_size: int  # per process and micro-batch
+    accumulate: int
+    world: int
+    global_batch: int
+    steps_per_epoch: int
+    total_steps: int
+
+    def describe(self, train: TrainConfig) -> str:
+        return (
+            f"global batch {self.global_batch} = {self.batch_size} x {self.world} processes x {self.accumulate}"
+            f" accumulated; lr {scaled_lr(train, self.global_batch):.3g} ({train.lr_rule} rule, base {train.lr_base});"
+            f" {self.total_steps} steps, {self.steps_per_epoch} an epoch"
+        )
+
+
+def run_sizes(train: TrainConfig, n_images: int, world: int) -> Sizes:
+    accumulate, global_batch = batch_layout(train, world)
+    steps_per_epoch = n_images // global_batch
+    if steps_per_epoch == 0:
+        raise UserError(f"train.batch_size: the global batch of {global_batch} exceeds the {n_images} training images")
+    total = train.steps if train.steps is not None else train.epochs * steps_per_epoch
+    if total < 1:
+        raise UserError(f"train.steps={train.steps}, train.epochs={train.epochs}: nothing to train; give at least one")
+    return Sizes(train.batch_size, accumulate, world, global_batch, steps_per_epoch, total)
+
+
+# First part of a key after the seed, as those in gcssl.loader: no two uses share numbers.
+INIT, DROP_PATH, MODEL = 201, 202, 203
+
+
+def drop_noise(seed: int, step: int, shape: tuple[int, int, int], position: Tensor, device: torch.device) -> list[Tensor]:
+    """Uniform numbers for drop path: drawn for the global batch, so that no process layout changes them.
+
+    shape: (views, rows, global batch); returns one (rows, B) tensor a view, at this batch's positions.
+    """
+    uniform = torch.from_numpy(rng(seed, DROP_PATH, step).random(shape, dtype=np.float32)).to(device)
+    return list(uniform[:, :, position])
+
+
+def fit(
+    cfg: Any,
+    accelerator: Accelerator,
+    run: RunFolder,
+    objective: nn.Module,
+    groups: list[dict[str, Any]],
+    dataset: TrainSet,
+    sizes: Sizes,
+    to_device: Callable[[dict[str, Any], int], dict[str, Any]],
+    probe: Callable[[int, nn.Module], dict[str, float]] | None = None,
+) -> None:
+    """Train `objective` from the run folder's newest checkpoint, or from the start, to the last step."""
+    train, lr = cfg.train, scaled_lr(cfg.train, sizes.global_batch)
+    warmup = round(train.warmup_epochs * sizes.steps_per_epoch)
+    objective.to(accelerator.device)
+    optimizer = make_optimizer(groups, train)
+    step = resume(run, objective, optimizer, accelerator)
+    if train.compile:
+        objective.encoder.forward_features = torch.compile(objective.encoder.forward_features)
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    plan = BatchPlan(
+        len(dataset), sizes.global_batch, sizes.batch_size, sizes.accumulate, sizes.world,
+        accelerator.process_index, train.seed, start_step=step, total_steps=sizes.total_steps,
+    )  # fmt: skip
+    loader = train_loader(dataset, plan, cfg.data.workers, cfg.data.timeout)
+    log = RunLog(run.path, sizes.total_steps, step, cfg.log.every, cfg.log.trackers, accelerator.is_main_process)
+    bad = BadSamples(run.path, len(dataset), cfg.data.max_bad)
+    stop = StopSignal(train.max_hours)
+    save_steps = max(1, round(cfg.checkpoint.every * sizes.steps_per_epoch))
+    meter = Meter(accelerator)
+    objective.train()
+    for batch in meter.waiting(loader):
+        batch = to_device(batch, step)
+        meter.bad.extend(batch["bad"])
+        with accelerator.accumulate(model):
+            seed_torch(train.seed, MODEL, step, accelerator.process_index)
+            set_lr(optimizer, lr_at(step, sizes.total_steps, warmup, lr, train.min_lr), weight_decay(train, step, sizes))
+            out = model(batch, step)
+            if hasattr(objective, "grad_norms") and (step + 1) % cfg.log.every == 0:
+                out |= objective.grad_norms(out)
+            accelerator.backward(out["loss"])
+            meter.add(out)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(objective.parameters(), train.clip_grad or float("inf"))
+                values = meter.agree(norm, stop.requested)  # the step's one all-reduce and host read
+                if not values.pop("finite"):
+                    raise NumericStop(f"step {step}: loss {values['loss']}, grad norm {values['grad_norm']}: not finite")
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        step += 1
+        if not accelerator.optimizer_step_was_skipped:
+            objective.after_step(step)
+        if values.pop("bad"):
+            bad.record(meter.take_bad(), accelerator)
+        stopping = bool(values.pop("stop"))
+        values |= schedules(objective, optimizer, step, sizes) | {"data_wait": meter.data_wait}
+        log.step(step, values, sizes.global_batch)
+        if step % save_steps == 0 or step == sizes.total_steps or stopping:
+            save(cfg, run, step, objective, optimizer, accelerator, sizes)
+        if stopping and step < sizes.total_steps:
+            log.close()
+            raise Preempted(f"stopped at step {step} of {sizes.total_steps}; run the same command again to go on")
+        if step % sizes.steps_per_epoch == 0 or step == sizes.total_steps:
+            if probe and (values := probe(step, objective)):
+                log.scalars(step, values)
+            log.images(step, pictures(objective, batch, step, accelerator))
+    log.close()
+    say(meter.summary((sizes.total_steps - plan.start_step) * sizes.global_batch))
+
+
+def weight_decay(train: TrainConfig, step: int, sizes: Sizes) -> float:
+    end = train.weight_decay if train.weight_decay_end is None else train.weight_decay_end
+    return cosine(step, sizes.total_steps, train.weight_decay, end)
+
+
+def schedules(objective: nn.Module, optimizer: torch.optim.Optimizer, step: int, sizes: Sizes) -> dict[str, float]:
+    """What was in force in the update that made `step`: lr of the last layer, weight decay, the teacher's momentum."""
+    groups = optimizer.param_groups
+    decay = max(group["weight_decay"] for group in groups)
+    values = {"epoch": step / sizes.steps_per_epoch, "lr": max(group["lr"] for group in groups), "wd": decay}
+    if hasattr(objective, "momentum"):
+        values["momentum"] = objective.momentum(step)
+    return values
+
+
+def resume(run: RunFolder, objective: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> int:
+    """Load the newest checkpoint that verifies; returns the number of optimizer steps already done."""
+    loaded = load_checkpoint(run.path)
+    if loaded is None:
+        return 0
+    objective.load_state_dict(loaded.tensors["model"])
+    load_optimizer(optimizer, loaded.tensors["optimizer"], loaded.state["optimizer"])
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(loaded.state["scaler"])
+    say(f"resumed from {loaded.path.name}")
+    return loaded.step
+
+
+def save(
+    cfg: Any, run: RunFolder, step: int, objective: nn.Module, optimizer: Any, accelerator: Accelerator, sizes: Sizes
+) -> None:
+    run.progress(step)
+    if not accelerator.is_main_process:
+        return
+    tensors, optimizer_state = optimizer_tensors(optimizer.optimizer)
+    state: dict[str, Any] = {"optimizer": optimizer_state}
+    if accelerator.scaler is not None:
+        state["scaler"] = accelerator.scaler.state_dict()
+    keep_every = cfg.checkpoint.keep_every and cfg.checkpoint.keep_every * sizes.steps_per_epoch
+    tensors_by_file = {"model": objective.state_dict(), "optimizer": tensors}
+    save_checkpoint(run.path, step, tensors_by_file, state, cfg.checkpoint.keep, keep_every)
+
+
+def online_probe(
+    cfg: PretrainConfig, images: Images, accelerator: Accelerator, steps_per_epoch: int
+) -> Callable[[int, nn.Module], dict[str, float]]:
+    """kNN of the held-out slice against the rest of train, on the features that evaluation uses."""
+    if images.labels is None:
+        say("no labels in this data set: the online kNN probe is skipped")
+    every = cfg.eval.online_every * steps_per_epoch
+
+    def probe(step: int, objective: nn.Module) -> dict[str, float]:
+        if images.labels is None or every == 0 or step % every:
+            return {}
+        encoder = evaluated_encoder(cfg, objective)
+        rest, held = held_out(images)
+        bank, queries = (
+            extract(encoder, images, part, accelerator, batch_size=256, workers=cfg.data.workers, quiet=True)
+            for part in (rest, held)
+        )
+        top1 = knn_accuracy(bank.x["last"], bank.y, queries.x["last"], queries.y, (KNN_K,), backend=cfg.eval.backend)
+        value = next(iter(top1.values()))
+        say(f"step {step}: online knn/top1@{KNN_K} {value:.1f} on {len(held)} held-out training images")
+        return {f"online_knn/top1@{KNN_K}": value}
+
+    return probe
+
+
+def evaluated_encoder(cfg: PretrainConfig, objective: nn.Module) -> nn.Module:
+    """The encoder that the objective's paper evaluates, unless `encoder` says otherwise."""
+    which = cfg.encoder or objective.default_encoder
+    return objective.teacher if which == "teacher" else objective.encoder
+
+
+def pictures(objective: nn.Module, batch: dict[str, Any], step: int, accelerator: Accelerator) -> dict[str, Tensor]:
+    """Original, hidden and reconstructed images of this batch, from objectives that reconstruct."""
+    if not accelerator.is_main_process or not hasattr(objective, "pictures"):
+        return {}
+    objective.eval()
+    with torch.no_grad():
+        images = objective.pictures(batch, step)
+    objective.train()
+    return images
+
+
+def save_backbone(cfg: PretrainConfig, folder: Path, objective: nn.Module, step: int, classes: list[str] | None) -> None:
+    encoder = evaluated_encoder(cfg, objective)
+    which = cfg.encoder or objective.default_encoder
+    info = backbone_info(encoder, step=step, objective=cfg.objective.name, encoder=which, class_names=classes)
+    write_backbone(folder, encoder.state_dict(), info)
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,105 @@
+"""`make demo`: the main job end to end on the generated images, then one table.
+
+Pretrains through `accelerate launch pretrain.py`, evaluates kNN, linear probe and fine-tuning beside an untrained
+backbone in this one process (imports cost seconds each), exports the backbone and reloads it in timm.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = ["accelerate", "launch", "-q", "--config_file", "configs/accelerate/one.yaml"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="the main job end to end on generated images")
+    parser.add_argument("--out", default="runs/demo", help="run folder; what an earlier demo left there is removed")
+    parser.add_argument("--quick", action="store_true", help="few steps: shows that every part works, not what it learns")
+    args = parser.parse_args()
+    out, started = Path(args.out), time.perf_counter()
+    shutil.rmtree(out, ignore_errors=True)
+    few = ["data.shapes_n=600", "train.epochs=2", "train.warmup_epochs=0", "eval.online_every=1"] if args.quick else []
+    command = ["pretrain.py", "configs/pretrain/demo.yaml", f"out={out}", *few]
+    heading(1, "pretrain", " ".join([*LAUNCH, *command]))
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *LAUNCH[1:]]
+    if code := subprocess.run([*launcher, *command], cwd=ROOT).returncode:
+        sys.exit(code)
+    results = evaluate(out, args.quick)
+    heading(5, "export to timm, and reload it there", f"python -m gcssl.export backbone={out} format=timm out={out}/timm")
+    export(out)
+    print_table(results)
+    print(f"everything is in {out} ({(time.perf_counter() - started) / 60:.1f} minutes)")
+
+
+def heading(number: int, what: str, command: str) -> None:
+    print(f"\n[{number}/5] {what}\n      {command}", flush=True)
+
+
+def evaluate(out: Path, quick: bool) -> dict[str, Any]:
+    """The three evaluations, each beside an untrained backbone: {metric: value, ..., "compare": {...}}."""
+    from gcssl.config import load_config
+    from gcssl.eval import finetune, knn, linear_probe
+    from gcssl.runtime import make_accelerator, quiet_libraries
+
+    quiet_libraries()
+    tune = ["configs/eval/finetune_demo.yaml"]
+    few = ["train.epochs=2", "train.warmup_epochs=0"] if quick else []
+    jobs: list[tuple[Any, type, list[str], list[str]]] = [
+        (knn, knn.KnnConfig, [], []),
+        (linear_probe, linear_probe.LinearProbeConfig, [], []),
+        (finetune, finetune.FinetuneConfig, tune, few),
+    ]
+    merged: dict[str, Any] = {"compare": {}}
+    accelerator = None
+    for number, (module, schema, files, settings) in enumerate(jobs, 2):
+        name = module.__name__.rpartition(".")[2]
+        argv = [*files, f"backbone={out}", "compare=random", *settings]
+        heading(number, name, " ".join([*LAUNCH, "-m", f"gcssl.eval.{name}", *argv]))
+        cfg = load_config(schema, argv)
+        train = getattr(cfg, "train", finetune.FinetuneConfig().train)
+        accelerator = accelerator or make_accelerator(train, cfg.runtime)
+        result = module.run(cfg, accelerator)
+        merged |= {key: value for key, value in result.items() if "/" in key}
+        merged["compare"] |= result["compare"]
+    return merged
+
+
+def export(out: Path) -> None:
+    """Export, then let timm load the folder and compare its features with ours."""
+    import timm
+    import torch
+
+    from gcssl.config import ModelConfig
+    from gcssl.export import ExportConfig
+    from gcssl.export import export as write_export
+    from gcssl.models.build import load_backbone
+
+    folder = write_export(ExportConfig(backbone=str(out), format="timm", out=str(out / "timm")))
+    ours, _ = load_backbone(str(out), ModelConfig())
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    images = torch.randn(2, 3, *ours.img_size)
+    with torch.no_grad():
+        gap = (ours.eval()(images) - theirs.eval()(images)).abs().max().item()
+    print(f"timm.create_model('local-dir:{folder}', pretrained=True): its features differ from ours by {gap:.0e}")
+
+
+def print_table(results: dict[str, Any]) -> None:
+    rows = {
+        "kNN, k=20": "knn/top1@20",
+        "linear probe": "linear/top1",
+        "fine-tuned, same budget": "finetune/top1",
+    }
+    print(f"\ntop-1 on the test images (%)  {'pretrained':>10}  {'untrained':>10}  {'gain':>6}")
+    for name, key in rows.items():
+        ours, theirs = results[key], results["compare"][key]
+        print(f"{name:<28}  {ours:10.1f}  {theirs:10.1f}  {ours - theirs:+6.1f}")
+    print()
+
+
+if __name__ == "__main__":
+    main()

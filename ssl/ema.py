@@ -1,0 +1,33 @@
+"""Momentum (teacher) networks: an exponential moving average of the student's parameters."""
+
+import copy
+import math
+
+import torch
+from torch import nn
+
+
+def momentum_copy(student: nn.Module) -> nn.Module:
+    """A teacher that starts equal to `student`: a deep copy in eval mode (no drop path) without gradients."""
+    teacher = copy.deepcopy(student).eval()
+    return teacher.requires_grad_(False)
+
+
+@torch.no_grad()
+def ema_update(teacher: nn.Module, student: nn.Module, m: float) -> None:
+    """teacher <- m * teacher + (1 - m) * student for parameters; buffers are copied. Matched by name."""
+    ours, theirs = dict(teacher.named_parameters()), dict(student.named_parameters())
+    if ours.keys() != theirs.keys():
+        raise ValueError(
+            f"teacher and student differ in parameters: {sorted(ours.keys() ^ theirs.keys())[:4]}"
+        )
+    torch._foreach_lerp_(list(ours.values()), [theirs[name].detach() for name in ours], 1.0 - m)
+    buffers = dict(student.named_buffers())
+    for name, buffer in teacher.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+def momentum_at(step: int, total: int, m0: float) -> float:
+    """Cosine from m0 at step 0 to 1 at step `total` (BYOL, arXiv:2006.07733, section 3.1)."""
+    done = min(max(step / max(total, 1), 0.0), 1.0)
+    return 1.0 - (1.0 - m0) * 0.5 * (1.0 + math.cos(math.pi * done))

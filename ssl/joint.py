@@ -1,0 +1,178 @@
+"""Joint pretraining: a view objective and a masked one on ONE encoder, their losses added with weights.
+
+share=false: the view objective's crops and one crop of the masked objective. share=true: no third crop; view
+1 is masked, and its one pass through the encoder serves both parts (the teacher sees it whole): two passes of
+the student instead of three. The pooled feature of view 1 is then the mean of the last map, as GC ViT pools.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gcssl.augment import View, ViewSpec
+from gcssl.config import AugmentConfig
+from gcssl.errors import UserError
+from gcssl.ssl.gather import all_reduce_mean
+from gcssl.ssl.mocov3 import MoCoV3, MoCoV3Config, PairDraw
+from gcssl.ssl.simmim import MaskedDraw, SimMIM, SimMIMConfig
+
+MASKED: dict[str, tuple[type, type]] = {"simmim": (SimMIM, SimMIMConfig)}
+VIEW: dict[str, tuple[type, type]] = {"mocov3": (MoCoV3, MoCoV3Config)}
+
+
+@dataclass
+class JointConfig:
+    """The parts' own keys stand here too; None keeps the part's default."""
+
+    name: str = "joint"
+    masked: str = "simmim"
+    view: str = "mocov3"
+    weights: list[float] = field(default_factory=lambda: [1.0, 1.0])  # of masked, of view
+    share: bool = False
+    mask_ratio: float | None = None
+    mask_unit: int | None = None
+    hidden_dim: int | None = None
+    out_dim: int | None = None
+    temperature: float | None = None
+    momentum: float | None = None
+
+
+@dataclass(frozen=True)
+class JointDraw:
+    """The view objective's crops, then the masked one's crop; with `share` its mask on view 1 and no crop of
+    its own.
+    """
+
+    view: PairDraw
+    masked: MaskedDraw
+    share: bool
+
+    def __call__(
+        self, rng: np.random.Generator, img_size: tuple[int, int]
+    ) -> tuple[list[tuple[ViewSpec, View]], list[np.ndarray | None]]:
+        views, masks = self.view(rng, img_size)
+        crops, hidden = self.masked(rng, img_size)
+        if self.share:
+            return views, hidden + masks[1:]
+        return views + crops, masks + hidden
+
+
+def part_config(cfg: JointConfig, schema: type) -> Any:
+    """The config of one part: its own defaults, overridden by the keys that `cfg` sets."""
+    names = [f.name for f in dataclasses.fields(schema) if f.name != "name"]
+    return schema(**{name: getattr(cfg, name) for name in names if getattr(cfg, name, None) is not None})
+
+
+def check_config(cfg: JointConfig) -> None:
+    """UserError for an unknown part or weights that are not two numbers >= 0."""
+    for key, choices in (("masked", MASKED), ("view", VIEW)):
+        if getattr(cfg, key) not in choices:
+            raise UserError(f"objective.{key}={getattr(cfg, key)} is unknown; one of {sorted(choices)}")
+    if len(cfg.weights) != 2 or min(cfg.weights) < 0 or max(cfg.weights) <= 0:
+        raise UserError(f"objective.weights={list(cfg.weights)} must be two numbers >= 0: masked, view")
+
+
+def lend(part: nn.Module, name: str) -> nn.Module:
+    """Take module `name` of `part` out of its registry while `part.name` still finds it.
+
+    Joint registers encoder and teacher itself, so that each weight has one name in its state dict and no
+    part's objective needs to know whether it is alone.
+    """
+    module = part._modules.pop(name)
+    assert module is not None
+    object.__setattr__(part, name, module)
+    return module
+
+
+class Joint(nn.Module):
+    """Holds encoder.*, teacher.*, and the parts' heads under masked.* and view.*."""
+
+    couples_batch = True
+
+    def __init__(
+        self,
+        cfg: JointConfig,
+        encoder: nn.Module,
+        augment: AugmentConfig,
+        img_size: tuple[int, int],
+        total_steps: int,
+        steps_per_epoch: int,
+    ) -> None:
+        super().__init__()
+        check_config(cfg)
+        self.names, self.weights, self.share = (cfg.masked, cfg.view), tuple(cfg.weights), cfg.share
+        # Of the overrides, the masked crop takes those that speak of the images, not of the view pair.
+        plain = AugmentConfig(ratio=augment.ratio, flip_p=augment.flip_p, interpolation=augment.interpolation)
+        rest = (img_size, total_steps, steps_per_epoch)
+        view_class, view_schema = VIEW[cfg.view]
+        masked_class, masked_schema = MASKED[cfg.masked]
+        view = view_class(part_config(cfg, view_schema), encoder, augment, *rest)
+        masked = masked_class(part_config(cfg, masked_schema), encoder, plain, *rest)
+        self.default_encoder = view.default_encoder
+        self.draw = JointDraw(view.draw, masked.draw, cfg.share)
+        lend(masked, "encoder")
+        self.encoder: Any = lend(view, "encoder")
+        self.teacher = lend(view, "teacher")
+        self.masked: Any = masked
+        self.view: Any = view
+
+    def train(self, mode: bool = True) -> "Joint":
+        """Set the student's mode; the teacher stays in eval mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def masked_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The masked part's one view: view 1 when shared, else the crop after the view objective's."""
+        at = slice(0, 1) if self.share else slice(self.view.n_views, None)
+        return {key: batch[key][at] for key in ("views", "masks", "noise") if batch.get(key)}
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
+        own = self.masked_batch(batch)
+        if self.share:
+            fmap = self.masked.features(own)  # B C h w
+            noise = batch["noise"][1] if batch.get("noise") else None
+            pooled = [fmap.mean((2, 3)), self.encoder(batch["views"][1], noise)]  # B C
+            outs = self.masked.loss(fmap, own), self.view.loss(pooled, batch)
+        else:
+            outs = self.masked(own, step), self.view(batch, step)
+        parts = {name: w * out["loss"] for name, w, out in zip(self.names, self.weights, outs, strict=True)}
+        result: dict[str, Any] = {"loss": torch.stack(list(parts.values())).sum(), "_parts": parts}
+        for name, out in zip(self.names, outs, strict=True):
+            result[f"loss/{name}"] = out.pop("loss").detach()
+            result.update(out)
+        return result
+
+    def grad_norms(self, out: dict[str, Any]) -> dict[str, Tensor]:
+        """Norm of each weighted part's gradient on the encoder, of the mean loss over processes.
+
+        Call it before `backward` and on every process: it runs each part's backward pass and keeps the graph.
+        """
+        params = list(self.encoder.parameters())
+        norms = {}
+        for name, loss in out["_parts"].items():
+            grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+            flat = torch.cat([g.flatten() for g in grads if g is not None])
+            norms[f"grad_norm/{name}"] = all_reduce_mean(flat).norm()
+        return norms
+
+    def momentum(self, step: int) -> float:
+        """The momentum of the view objective's teacher after optimizer step `step` (counted from 0)."""
+        return self.view.momentum(step)
+
+    def after_step(self, step: int) -> None:
+        """Both parts' commits after optimizer step `step`, the one that `forward` got."""
+        self.masked.after_step(step)
+        self.view.after_step(step)
+
+    def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """The masked part's original, hidden and reconstructed images."""
+        training = self.training
+        self.eval()
+        shown = self.masked.pictures(self.masked_batch(batch), step)
+        self.train(training)
+        return shown

@@ -1,0 +1,79 @@
+"""Masks of masked image modelling. In every mask of this project True means hidden.
+
+A mask is a boolean grid h w of units; a unit is a square of `unit` pixels, a multiple of the stem's stride 4
+that divides both sides of the image. Per sample exactly ceil(ratio * h * w) units are hidden, drawn
+uniformly.
+"""
+
+import math
+
+import numpy as np
+from torch import Tensor
+
+from gcssl.errors import UserError
+
+STEM_STRIDE = 4
+
+
+def default_unit(img_size: tuple[int, int]) -> int:
+    """Mask unit in pixels for an image of H W pixels: 32 from 192 px up, 16 from 96 px up, 8 below."""
+    side = min(img_size)
+    return 32 if side >= 192 else 16 if side >= 96 else 8
+
+
+def check_unit(img_size: tuple[int, int], unit: int) -> None:
+    """UserError unless `unit` is a multiple of 4 that divides both sides and leaves at least two units."""
+    height, width = img_size
+    legal = [
+        u
+        for u in range(STEM_STRIDE, min(img_size) + 1, STEM_STRIDE)
+        if height % u == 0 and width % u == 0 and height * width > u * u
+    ]
+    if unit not in legal:
+        raise UserError(
+            f"objective.mask_unit={unit} does not fit {height}x{width} px images; one of {legal} does"
+        )
+
+
+def check_ratio(n_units: int, ratio: float) -> None:
+    """UserError unless 0 < ratio < 1 and at least one of `n_units` units stays visible."""
+    if not 0.0 < ratio < 1.0:
+        raise UserError(
+            f"objective.mask_ratio={ratio} must lie between 0 and 1, both excluded; 0.6 is SimMIM's"
+        )
+    if hidden_count(n_units, ratio) >= n_units:
+        raise UserError(
+            f"objective.mask_ratio={ratio} hides all of the {n_units} mask units; lower it or take a smaller "
+            "objective.mask_unit"
+        )
+
+
+def hidden_count(n_units: int, ratio: float) -> int:
+    """ceil(ratio * n_units), free of the rounding of binary fractions (0.55 * 100 counts 55, not 56)."""
+    return math.ceil(round(ratio * n_units, 9))
+
+
+def draw_mask(rng: np.random.Generator, grid: tuple[int, int], ratio: float) -> np.ndarray:
+    """Boolean mask h w with exactly `hidden_count` units hidden (True), uniform over all such masks."""
+    n = grid[0] * grid[1]
+    mask = np.zeros(n, dtype=bool)
+    mask[rng.permutation(n)[: hidden_count(n, ratio)]] = True
+    return mask.reshape(grid)
+
+
+def upsample_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """B h w -> B height width by repetition. ValueError when h w do not divide height width."""
+    h, w = mask.shape[-2:]
+    if height % h or width % w:
+        raise ValueError(f"a mask of {h}x{w} units does not tile {height}x{width}")
+    return mask.repeat_interleave(height // h, -2).repeat_interleave(width // w, -1)  # B H W
+
+
+def hide_pixels(x: Tensor, mask: Tensor) -> Tensor:
+    """Normalised images B C H W with the pixels of hidden units (mask B h w) set to 0, the mean colour.
+
+    Filled, not multiplied, so that nothing of a hidden pixel is left, not even a NaN or the sign of a zero.
+    Hiding pixels before the stem is what keeps GC ViT from leaking: its stem's 3x3 convolutions overlap the
+    units and its squeeze-excite pools over the whole image.
+    """
+    return x.masked_fill(upsample_mask(mask, *x.shape[-2:]).unsqueeze(1), 0.0)

@@ -1,0 +1,154 @@
+"""kNN: equal to brute force in float64, the same in both backends, ties and collapse included."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from gcssl.eval.knn import _threads, knn_accuracy, knn_correct, search
+
+BACKENDS = ("faiss", "torch")
+
+
+def clusters(
+    n: int, seed: int, dim: int = 24, n_classes: int = 7, spread: float = 2.0
+) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    centre = torch.randn(n_classes, dim, generator=torch.Generator().manual_seed(99))
+    y = torch.arange(n) % n_classes
+    return centre[y] + spread * torch.randn(n, dim, generator=g), y
+
+
+def brute_force(bank: Tensor, y: Tensor, queries: Tensor, truth: Tensor, k: int, t: float) -> float:
+    """One query at a time in float64, with Python's own sort."""
+    bank, queries = bank.double(), queries.double()
+    bank, queries = bank / bank.norm(dim=1, keepdim=True), queries / queries.norm(dim=1, keepdim=True)
+    right = 0
+    for query, label in zip(queries, truth.tolist(), strict=True):
+        sims = (bank @ query).tolist()
+        near = sorted(range(len(sims)), key=lambda i: (-sims[i], i))[:k]
+        votes: dict[int, float] = {}
+        for i in near:
+            votes[int(y[i])] = votes.get(int(y[i]), 0.0) + torch.tensor(sims[i] / t).double().exp().item()
+        right += max(votes, key=lambda c: (votes[c], -c)) == label
+    return 100.0 * right / len(queries)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_knn_equals_brute_force_in_float64(backend: str) -> None:
+    (x, y), (qx, qy) = clusters(500, 1), clusters(90, 2)
+    got = knn_accuracy(x, y, qx, qy, ks=(1, 10, 20, 100), temperature=0.07, backend=backend)
+    want = {k: brute_force(x, y, qx, qy, k, 0.07) for k in (1, 10, 20, 100)}
+    assert got == pytest.approx(want)
+    assert 30 < want[20] < 95  # neither chance nor trivial, so that a wrong vote shows
+    assert len(set(want.values())) > 1
+
+
+def test_temperature_weights_the_votes() -> None:
+    bank = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8]])
+    y, query, truth = torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.0]]), torch.tensor([0])
+    assert knn_accuracy(bank, y, query, truth, ks=(3,), temperature=0.07)[3] == 100.0
+    assert knn_accuracy(bank, y, query, truth, ks=(3,), temperature=10.0)[3] == 0.0
+
+
+def test_both_backends_find_the_same_neighbours_with_many_ties() -> None:
+    g = torch.Generator().manual_seed(3)
+    few = torch.nn.functional.normalize(torch.randn(6, 16, generator=g), dim=1)
+    bank = few[
+        torch.randint(6, (900,), generator=g)
+    ]  # about 150 copies of each vector, far more than k + margin
+    queries = torch.cat([few, torch.nn.functional.normalize(torch.randn(10, 16, generator=g), dim=1)])
+    results = [search(bank, queries, 20, backend) for backend in BACKENDS]
+    assert torch.equal(results[0][1], results[1][1])
+    assert torch.equal(results[0][0], results[1][0])
+    sims = (queries.double() @ bank.double().T).mul(1e9).round()
+    for row, index in zip(sims, results[0][1], strict=True):
+        want = sorted(range(900), key=lambda i: (-row[i].item(), i))[:20]
+        assert index.tolist() == want
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_collapsed_features_give_the_first_images_of_the_bank(backend: str) -> None:
+    bank = torch.nn.functional.normalize(torch.ones(300, 8), dim=1)
+    _, index = search(bank, bank[:5], 12, backend)
+    assert index.tolist() == [list(range(12))] * 5
+
+
+def test_nearly_collapsed_features_are_ordered_in_float64() -> None:
+    """An untrained network: all cosines lie within 1e-5 of 1, where fp32 cannot order them."""
+    g = torch.Generator().manual_seed(4)
+    bank = torch.nn.functional.normalize(1 + 2e-3 * torch.randn(3000, 32, generator=g), dim=1)
+    queries = torch.nn.functional.normalize(1 + 2e-3 * torch.randn(20, 32, generator=g), dim=1)
+    sims = (queries.double() @ bank.double().T).mul(1e9).round()
+    want = torch.stack(
+        [torch.tensor(sorted(range(3000), key=lambda i: (-r[i].item(), i))[:50]) for r in sims]
+    )
+    for backend in BACKENDS:
+        assert torch.equal(search(bank, queries, 50, backend)[1], want)
+
+
+def test_votes_are_equal_in_both_backends() -> None:
+    (x, y), (qx, qy) = clusters(800, 5, n_classes=40), clusters(300, 6, n_classes=40)
+    x, qx = (x * 2).round(), (qx * 2).round()
+    both = [knn_correct(x, y, qx, qy, (10, 20, 200), backend=backend) for backend in BACKENDS]
+    assert torch.equal(*both)
+
+
+def test_permuted_labels_give_chance() -> None:
+    (x, y), (qx, qy) = clusters(1400, 7), clusters(700, 8)
+    assert knn_accuracy(x, y, qx, qy, ks=(20,))[20] > 60
+    y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
+    assert abs(knn_accuracy(x, y, qx, qy, ks=(20,))[20] - 100 / 7) < 5
+
+
+def test_the_length_of_features_does_not_matter() -> None:
+    (x, y), (qx, qy) = clusters(200, 9), clusters(80, 10)
+    scale = torch.rand(200, 1, generator=torch.Generator().manual_seed(0)) + 0.1
+    assert knn_accuracy(x * scale, y, qx * 7, qy, ks=(10,)) == knn_accuracy(x, y, qx, qy, ks=(10,))
+
+
+def test_k_is_capped_at_the_bank_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    (x, y), (qx, qy) = clusters(30, 11), clusters(50, 12)
+    got = knn_accuracy(x, y, qx, qy, ks=(10, 200))
+    assert got[200] == knn_accuracy(x, y, qx, qy, ks=(30,))[30]
+    assert "30" in capsys.readouterr().out
+
+
+def test_a_search_takes_the_cores_that_torchrun_leaves_idle_and_gives_them_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import faiss
+
+    (x, y), (qx, qy) = clusters(100, 13), clusters(20, 14)
+    before = torch.get_num_threads()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    torch.set_num_threads(1)  # torchrun sets OMP_NUM_THREADS=1
+    try:
+        with _threads():
+            assert torch.get_num_threads() == faiss.omp_get_max_threads() == len(os.sched_getaffinity(0))
+        for backend in BACKENDS:
+            knn_accuracy(x, y, qx, qy, ks=(5,), backend=backend)
+            assert (torch.get_num_threads(), faiss.omp_get_max_threads()) == (1, 1)
+    finally:
+        torch.set_num_threads(before)
+        faiss.omp_set_num_threads(before)
+
+
+def test_wrong_arguments_name_the_choices() -> None:
+    (x, y), (qx, qy) = clusters(20, 15), clusters(5, 16)
+    with pytest.raises(ValueError, match="auto, faiss, torch"):
+        knn_accuracy(x, y, qx, qy, ks=(5,), backend="annoy")
+    with pytest.raises(ValueError, match="temperature"):
+        knn_accuracy(x, y, qx, qy, ks=(5,), temperature=0)
+
+
+def test_importing_knn_loads_no_heavy_library() -> None:
+    code = (
+        "import sys; from gcssl.eval.knn import knn_accuracy; "
+        "print([m for m in ('datasets', 'faiss', 'accelerate', 'tensorboard') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,176 @@
+"""load_config: what it accepts, and the one line with which it refuses the rest."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from gcssl.config import PretrainConfig, config_dict, diff_configs, dump_config, load_config
+from gcssl.errors import UserError
+
+
+@dataclass
+class Pixels:
+    name: str = "pixels"
+    mask_ratio: float = 0.6
+    mask_unit: int | None = None
+
+
+@dataclass
+class View:
+    name: str = "pairs"
+    temperature: float = 0.2
+
+
+@dataclass
+class Both:
+    name: str = "both"
+    view: View = field(default_factory=View)
+    weights: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    mode: str = field(default="sum", metadata={"choices": ("sum", "mean")})
+
+
+OBJECTIVES = {"pixels": Pixels, "pairs": View, "both": Both}
+
+
+def load(*argv: str) -> PretrainConfig:
+    return load_config(PretrainConfig, list(argv), OBJECTIVES)
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(UserError) as refused:
+        load(*(argv if any("objective" in one for one in argv) else (*argv, "objective.name=pixels")))
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_layers_later_wins(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("objective: {name: pixels, mask_ratio: 0.5}\ntrain: {epochs: 5, blr: 1e-3}\n")
+    second.write_text("train.epochs: 6\n")
+    cfg = load(str(first), str(second), "train.seed=1", "train.seed=2")
+    assert (cfg.train.epochs, cfg.train.blr, cfg.train.seed) == (6, 1e-3, 2)
+    assert cfg.train.batch_size == PretrainConfig().train.batch_size
+    assert cfg.objective == Pixels(mask_ratio=0.5)
+
+
+def test_the_objective_is_typed_by_its_name() -> None:
+    cfg = load("objective.name=both", "objective.view.temperature=1", "objective.weights=[1,2]")
+    assert cfg.objective == Both(view=View(temperature=1.0), weights=[1.0, 2.0])
+    assert isinstance(cfg.objective.weights[0], float)
+
+
+def test_image_sizes() -> None:
+    assert load("objective.name=pixels", "model.img_size=96").model.img_size == 96
+    assert load("objective.name=pixels", "model.img_size=[64,96]").model.img_size == [64, 96]
+    for bad in ("64x96", "[64]", "[64,96,3]", "0", "-32", "64.5", "true", "null"):
+        assert refusal(f"model.img_size={bad}").startswith("model.img_size: given ")
+
+
+def test_text_is_taken_as_written() -> None:
+    cfg = load("objective.name=pixels", "out=007", "data.path=/a b/c: d=e", "model.weights=null")
+    assert (cfg.out, cfg.data.path, cfg.model.weights) == ("007", "/a b/c: d=e", None)
+    assert load("objective.name=pixels", "out=no").out == "no"
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("train.epoch=3", "train.epoch: no such key; did you mean train.epochs?"),
+        ("epochs=3", "epochs: no such key; did you mean train.epochs?"),
+        ("zzz=1", "zzz: no such key; the config has allow_env, "),
+        ("objective.mask_ration=.5", "objective.mask_ration: no such key; did you mean objective.mask_ratio?"),
+        ("train.epochs=abc", "train.epochs: given abc, expected a whole number"),
+        ("train.epochs=1.5", "train.epochs: given 1.5, expected a whole number"),
+        ("train.steps=x", "train.steps: given x, expected a whole number or null"),
+        ("train.blr=nan", "train.blr: given NaN, expected a finite number"),
+        ("train.blr=fast", "train.blr: given fast, expected a number"),
+        ("train.compile=3", "train.compile: given 3, expected true or false"),
+        ("train.betas=3", "train.betas: given 3, expected a list of float"),
+        ("train.betas=[0.9", "train.betas: given [0.9, which is no valid yaml"),
+        ("train=3", "train: given 3, expected keys inside it"),
+        ("train.epochs", "train.epochs: expected [file.yaml ...] key=value"),
+        ("--train.epochs=3", "--train.epochs: options are written without dashes"),
+        ("nothing.yaml", "nothing.yaml: no such config file"),
+        ("train.precision=no", "train.precision: given no, expected one of fp32, bf16, fp16"),
+        ("train.precision=bf61", "train.precision: given bf61, expected one of fp32, bf16, fp16; did you mean bf16?"),
+        ("train.lr_rule=cubic", "train.lr_rule: given cubic, expected one of linear, sqrt, none"),
+        ("model.bias_resize=area", "model.bias_resize: given area, expected one of bicubic, crop"),
+        ("augment.where=gpu", "augment.where: given gpu, expected one of device, worker"),
+        ("eval.backend=fais", "eval.backend: given fais, expected one of auto, faiss, torch; did you mean faiss?"),
+        ("train.optimizer=lion", "train.optimizer: given lion, expected one of adamw, sgd"),
+        ("train.on_collapse=cry", "train.on_collapse: given cry, expected one of warn, stop"),
+        ("encoder=both", "encoder: given both, expected one of student, teacher"),
+        ("log.trackers=[wandb]", 'log.trackers: given ["wandb"], expected one of tensorboard'),
+        ("objective=pixels", "objective: given pixels, expected objective.name=pixels"),
+        ("objective.name=pixel", "objective.name: given pixel, expected one of pixels, pairs, both; did you mean pix"),
+        ("objective.name=${nope}", "objective.name: given ${nope}, expected one of pixels"),
+        ("train.epochs=${nope}", "train.epochs: Interpolation key 'nope' not found"),
+    ],
+)
+def test_refusals(argument: str, line: str) -> None:
+    assert refusal(argument).startswith(line)
+
+
+def test_an_objective_must_be_chosen_and_keeps_to_its_keys() -> None:
+    with pytest.raises(UserError, match="objective.name: not given, expected one of pixels, pairs, both"):
+        load()
+    assert refusal("objective.name=pairs", "objective.mask_ratio=.5").startswith("objective.mask_ratio: no such")
+    assert refusal("objective.name=both", "objective.mode=max").startswith("objective.mode: given max, expected one")
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("a: [1\nb: 2", "no valid yaml: did not find expected ',' or ']' in line 2"),
+        ("- 1\n", "expected keys and values, got a list"),
+        ("train: {epochs: 1}\ntrain: {epochs: 2}\n", "no valid yaml: found duplicate key train"),
+    ],
+)
+def test_damaged_yaml(tmp_path: Path, content: str, line: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(content)
+    assert refusal(str(path)).startswith(f"{path}: {line}")
+
+
+def test_yaml_truth_values_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("train: {precision: no}\n")
+    line = refusal(str(path))
+    assert line.startswith("train.precision: given false, expected one of fp32, bf16, fp16 (yaml reads")
+    assert str(path) in line
+
+
+def test_the_environment_is_read_only_when_the_command_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GCSSL_TEST", "secret")
+    path = tmp_path / "x.yaml"
+    path.write_text("out: ${oc.env:GCSSL_TEST}\nallow_env: true\n")
+    assert refusal(str(path)).startswith("out: ${oc.env:GCSSL_TEST} reads the environment; put allow_env=true")
+    assert "reads the environment" in refusal("out=${oc.decode:${oc.env:GCSSL_TEST}}")
+    assert load(str(path), "objective.name=pixels", "allow_env=true").out == "secret"
+
+
+def test_dump_and_load_give_the_same_config(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    given = load("objective.name=both", "out=1e-3", "train.blr=1e-7", "train.steps=3", "data.path=off", "log.trackers=[]")
+    path.write_text(dump_config(given))
+    assert load(str(path)) == given
+    json.dumps(config_dict(given))
+
+
+def test_diff_names_each_changed_key_once() -> None:
+    old, new = config_dict(load("objective.name=pixels")), config_dict(load("objective.name=pixels", "train.steps=5"))
+    assert diff_configs(old, new) == ["train.steps: null -> 5"]
+    assert diff_configs(old, old) == []
+    assert "objective.mask_ratio: 0.6 -> (absent)" in diff_configs(old, config_dict(load("objective.name=pairs")))
+
+
+def test_the_shared_tables_name_real_keys() -> None:
+    """A choice listed under a key that was renamed would check nothing."""
+    from gcssl.keys import CHOICES, leaves
+
+    known = leaves(PretrainConfig())
+    assert set(CHOICES) - {"format"} <= set(known)

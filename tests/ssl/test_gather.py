@@ -1,0 +1,61 @@
+"""N processes equal one process on the joined batch, in loss and in gradient, for every objective and its
+heads.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gcssl.ssl import gather
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("two_processes.py")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One launch of two gloo processes for all cases."""
+    out = tmp_path_factory.mktemp("gather") / "results.pt"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(SCRIPT),
+    ]
+    done = subprocess.run(
+        [*command, str(out)], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, Any] = torch.load(out, weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize("case", ["simmim", "mocov3", "joint", "joint-share", "collectives"])
+def test_two_processes_equal_one_on_the_joined_batch(results: dict[str, Any], case: str) -> None:
+    many, one = results["many"][case], results["one"][case]
+    assert results["world"] == 2
+    for kind in ("logged", "norms", "grads"):
+        assert many[kind].keys() == one[kind].keys()
+        for name, value in one[kind].items():
+            tight = (
+                {"atol": 1e-9, "rtol": 1e-7} if value.dtype == torch.float64 else {"atol": 1e-4, "rtol": 1e-4}
+            )
+            torch.testing.assert_close(many[kind][name], value, **tight, msg=lambda m, n=name: f"{n}: {m}")
+    assert one["grads"] and all(g.abs().sum() > 0 for g in one["grads"].values())
+
+
+def test_one_process_needs_no_group() -> None:
+    x = torch.randn(3, 2, requires_grad=True)
+    assert gather.world_size() == 1 and gather.rank() == 0 and gather.reducer() is None
+    assert gather.all_gather_with_grad(x) is x and gather.all_reduce_sum_with_grad(x) is x
+    assert not gather.all_gather_no_grad(x).requires_grad
+    assert torch.equal(gather.all_reduce_mean(x), x)

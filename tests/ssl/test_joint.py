@@ -1,0 +1,151 @@
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gcssl.config import AugmentConfig
+from gcssl.errors import UserError
+from gcssl.ssl.joint import Joint, JointConfig
+
+Make = Callable[..., Any]
+
+
+def joint_batch(make_batch: Make, share: bool) -> dict[str, Any]:
+    batch = make_batch(4, views=2 if share else 3)
+    hidden = batch["masks"][0]
+    return batch | {"masks": [hidden, None] if share else [None, None, hidden]}
+
+
+def test_state_has_each_weight_once(make_objective: Make) -> None:
+    state = make_objective("joint").state_dict()
+    roots = {name.split(".")[0] for name in state}
+    assert roots == {"encoder", "teacher", "masked", "view"}
+    assert not [n for n in state if n.startswith(("masked.encoder", "view.encoder", "view.teacher"))]
+    assert len({t.data_ptr() for t in state.values()}) == len(state)
+    other = make_objective("joint")
+    other.load_state_dict(state)
+    assert other.view.encoder is other.encoder is other.masked.encoder and other.view.teacher is other.teacher
+
+
+def test_state_names_of_encoder_and_teacher_are_those_of_the_parts(make_objective: Make) -> None:
+    def under(name: str, objective: Any) -> set[str]:
+        return {key for key in objective.state_dict() if key.startswith(name)}
+
+    joint, simmim, mocov3 = (make_objective(n) for n in ("joint", "simmim", "mocov3"))
+    assert under("encoder.", joint) == under("encoder.", simmim) == under("encoder.", mocov3)
+    assert under("teacher.", joint) == under("teacher.", mocov3)
+
+
+def test_moves_to_another_dtype_as_one(make_objective: Make) -> None:
+    joint = make_objective("joint").double()
+    assert next(joint.view.encoder.parameters()).dtype == torch.float64
+    assert joint.view.encoder.stem is joint.encoder.stem
+
+
+def test_loss_is_the_weighted_sum_of_the_parts(make_objective: Make, make_batch: Make) -> None:
+    joint, batch = make_objective("joint", weights=[2.0, 0.5]), joint_batch(make_batch, share=False)
+    out = joint(batch, 0)
+    masked = joint.masked({"views": batch["views"][2:], "masks": batch["masks"][2:]}, 0)["loss"]
+    view = joint.view({"views": batch["views"][:2]}, 0)["loss"]
+    torch.testing.assert_close(out["loss"], 2 * masked + view / 2)
+    torch.testing.assert_close(out["loss/simmim"], masked.detach())
+    torch.testing.assert_close(out["loss/mocov3"], view.detach())
+    assert not out["loss/simmim"].requires_grad and {"accuracy", "feature_std"} <= set(out)
+
+
+def test_share_masks_view_one_in_one_pass(make_objective: Make, make_batch: Make) -> None:
+    joint, batch = make_objective("joint", share=True), joint_batch(make_batch, share=True)
+    out = joint(batch, 0)
+    fmap = joint.masked.features(batch)
+    view = joint.view.loss([fmap.mean((2, 3)), joint.encoder(batch["views"][1])], batch)["loss"]
+    torch.testing.assert_close(out["loss/mocov3"], view.detach())
+    torch.testing.assert_close(out["loss/simmim"], joint.masked(batch, 0)["loss"].detach())
+    whole = joint.view(batch, 0)["loss"]
+    assert not torch.equal(out["loss/mocov3"], whole)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_gradient_reaches_student_and_heads_only(make_objective: Make, make_batch: Make, share: bool) -> None:
+    joint = make_objective("joint", share=share)
+    joint(joint_batch(make_batch, share), 0)["loss"].backward()
+    for name, p in joint.named_parameters():
+        frozen = name.startswith(("teacher.", "view.momentum_projector."))
+        assert (p.grad is None) == frozen and p.requires_grad != frozen, name
+
+
+def test_grad_norms_are_those_of_the_parts(make_objective: Make, make_batch: Make) -> None:
+    joint, batch = make_objective("joint", weights=[3.0, 1.0]), joint_batch(make_batch, share=False)
+    out = joint(batch, 0)
+    norms = joint.grad_norms(out)
+    out["loss"].backward()  # the graph is still there
+    for key, weight, loss in (
+        ("grad_norm/simmim", 3.0, lambda: joint.masked(joint.masked_batch(batch), 0)["loss"]),
+        ("grad_norm/mocov3", 1.0, lambda: joint.view(batch, 0)["loss"]),
+    ):
+        joint.zero_grad()
+        loss().backward()
+        flat = torch.cat([p.grad.flatten() for p in joint.encoder.parameters() if p.grad is not None])
+        torch.testing.assert_close(norms[key], weight * flat.norm())
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_draw_matches_what_forward_reads(make_objective: Make, share: bool) -> None:
+    draw = pickle.loads(pickle.dumps(make_objective("joint", share=share).draw))
+    views, masks = draw(np.random.default_rng(0), (64, 64))
+    assert [spec.blur_p for spec, _ in views] == ([1.0, 0.1] if share else [1.0, 0.1, 0.0])
+    assert [mask is not None for mask in masks] == ([True, False] if share else [False, False, True])
+    assert views[-1][0].scale == ((0.08, 1.0) if share else (0.67, 1.0))
+
+
+def test_overrides_of_the_pair_leave_the_masked_crop_alone(make_encoder: Make) -> None:
+    augment = AugmentConfig(scale=[0.2, 1.0], blur_p=[0.5, 0.5], jitter_p=0.3, flip_p=0.0)
+    cfg = JointConfig(hidden_dim=8, out_dim=4)
+    views, _ = Joint(cfg, make_encoder(), augment, (64, 64), 10, 1).draw(np.random.default_rng(0), (64, 64))
+    specs = [spec for spec, _ in views]
+    assert [s.scale for s in specs] == [(0.2, 1.0), (0.2, 1.0), (0.67, 1.0)]
+    assert [s.jitter_p for s in specs] == [0.3, 0.3, 0.0] and [s.flip_p for s in specs] == [0.0] * 3
+
+
+def test_keys_of_the_parts_arrive(make_objective: Make) -> None:
+    joint = make_objective("joint", mask_ratio=0.5, mask_unit=16, momentum=0.9, temperature=0.5)
+    assert (joint.masked.draw.ratio, joint.masked.draw.unit) == (0.5, 16)
+    assert (joint.view.cfg.momentum, joint.view.cfg.temperature, joint.view.cfg.out_dim) == (0.9, 0.5, 16)
+    assert 0.9 < joint.momentum(0) == joint.view.momentum(0) < 0.91 and joint.momentum(99) == 1.0
+
+
+def test_teacher_follows_once_a_step_and_stays_in_eval_mode(make_objective: Make) -> None:
+    joint = make_objective("joint", total_steps=10).train()
+    assert (
+        joint.encoder.training and not joint.teacher.training and not joint.view.momentum_projector.training
+    )
+    start = joint.teacher.stem.conv1.weight.clone()
+    with torch.no_grad():
+        joint.encoder.stem.conv1.weight.add_(1.0)
+    joint.after_step(0)
+    torch.testing.assert_close(joint.teacher.stem.conv1.weight, start + 1 - joint.momentum(0))
+
+
+def test_pictures_are_those_of_the_masked_crop(make_objective: Make, make_batch: Make) -> None:
+    joint, batch = make_objective("joint").train(), joint_batch(make_batch, share=False)
+    shown = joint.pictures(batch, 0)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (joint.encoder.mean, joint.encoder.std))
+    torch.testing.assert_close(shown["original"], (batch["views"][2] * std + mean).clamp(0, 1))
+    assert joint.encoder.training and not joint.teacher.training
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        {"masked": "mae"},
+        {"view": "simmim"},
+        {"weights": [1.0]},
+        {"weights": [-1.0, 1.0]},
+        {"weights": [0.0, 0.0]},
+    ],
+)
+def test_bad_values_are_refused(make_objective: Make, cfg: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"objective.{next(iter(cfg))}="):
+        make_objective("joint", **cfg)

@@ -1,0 +1,82 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from gcssl.errors import UserError
+from gcssl.runtime import rng
+from gcssl.ssl.masking import check_ratio, check_unit, default_unit, draw_mask, hide_pixels, upsample_mask
+
+
+@pytest.mark.parametrize(
+    "side, unit", [(64, 8), (96, 16), (128, 16), (160, 16), (192, 32), (224, 32), (512, 32)]
+)
+def test_default_unit_fits(side: int, unit: int) -> None:
+    assert default_unit((side, side)) == unit
+    check_unit((side, side), default_unit((side, side)))
+    check_unit((side, 2 * side), default_unit((side, 2 * side)))
+
+
+@pytest.mark.parametrize(
+    "size, unit", [((64, 64), 6), ((64, 64), 48), ((64, 64), 64), ((96, 64), 24), ((64, 64), 0)]
+)
+def test_units_that_do_not_fit_are_refused_with_the_legal_ones(size: tuple[int, int], unit: int) -> None:
+    with pytest.raises(UserError, match=rf"mask_unit={unit} does not fit .* one of \[4, 8, 16, 32\]"):
+        check_unit(size, unit)
+
+
+@pytest.mark.parametrize("side", [64, 96, 192, 224, 256])
+@pytest.mark.parametrize("ratio", [0.5, 0.6, 0.75])
+def test_hidden_count_is_the_ceiling_in_every_sample(side: int, ratio: float) -> None:
+    n = side // default_unit((side, side))
+    for seed in range(5):
+        mask = draw_mask(np.random.default_rng(seed), (n, n), ratio)
+        assert mask.shape == (n, n) and mask.dtype == bool
+        assert mask.sum() == math.ceil(ratio * n * n)
+
+
+def test_ceiling_ignores_the_rounding_of_binary_fractions() -> None:
+    assert 0.55 * 100 > 55
+    assert draw_mask(np.random.default_rng(0), (10, 10), 0.55).sum() == 55
+
+
+@pytest.mark.parametrize("n, ratio", [(36, 0.0), (36, 1.0), (36, -0.1), (36, math.nan), (4, 0.8)])
+def test_ratios_that_hide_nothing_or_all_are_refused(n: int, ratio: float) -> None:
+    with pytest.raises(UserError, match="mask_ratio"):
+        check_ratio(n, ratio)
+
+
+def test_masks_differ_between_samples_epochs_and_views_and_repeat_with_the_seed() -> None:
+    keys = list(itertools.product(range(2), range(8), range(2)))  # epoch, sample, view
+    first = [draw_mask(rng(0, *key), (8, 8), 0.6).tobytes() for key in keys]
+    again = [draw_mask(rng(0, *key), (8, 8), 0.6).tobytes() for key in keys]
+    assert len(set(first)) == len(keys)
+    assert first == again
+
+
+def test_every_unit_is_hidden_equally_often() -> None:
+    generator = np.random.default_rng(0)
+    share = np.mean([draw_mask(generator, (4, 4), 0.5) for _ in range(4000)], axis=0)
+    assert abs(share - 0.5).max() < 0.04  # 5 standard deviations
+
+
+def test_upsampled_mask_is_constant_in_each_unit() -> None:
+    mask = torch.rand(3, 2, 4) < 0.5
+    pixels = upsample_mask(mask, 64, 64)
+    blocks = pixels.view(3, 2, 32, 4, 16)
+    assert torch.equal(blocks.all(4).all(2), mask) and torch.equal(blocks.any(4).any(2), mask)
+    with pytest.raises(ValueError, match="does not tile"):
+        upsample_mask(mask, 64, 66)
+
+
+def test_hidden_pixels_become_zero_whatever_they_held() -> None:
+    x = torch.randn(2, 3, 64, 64)
+    x[0, 0, :8, :8] = math.nan
+    mask = torch.zeros(2, 8, 8, dtype=torch.bool)
+    mask[0, 0, 0] = True
+    y = hide_pixels(x, mask)
+    assert (y[0, :, :8, :8] == 0).all() and not torch.signbit(y[0, :, :8, :8]).any()
+    rest = ~upsample_mask(mask, 64, 64)[:, None].expand_as(x)
+    assert torch.equal(y[rest], x[rest])

@@ -1,0 +1,185 @@
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gcssl.errors import UserError
+from gcssl.models.decoders import PixelHead
+from gcssl.ssl.masking import hide_pixels, upsample_mask
+from gcssl.ssl.simmim import l1_hidden
+
+Make = Callable[..., Any]
+
+
+def scramble(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with every hidden pixel replaced by loud noise."""
+    x, hidden = batch["views"][0], upsample_mask(batch["masks"][0], 64, 64)[:, None]
+    return batch | {"views": [torch.where(hidden, 100 * torch.randn_like(x), x)]}
+
+
+def test_mask_leak_none_from_hidden_pixels(make_objective: Make, make_batch: Make) -> None:
+    objective, batch = make_objective("simmim").eval(), make_batch(4)
+    with torch.no_grad():
+        first, second = objective.features(batch), objective.features(scramble(batch))
+        assert torch.equal(first, second)
+        assert torch.equal(objective.head(first), objective.head(second))
+
+
+def test_mask_leak_control_hiding_only_tokens_leaks(make_objective: Make, make_batch: Make) -> None:
+    """SimMIM's own placement (tokens, after the stem) changes every output: the test above can fail."""
+    objective, batch = make_objective("simmim").eval(), make_batch(4)
+    mask = batch["masks"][0]
+    with torch.no_grad():
+        first, second = (
+            objective.encoder.forward_features(b["views"][0], mask, objective.mask_token)
+            for b in (batch, scramble(batch))
+        )
+    changed = (first - second).norm(dim=1) / first.norm(dim=1)
+    assert (changed > 1e-3).all()
+
+
+def test_mask_leak_control_visible_pixels_reach_the_output(make_objective: Make, make_batch: Make) -> None:
+    objective, batch = make_objective("simmim").eval(), make_batch(4)
+    with torch.no_grad():
+        moved = batch | {"views": [batch["views"][0].roll(1, 0)]}
+        assert not torch.equal(objective.features(batch), objective.features(moved))
+
+
+def test_hidden_tokens_hold_the_mask_token(make_objective: Make, make_batch: Make) -> None:
+    objective, batch = make_objective("simmim").eval(), make_batch(2)
+    with torch.no_grad():
+        before = objective.features(batch)
+        objective.mask_token.add_(1.0)
+        assert not torch.equal(before, objective.features(batch))
+    assert objective.mask_token.shape == (16,)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_loss_by_hand(share: float) -> None:
+    mask = torch.rand(2, 8, 8) < share
+    mask[:, 0, 0] = True
+    zeros, ones = torch.zeros(2, 3, 64, 64), torch.ones(2, 3, 64, 64)
+    assert l1_hidden(zeros, ones, mask).item() == pytest.approx(1.0)
+    assert l1_hidden(zeros, -2 * ones, mask).item() == pytest.approx(2.0)
+
+
+def test_loss_equals_a_slow_version_over_pixels(make_batch: Make) -> None:
+    batch = make_batch(3)
+    x, mask = batch["views"][0], batch["masks"][0]
+    pred = torch.randn_like(x)
+    total, count = 0.0, 0
+    for i, row, col in mask.nonzero().tolist():  # one hidden unit of 8 x 8 pixels
+        where = (i, slice(None), slice(8 * row, 8 * row + 8), slice(8 * col, 8 * col + 8))
+        total += (pred[where] - x[where]).abs().sum().item()
+        count += 3 * 64
+    assert l1_hidden(pred, x, mask).item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_loss_is_a_mean_over_samples_even_when_counts_differ() -> None:
+    """So the mean over processes is the loss of the joined batch, whatever the masks."""
+    mask = torch.zeros(2, 8, 8, dtype=torch.bool)
+    mask[0, 0, 0] = mask[1] = True
+    pred, x = torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64)
+    alone = [l1_hidden(pred[i : i + 1], x[i : i + 1], mask[i : i + 1]) for i in range(2)]
+    torch.testing.assert_close(l1_hidden(pred, x, mask), torch.stack(alone).mean())
+
+
+def test_loss_gradient_is_on_hidden_pixels_only(make_batch: Make) -> None:
+    batch = make_batch(2)
+    x, hidden = batch["views"][0], upsample_mask(batch["masks"][0], 64, 64)[:, None].expand(2, 3, 64, 64)
+    pred = torch.randn_like(x, requires_grad=True)
+    loss = l1_hidden(pred, x, batch["masks"][0])
+    (grad,) = torch.autograd.grad(loss, pred)
+    assert (grad[hidden] != 0).all() and (grad[~hidden] == 0).all()
+    assert torch.equal(l1_hidden(torch.where(hidden, pred, pred + 5), x, batch["masks"][0]), loss)
+
+
+def test_head_puts_channel_row_and_column_on_the_right_pixel() -> None:
+    head = PixelHead(4, stride=8)
+    with torch.no_grad():
+        head.proj.weight.zero_()
+        head.proj.bias.copy_(torch.arange(3 * 64.0))
+    y = head(torch.randn(1, 4, 2, 3))
+    assert y.shape == (1, 3, 16, 24)
+    c, i, j = torch.meshgrid(torch.arange(3), torch.arange(16), torch.arange(24), indexing="ij")
+    assert torch.equal(y[0], (c * 64 + i % 8 * 8 + j % 8).float())
+
+
+def test_head_of_one_token_covers_its_own_cell() -> None:
+    head = PixelHead(4, stride=32)
+    x = torch.randn(1, 4, 2, 2)
+    y, moved = head(x), x.clone()
+    moved[..., 0, 1] += 1.0
+    rows, cols = (head(moved) - y)[0].abs().sum(0).nonzero().T
+    assert rows.max() < 32 and cols.min() >= 32 and len(rows) == 32 * 32
+
+
+def test_gradient_reaches_every_parameter(make_objective: Make, make_batch: Make) -> None:
+    objective = make_objective("simmim")
+    objective(make_batch(2), 0)["loss"].backward()
+    assert not [n for n, p in objective.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert objective.mask_token.grad.abs().sum() > 0
+
+
+def test_bf16_run_has_an_fp32_loss(make_objective: Make, make_batch: Make) -> None:
+    objective = make_objective("simmim")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = objective(make_batch(2), 0)["loss"]
+    assert loss.dtype == torch.float32 and loss.isfinite()
+
+
+def test_draw_gives_one_crop_and_its_mask_and_pickles(make_objective: Make) -> None:
+    draw = pickle.loads(pickle.dumps(make_objective("simmim").draw))
+    views, masks = draw(np.random.default_rng(0), (64, 96))
+    assert len(views) == 1 and views[0][0].size == (64, 96) and views[0][0].scale == (0.67, 1.0)
+    assert masks[0].shape == (8, 12) and masks[0].sum() == 58  # ceil(0.6 * 96)
+
+
+def test_pictures_show_what_is_hidden_and_predicted(make_objective: Make, make_batch: Make) -> None:
+    objective, batch = make_objective("simmim").train(), make_batch(10)
+    shown = objective.pictures(batch, 0)
+    assert set(shown) == {"original", "hidden", "reconstructed"} and objective.training
+    assert all(p.shape == (8, 3, 64, 64) and 0 <= p.min() and p.max() <= 1 for p in shown.values())
+    hidden = upsample_mask(batch["masks"][0][:8], 64, 64)[:, None].expand(8, 3, 64, 64)
+    assert torch.equal(shown["original"][~hidden], shown["reconstructed"][~hidden])
+    assert not torch.equal(shown["original"][hidden], shown["reconstructed"][hidden])
+    mean = torch.tensor(objective.encoder.mean).view(3, 1, 1).expand_as(hidden)
+    torch.testing.assert_close(shown["hidden"][hidden], mean[hidden])
+
+
+@pytest.mark.parametrize(
+    "cfg", [{"mask_unit": 12}, {"mask_unit": 64}, {"mask_ratio": 1.0}, {"mask_ratio": 0.999}]
+)
+def test_masks_that_do_not_fit_are_refused(make_objective: Make, cfg: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="objective.mask_"):
+        make_objective("simmim", **cfg)
+
+
+def test_a_wrapped_backbone_is_masked_in_its_pixels(make_objective: Make, make_batch: Make) -> None:
+    from gcssl.models.build import build_backbone
+
+    encoder = build_backbone("resnet10t", img_size=64)
+    objective, batch = make_objective("simmim", encoder), make_batch(2)
+    assert objective.mask_token is None and "mask_token" not in objective.state_dict()
+    objective.eval()
+    with torch.no_grad():
+        assert torch.equal(objective.features(batch), objective.features(scramble(batch)))
+        pixels = hide_pixels(batch["views"][0], batch["masks"][0])
+        assert torch.equal(objective.features(batch), encoder.forward_features(pixels))
+    assert objective(batch, 0)["loss"].isfinite()
+
+
+def test_overfits_a_few_images(make_objective: Make, make_batch: Make) -> None:
+    objective, batch = make_objective("simmim"), make_batch(16)
+    optimizer = torch.optim.AdamW(objective.parameters(), 5e-3)
+    losses = []
+    for step in range(60):
+        loss = objective(batch, step)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]

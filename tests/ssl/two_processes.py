@@ -1,0 +1,108 @@
+"""Run by torchrun with N processes: each objective and collective on its share of a batch, then rank 0 alone
+on all.
+
+Writes {case: (loss, {parameter: gradient}, ...)} of both to the path given. float64, so that only a wrong
+formula can make the two differ.
+"""
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from gcssl.config import AugmentConfig
+from gcssl.models.gcvit import GCViT
+from gcssl.models.heads import BatchNorm, mlp
+from gcssl.ssl import gather
+from gcssl.ssl.objectives import OBJECTIVES
+
+N = 8  # images of the joined batch
+HEADS = {"hidden_dim": 32, "out_dim": 16}
+CASES: dict[str, dict[str, Any]] = {
+    "simmim": {"name": "simmim"},
+    "mocov3": {"name": "mocov3", **HEADS},
+    "joint": {"name": "joint", "weights": [2.0, 1.0], **HEADS},
+    "joint-share": {"name": "joint", "share": True, **HEADS},
+}
+
+
+def make_batch(names: slice, noise_rows: int) -> dict[str, Any]:
+    """Samples `names` of the joined batch: three views, of which the first and the third have masks."""
+    g = torch.Generator().manual_seed(1)
+    views = [torch.randn(N, 3, 64, 64, generator=g, dtype=torch.float64) for _ in range(3)]
+    mask = torch.rand(N, 8, 8, generator=g).argsort(-1) < 5  # five units a row
+    noise = [torch.rand(noise_rows, N, generator=g) for _ in range(3)]
+    return {
+        "views": [v[names] for v in views],
+        "masks": [mask[names], None, mask[names]],
+        "noise": [n[:, names] for n in noise],
+    }
+
+
+def make_objective(cfg: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    encoder = GCViT(16, (2, 2, 2, 2), (1, 1, 2, 2), img_size=64, window_ratio=(16, 16, 16, 32), drop_path=0.3)
+    cls, schema = OBJECTIVES[cfg["name"]]
+    objective = cls(schema(**cfg), encoder, AugmentConfig(), (64, 64), 10, 5).double().train()
+    if hasattr(objective, "teacher"):  # not equal to the student, as after some steps
+        for p in objective.teacher.parameters():
+            p.data.add_(0.02 * torch.randn_like(p))
+    return objective
+
+
+def run(cfg: dict[str, Any], share: slice) -> dict[str, Any]:
+    objective = make_objective(cfg)
+    batch = make_batch(share, objective.encoder.n_noise)
+    model = (
+        DistributedDataParallel(objective, broadcast_buffers=False) if dist.is_initialized() else objective
+    )
+    out = model(batch, 0)
+    norms = objective.grad_norms(out) if hasattr(objective, "grad_norms") else {}
+    out["loss"].backward()
+    logged = {k: gather.all_reduce_mean(v) for k, v in out.items() if isinstance(v, Tensor)}
+    grads = {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
+    return {"logged": logged, "norms": norms, "grads": grads}
+
+
+def run_collectives(share: slice) -> dict[str, Any]:
+    """A loss through both collectives, and one through a head alone, in fp32 too; gradients of the joined
+    inputs.
+    """
+    torch.manual_seed(2)
+    x = torch.randn(N, 6, dtype=torch.float64)[share].requires_grad_()
+    w = torch.randn(N, N, dtype=torch.float64)[share]
+    joined = gather.all_gather_with_grad(x)  # N 6
+    loss = ((x @ joined.T) * w).sum(1).mean() + gather.all_reduce_sum_with_grad(x.sum(0)).pow(3).mean()
+    loss.backward()
+    torch.manual_seed(3)
+    head = mlp([6, 8, 4], lambda dim, affine: BatchNorm(dim, gather.reducer, affine))
+    z = (torch.randn(N, 6) + 1.0)[share].requires_grad_()
+    y = head(z)
+    (y * torch.randn(N, 4)[share]).sum(1).mean().backward()
+    rows = {"x": joined.detach(), "y": gather.all_gather_no_grad(y)}
+    # A process's input gradient is that of the sum over processes; their mean is what DDP gives to weights.
+    grads = {k: gather.all_gather_no_grad(v.grad) / gather.world_size() for k, v in (("x", x), ("z", z))}
+    grads |= {n: gather.all_reduce_mean(p.grad) for n, p in head.named_parameters() if p.grad is not None}
+    return {"logged": {"loss": gather.all_reduce_mean(loss), **rows}, "norms": {}, "grads": grads}
+
+
+def run_all(share: slice) -> dict[str, Any]:
+    return {name: run(cfg, share) for name, cfg in CASES.items()} | {"collectives": run_collectives(share)}
+
+
+def main(path: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, n = dist.get_rank(), N // dist.get_world_size()
+    many = run_all(slice(rank * n, rank * n + n))
+    world = dist.get_world_size()
+    dist.destroy_process_group()
+    if rank == 0:
+        torch.save({"world": world, "many": many, "one": run_all(slice(0, N))}, path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -157,6 +157,8 @@ def fit(
     probe: Callable[[int, nn.Module], dict[str, float]] | None = None,
 ) -> None:
     """Train `objective` from the run folder's newest checkpoint, or from the start, to the last step."""
+    if cfg.checkpoint.keep < 2:
+        raise UserError(f"checkpoint.keep={cfg.checkpoint.keep}: expected at least 2, since the newest may be damaged")
     train, lr = cfg.train, scaled_lr(cfg.train, sizes.global_batch)
     warmup = round(train.warmup_epochs * sizes.steps_per_epoch)
     objective.to(accelerator.device)

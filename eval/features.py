@@ -1,4 +1,4 @@
-"""Frozen features of images, computed once: each image counted once whatever the process count and batch size."""
+"""Frozen features: each image counts once, whatever the number of processes and the batch size."""
 
 import contextlib
 import dataclasses
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from gcssl.data import Images
+    from gcssl.models.build import Backbone
 
 KINDS = ("last", "last4", "stages34")
 PRECISIONS = ("fp32", "bf16")
@@ -44,7 +45,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Crop:
-    """How an image becomes an input: resized so that crop_pct of it is the centre crop, or one random crop."""
+    """How an image becomes an input: the centre crop of the resized image, squashed, or one random crop."""
 
     size: tuple[int, int]  # height, width in pixels
     crop_pct: float = 1.0
@@ -76,7 +77,7 @@ def share(n: int, rank: int, world: int) -> range:
 def gather_rows(rows: Tensor, n: int, accelerator: "Accelerator", chunk: int = 16_384) -> Tensor:
     """The rows of all processes, joined in the order of `share`, on the CPU and on every process.
 
-    rows: this process's rows (len(share(n, rank, world)), ...), on the CPU. They travel in slices of equal size.
+    rows: this process's rows (len(share(n, rank, world)), ...), on the CPU. They travel in equal slices.
     """
     world = accelerator.num_processes
     if world == 1:
@@ -99,7 +100,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 class _OwnCrops(Dataset[dict[str, Any]]):
-    """Random crops of one epoch, a function of (seed, epoch, index) alone, or whole images squashed to the size."""
+    """Random crops of one epoch, a function of (seed, epoch, index) alone, or whole images squashed."""
 
     def __init__(self, images: "Images", indices: np.ndarray, crop: Crop) -> None:
         self.images, self.indices, self.crop = images, indices, crop
@@ -150,7 +151,7 @@ class Outputs:
 
 
 def forward_all(
-    model: nn.Module,
+    model: "Backbone",
     call: Any,
     images: "Images",
     indices: np.ndarray,
@@ -160,10 +161,10 @@ def forward_all(
     workers: int = 0,
     precision: str = "fp32",
 ) -> Outputs:
-    """call(x) -> {name: B D} over every image of `indices` exactly once; float32 on the CPU, on every process.
+    """call(x) -> {name: B D} over every image of `indices` exactly once; float32 on the CPU, everywhere.
 
-    A process takes every world-th index and results are joined in index order. x is normalised by model.mean and
-    model.std. Raises UserError when no image could be decoded.
+    A process takes every world-th index and results are joined in index order. x is normalised by
+    model.mean and model.std. Raises UserError when no image could be decoded.
     """
     indices = np.asarray(indices, dtype=np.int64)
     if not len(indices):
@@ -195,7 +196,7 @@ def forward_all(
 
 
 def extract(
-    backbone: nn.Module,
+    backbone: "Backbone",
     images: "Images",
     indices: np.ndarray,
     accelerator: "Accelerator",
@@ -206,12 +207,12 @@ def extract(
     kinds: tuple[str, ...] = ("last",),
     quiet: bool = False,
 ) -> Features:
-    """Pooled features of images[indices]; crop None: the whole image at the backbone's own size.
+    """Pooled features of images[indices]; crop None: the backbone's own size, crop and interpolation.
 
     Undecodable images are left out, counted and told in one line. The backbone keeps its mode and every bit.
     """
     if crop is None:
-        crop = Crop(tuple(backbone.img_size))
+        crop = Crop(backbone.img_size, backbone.crop_pct, backbone.interpolation)
 
     def call(x: Tensor) -> dict[str, Tensor]:
         pooled = backbone.pooled(x)

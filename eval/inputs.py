@@ -1,4 +1,4 @@
-"""What every frozen evaluation reads and writes: the backbone, the data with its test split, the result file."""
+"""What every frozen evaluation reads and writes: backbone, data with its test split, result file."""
 
 import contextlib
 import dataclasses
@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 import yaml
-from torch import nn
 
 from gcssl.config import DataConfig, ModelConfig, RuntimeConfig, TrainConfig, config_dict, load_config
 from gcssl.data import held_out, open_data
 from gcssl.eval.features import PRECISIONS, Crop, Features, extract, frozen
 from gcssl.eval.metrics import check_result, comparison, result_table, settings_of, write_result
 from gcssl.log import say
-from gcssl.models.build import backbone_info, build_backbone, load_backbone
+from gcssl.models.build import Backbone, backbone_info, build_backbone, load_backbone
 from gcssl.models.convert import load_weights
 from gcssl.runtime import UserError, make_accelerator
 
@@ -60,7 +59,7 @@ class Inputs:
 
     cfg: Any  # an InputConfig
     spec: str
-    backbone: nn.Module
+    backbone: Backbone
     info: dict[str, Any]
     train: "Images"
     test: "Images"
@@ -73,7 +72,7 @@ class Inputs:
         """The evaluation crop: what was asked for, else the backbone's own."""
         cfg, info = self.cfg, self.info
         asked = cfg.model.img_size
-        size = sides(asked) if asked is not None else tuple(self.backbone.img_size)
+        size = sides(asked) if asked is not None else self.backbone.img_size
         squash = info.get("crop_mode") == "squash" and cfg.crop_pct is None
         pct = float(cfg.crop_pct or info["crop_pct"])
         return Crop(size, pct, cfg.interpolation or info["interpolation"], squash)
@@ -88,7 +87,7 @@ class Inputs:
     def features(
         self, images: "Images", kinds: tuple[str, ...], random: "ViewSpec | None" = None, epoch: int = 0
     ) -> Features:
-        """Features of all of `images`; random: of one random crop an image, a function of (seed, epoch, index)."""
+        """Features of all of `images`; random: of one crop an image, a function of (seed, epoch, index)."""
         crop = dataclasses.replace(self.crop, random=random, seed=self.cfg.seed, epoch=epoch)
         return extract(
             self.backbone,
@@ -147,7 +146,7 @@ def data_of(cfg: InputConfig, run: dict[str, Any] | None) -> DataConfig:
 
 
 def model_of(cfg: InputConfig, run: dict[str, Any] | None) -> ModelConfig:
-    """The model asked for; for a run, the run's at the img_size asked for, and any other difference is refused."""
+    """The model asked for; of a run, the run's own at the img_size asked for: other wishes are refused."""
     asked = _given(cfg.model, ModelConfig(name="", img_size=None))
     if run is None:
         blank = ModelConfig() if cfg.backbone in FRESH else ModelConfig(img_size=None)
@@ -179,7 +178,7 @@ def sides(img_size: Any) -> tuple[int, int]:
 def open_splits(
     data: DataConfig, size: tuple[int, int], only_test: bool = False
 ) -> tuple["Images", "Images", str]:
-    """Labelled train and test images and the test split's name; without a test split, the held-out slice of train.
+    """Labelled train and test images and the test split's name; without one, train's held-out slice.
 
     only_test: a test split alone will do, and stands in for train.
     """
@@ -191,10 +190,7 @@ def open_splits(
             return splits.train, splits.train, splits.train.name
     splits = open_data(data, size)
     train, test = splits.train, splits.test
-    if train.labels is None:
-        raise UserError(
-            f"{data.path}: split {train.name} has no labels, and evaluation needs them; see data.label_column"
-        )
+    labels_of(train)
     if test is not None:
         return train, test, test.name
     rest, held = held_out(train)
@@ -207,6 +203,13 @@ def count_classes(train: "Images", test: "Images") -> int:
     return max(len(train.classes or ()), highest + 1)
 
 
+def labels_of(images: "Images") -> np.ndarray:
+    """int64 N; UserError for a split without labels."""
+    if images.labels is None:
+        raise UserError(f"split {images.name} has no labels, and probes need labels; see data.label_column")
+    return images.labels
+
+
 def open_inputs(cfg: InputConfig, accelerator: "Accelerator", only_test: bool = False) -> Inputs:
     """Opens the data, then loads cfg.backbone. UserError in one line for whatever does not fit."""
     run = run_config(cfg.backbone)
@@ -215,16 +218,16 @@ def open_inputs(cfg: InputConfig, accelerator: "Accelerator", only_test: bool = 
         train, test, name = open_splits(data, sides(model.img_size or 224), only_test and run is None)
     backbone, info = load(cfg.backbone, model, cfg.encoder)
     cfg = dataclasses.replace(cfg, data=data)
-    n_classes = max(len(train.classes or ()), int(max(train.labels.max(), test.labels.max())) + 1)
+    n_classes = max(len(images.classes or ()) or int(labels_of(images).max()) + 1 for images in (train, test))
     backbone = _ready(backbone, accelerator)
     return Inputs(cfg, cfg.backbone, backbone, info, train, test, name, n_classes, accelerator)
 
 
-def _ready(backbone: nn.Module, accelerator: "Accelerator") -> nn.Module:
+def _ready(backbone: Backbone, accelerator: "Accelerator") -> Backbone:
     return backbone.to(accelerator.device).requires_grad_(False).eval()
 
 
-def load(spec: str, model: ModelConfig, encoder: str | None) -> tuple[nn.Module, dict[str, Any]]:
+def load(spec: str, model: ModelConfig, encoder: str | None) -> tuple[Backbone, dict[str, Any]]:
     """load_backbone, and timm's published weights by name: "timm:gcvit_xxtiny"."""
     if not spec.startswith("timm:"):
         return load_backbone(spec, model, encoder)
@@ -237,14 +240,14 @@ def load(spec: str, model: ModelConfig, encoder: str | None) -> tuple[nn.Module,
     if timm.get_pretrained_cfg(name) is None or not timm.is_model_pretrained(name):
         raise UserError(f"{spec}: timm publishes no weights for it; pass a checkpoint file")
     try:
-        theirs = timm.create_model(name, pretrained=True)
+        theirs: Any = timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub, the network and the file system each raise their own
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"{spec}: its weights cannot be had here ({type(error).__name__}: {reason}); "
             "without a network pass the path of a downloaded checkpoint"
         ) from None
-    own = theirs.pretrained_cfg
+    own: dict[str, Any] = theirs.pretrained_cfg
     size = model.img_size if model.img_size is not None else list(own["input_size"][1:])
     backbone = build_backbone(name.split(".")[0], size, theirs.num_classes)
     load_weights(backbone, theirs.state_dict())
@@ -260,7 +263,7 @@ def other_inputs(inputs: Inputs, spec: str) -> Inputs:
 
 
 def _same_model(inputs: Inputs, spec: str) -> ModelConfig:
-    """For random and none the model evaluated, at the size it is evaluated at; for saved weights nothing but the size."""
+    """For random and none the model evaluated, at its size; for saved weights nothing but the size."""
     size = list(inputs.crop.size)
     if spec not in FRESH:
         return ModelConfig(img_size=size)

@@ -1,10 +1,11 @@
-"""Weighted k-nearest-neighbour classification of frozen features (Wu et al. 2018, arXiv:1805.01978, section 3.4).
+"""Weighted k-nearest-neighbour classification of frozen features (arXiv:1805.01978, section 3.4).
 
 `accelerate launch -m gcssl.eval.knn backbone=runs/a [data.path=...] [key=value ...]`
 
-The search is exact: candidates come from FAISS (inner product, flat index) or from torch in fp32, are scored again
-in float64 and put in order of (similarity, bank index); where fp32 cannot tell whether a neighbour was missed, the
-query is searched again in float64. Both backends therefore give the same neighbours and the same votes, ties included.
+The search is exact: candidates come from FAISS (inner product, flat index) or from torch in fp32, are scored
+again in float64 and put in order of (similarity, bank index); where fp32 cannot tell whether a neighbour was
+missed, the query is searched again in float64. Both backends therefore give the same neighbours and the same
+votes, ties included.
 """
 
 import contextlib
@@ -48,8 +49,8 @@ class KnnConfig(InputConfig):
 def _threads() -> Iterator[None]:
     """All of this process's share of the cores while searching: torchrun leaves one thread a process.
 
-    torch and faiss share one OpenMP setting on Linux. On macOS each brings its own OpenMP library and the two must
-    stay at one thread.
+    torch and faiss share one OpenMP setting on Linux. On macOS each brings its own OpenMP library and the
+    two must stay at one thread.
     """
     faiss = sys.modules.get("faiss")
     before = torch.get_num_threads()
@@ -82,7 +83,7 @@ def _import_faiss() -> ModuleType | None:
 
 
 def _similarity_key(similarity: Tensor, index: Tensor, n: int) -> Tensor:
-    """int64 that orders by similarity rounded to nine decimals, then by lower index; same shape as similarity."""
+    """int64 that orders by similarity to nine decimals, then by lower index; same shape as similarity."""
     return (similarity * SCALE).round().long() * n + (n - 1 - index)
 
 

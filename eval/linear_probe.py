@@ -46,7 +46,7 @@ class LinearProbeConfig(InputConfig):
     lrs: list[float] = field(
         default_factory=lambda: [0.001, 0.003, 0.01, 0.03, 0.1, 0.3]
     )  # at a batch of 256
-    weight_decays: list[float] = field(default_factory=lambda: [0.0, 1e-5, 1e-3])
+    weight_decays: list[float] = field(default_factory=lambda: [0.0, 1e-3])
     features: list[str] = field(default_factory=lambda: list(KINDS), metadata={"choices": KINDS})
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # augmented: crop area / image area
 

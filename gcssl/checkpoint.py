@@ -26,7 +26,7 @@ from gcssl.files import atomic_write as atomic_write
 from gcssl.files import fsync_folder, umask_mode
 from gcssl.log import say
 
-TEMPORARY = ".tmp-"  # followed by host and process
+TEMPORARY = ".tmp-"  # followed by process, name and host, with - between them
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 
 
@@ -69,7 +69,7 @@ def save_checkpoint(
     try:
         _stage(temporary, step, tensors, state)
         if target.exists():  # a damaged one of an earlier start, or a second save at this step
-            os.rename(target, _temporary(root, f"{target.name}-old"))
+            os.rename(target, _temporary(root, f"old_{target.name}"))
         os.rename(temporary, target)
         fsync_folder(root)
     except (OSError, SafetensorError) as error:
@@ -209,6 +209,7 @@ def write_backbone(folder: Path, state_dict: dict[str, Tensor], info: dict[str, 
     temporary = _temporary(folder, "backbone")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
         write_tensors(temporary, state_dict)
         digest = _sha256(temporary)
         os.replace(temporary, folder / "backbone.safetensors")
@@ -269,7 +270,7 @@ def _prune(root: Path, step: int, keep: int, keep_every_steps: int | None) -> No
         if path in current and (path in current[:keep] or kept_for_ever):
             continue
         try:
-            doomed = _temporary(root, f"{path.name}-old")
+            doomed = _temporary(root, f"old_{path.name}")
             os.rename(path, doomed)  # so that a kill in the middle leaves no half checkpoint under its name
             shutil.rmtree(doomed)
         except OSError as error:
@@ -277,20 +278,20 @@ def _prune(root: Path, step: int, keep: int, keep_every_steps: int | None) -> No
 
 
 def _remove_leftovers(root: Path) -> None:
-    """Temporary folders of processes that died."""
-    for path in root.glob(f"{TEMPORARY}*"):
-        if not _is_at_work(path):
+    """Temporary folders and files of processes that died."""
+    for path in root.glob(f"{TEMPORARY}*-*-*"):
+        if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _is_at_work(path: Path) -> bool:
     """Does another process still write this? Of another host it is not known: for an hour, yes."""
-    _, _, rest = path.name.partition(TEMPORARY)
-    process, _, rest = rest.partition("-")
-    host = rest.partition("-step_")[0]
+    process, _, host = path.name.removeprefix(TEMPORARY).split("-", 2)
     if host != socket.gethostname():
         return time.time() - path.stat().st_mtime < 3600
-    if not process.isdigit() or int(process) == os.getpid():
+    if int(process) == os.getpid():
         return False
     try:
         os.kill(int(process), 0)
@@ -302,7 +303,7 @@ def _is_at_work(path: Path) -> bool:
 
 
 def _temporary(root: Path, name: str) -> Path:
-    return root / f"{TEMPORARY}{os.getpid()}-{socket.gethostname()}-{name}"
+    return root / f"{TEMPORARY}{os.getpid()}-{name}-{socket.gethostname()}"
 
 
 def _cannot_write(root: Path, tensors: dict[str, dict[str, Tensor]], error: Exception) -> UserError:

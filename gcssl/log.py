@@ -70,8 +70,8 @@ class RunLog:
     def step(self, step: int, metrics: dict[str, float], n_images: int, data_wait: float = 0.0) -> None:
         """After optimizer step number `step` (the first is 1).
 
-        n_images: of all processes, in this step. data_wait: seconds that this step waited for data; recorded is
-        their share of the time since the last record. max_mem: GiB of GPU memory, the most so far.
+        n_images: of all processes, in this step. data_wait: seconds that this step waited for data; recorded
+        is their share of the time since the last record. max_mem: GiB of GPU memory, the most so far.
         """
         if not self.enabled:
             return

@@ -38,10 +38,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, body: str | None = Non
         return scores.add_(bias).softmax(-1) @ v
     if body != "sdpa":
         raise ValueError(f"body must be 'matmul', 'sdpa' or None, got {body!r}")
-    q, k, v = (t.expand(k.shape).flatten(0, 1) for t in (q, k, v))  # B*W K N D
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None]).view(
-        v.shape[0] // k.shape[0], *v.shape
-    )
+    flat = [t.expand(k.shape).flatten(0, 1) for t in (q, k, v)]  # B*W K N D: what the fast kernels take
+    return F.scaled_dot_product_attention(*flat, attn_mask=bias[None]).view(k.shape)
 
 
 class Attention(nn.Module):

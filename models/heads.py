@@ -40,7 +40,7 @@ class BatchNorm(nn.Module):
             packed = reduce(torch.cat([x.sum(0), x.new_full((1,), len(x))]))  # C + 1: sums, count
             count = packed[-1].detach()
             centred = x - packed[:-1] / count
-            var = reduce(x.square().sum(0)) / count - (packed[:-1] / count).square()  # C, biased as torch's
+            var = reduce(centred.square().sum(0)) / count  # C, biased as torch's
             y = centred * torch.rsqrt(var + self.eps)
             return y if self.weight is None or self.bias is None else torch.addcmul(self.bias, y, self.weight)
 

@@ -6,6 +6,7 @@ Tables live at the size a model was built for. Other windows read them through c
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def _constant(make: Callable[..., Tensor], key: tuple[Any, ...], like: Tensor) -
         return make(*key, like.device)
     full = (make, *key, like.device)
     if full not in _CONSTANTS:
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        with torch.inference_mode(False), torch.no_grad():  # else they could not serve a training step later
             _CONSTANTS[full] = make(*key, like.device)
     return _CONSTANTS[full]
 
@@ -97,7 +98,9 @@ def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int], mode
     """Bias table (2*h-1)*(2*w-1) K of window `old` as that of window `new`, in fp32; itself if equal."""
     if old == new:
         return table
-    with torch.autocast(table.device.type, enabled=False):
+    kind = table.device.type
+    full = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    with full:
         rows, cols = (_constant(resize_matrix, (a, b, mode), table) for a, b in zip(old, new, strict=True))
         grid = table.float().t().reshape(-1, 2 * old[0] - 1, 2 * old[1] - 1)  # K 2h-1 2w-1
         return (rows @ grid @ cols.t()).flatten(1).t()

@@ -40,7 +40,7 @@ class PairDraw:
     def __call__(
         self, rng: np.random.Generator, img_size: tuple[int, int]
     ) -> tuple[list[tuple[ViewSpec, View]], list[np.ndarray | None]]:
-        specs = [replace(spec, size=tuple(img_size)) for spec in self.specs]
+        specs = [replace(spec, size=img_size) for spec in self.specs]
         return [(spec, draw_view(rng, spec)) for spec in specs], [None, None]
 
 

@@ -40,7 +40,7 @@ class MaskedDraw:
     def __call__(
         self, rng: np.random.Generator, img_size: tuple[int, int]
     ) -> tuple[list[tuple[ViewSpec, View]], list[np.ndarray | None]]:
-        spec = replace(self.spec, size=tuple(img_size))
+        spec = replace(self.spec, size=img_size)
         grid = (img_size[0] // self.unit, img_size[1] // self.unit)
         return [(spec, draw_view(rng, spec))], [draw_mask(rng, grid, self.ratio)]
 

@@ -74,4 +74,5 @@ def test_settings_leave_out_what_does_not_change_the_numbers() -> None:
 
 
 def test_table_is_aligned() -> None:
-    assert table([["", "run"], ["knn/top1@20", 5.0]]) == ["               run", "knn/top1@20   5.00"]
+    lines = table([["", "run"], ["knn/top1@20", 5.0], ["n", 12.345]])
+    assert lines == ["               run", "knn/top1@20   5.00", "n            12.35"]

@@ -59,6 +59,13 @@ def test_info_nce_is_finite_in_low_precision_and_at_extreme_logits() -> None:
     assert grad.isfinite().all()
 
 
+def test_info_nce_similarities_are_fp32_under_autocast() -> None:
+    q, keys = torch.randn(4, 8), torch.randn(10, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = info_nce(q, keys, 0, 0.2)
+    assert torch.equal(loss, info_nce(q, keys, 0, 0.2)[0])
+
+
 def test_feature_std_of_spread_and_collapsed_features() -> None:
     assert feature_std(torch.randn(4096, 64)).item() == pytest.approx(1.0, abs=0.02)
     assert feature_std(torch.randn(1, 64).expand(100, 64) * torch.rand(100, 1)).item() == pytest.approx(

@@ -1,0 +1,35 @@
+# `make help` lists what there is.
+VENV := .venv
+PY := $(VENV)/bin/python
+PYTHON ?= python3
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test test-all check
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.installed  ## make .venv and install everything into it, test tools included
+
+$(VENV)/.installed: setup.py
+	@echo "installing gcssl and its dependencies into $(VENV) (about 2 minutes)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "gcssl needs Python >= 3.11; give one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: setup  ## pretrain, evaluate and export a small GC ViT on generated images, in a few minutes
+	@$(PY) -m scripts.demo $(DEMO_ARGS)
+
+test: setup  ## the test suite without what takes long
+	@$(PY) -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
+test-all: setup  ## the whole test suite
+	@$(PY) -m pytest -q $(PYTEST_ARGS)
+
+check: setup  ## linter, formatter and type checker
+	@$(VENV)/bin/ruff check --quiet .
+	@$(VENV)/bin/ruff format --check --quiet . || { echo "not formatted; run: $(VENV)/bin/ruff format ." >&2; exit 1; }
+	@$(VENV)/bin/mypy

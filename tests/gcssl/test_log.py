@@ -1,0 +1,114 @@
+"""say, the progress lines, metrics.jsonl and TensorBoard, also across a resume."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import gcssl.log
+from gcssl.log import RunLog, say
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(
+    folder: Path, first: int, last: int, total: int = 10, every: int = 2, trackers: tuple[str, ...] = ()
+) -> RunLog:
+    log = RunLog(folder, total, first, every, trackers, enabled=True)
+    for step in range(first + 1, last + 1):
+        log.step(step, {"loss": 1.0 / step}, 8, data_wait=0.001)
+    log.close()
+    return log
+
+
+def test_records_every_n_steps_and_the_last(tmp_path: Path) -> None:
+    run(tmp_path, 0, 5, total=5)
+    assert steps_of(tmp_path) == [2, 4, 5]
+    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert record["loss"] == 0.5 and record["images_per_s"] > 0 and 0 <= record["data_wait"]
+
+
+def test_a_resume_drops_what_came_after_it_and_half_a_line(tmp_path: Path) -> None:
+    run(tmp_path, 0, 8)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')  # killed while it wrote
+    run(tmp_path, 4, 10)
+    assert steps_of(tmp_path) == [2, 4, 6, 8, 10]
+
+
+def test_numbers_that_are_not_finite_stay_json(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 1, 0, 1, (), enabled=True) as log:
+        log.scalars(1, {"loss": float("nan"), "norm": float("inf")})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == {
+        "step": 1,
+        "loss": None,
+        "norm": None,
+    }
+
+
+def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    run(tmp_path, 0, 8, trackers=("tensorboard",))
+    run(tmp_path, 4, 10, trackers=("tensorboard",))
+    log = RunLog(tmp_path, 10, 10, 2, ("tensorboard",), enabled=True)
+    log.images(10, {"original": torch.rand(3, 3, 8, 8)})
+    log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == [2, 4, 6, 8, 10]
+    assert (board.Images("original")[0].width, board.Images("original")[0].height) == (24, 8)
+
+
+def test_other_processes_write_and_say_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    log = RunLog(tmp_path, 2, 0, 1, ("tensorboard",), enabled=False)
+    log.step(1, {"loss": 1.0}, 4)
+    log.images(1, {"x": torch.rand(1, 3, 4, 4)})
+    log.close()
+    say("hello")
+    assert list(tmp_path.iterdir()) == [] and capfd.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    say("hello")
+    assert capfd.readouterr() == ("hello\n", "")
+
+
+def test_without_a_terminal_a_line_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log = run(tmp_path, 0, 10)
+    assert len(capfd.readouterr().err.splitlines()) == 1  # ten quick steps: only the last one
+    assert log.summary().startswith("10 steps, 80 images in ")
+    monkeypatch.setattr(gcssl.log, "PLAIN_SECONDS", 0.0)
+    run(tmp_path, 0, 3)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 3 and lines[0].startswith("step 1/10, loss 1.0000, ")
+    assert "img/s" in lines[0] and lines[0].endswith("left")
+
+
+def test_on_a_terminal_a_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run(tmp_path, 0, 10)
+    told = capfd.readouterr().err
+    assert "10/10" in told and "loss 0.1000" in told and "img/s" in told
+
+
+def test_tensorboard_starts_silently(tmp_path: Path) -> None:
+    code = (
+        "from gcssl.runtime import quiet_libraries; quiet_libraries()\n"
+        "import sys; from pathlib import Path; from gcssl.log import RunLog\n"
+        "RunLog(Path(sys.argv[1]), 1, 0, 1, ('tensorboard',), True).close()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

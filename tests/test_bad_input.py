@@ -1,0 +1,150 @@
+"""Bad input ends in one line that names what was given and what is expected, exit 2, with nothing written over."""
+
+import hashlib
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from gcssl import pretrain
+from gcssl.eval import finetune, knn, linear_probe
+from gcssl.runtime import entry
+
+ROOT = Path(__file__).resolve().parent.parent
+YAML = str(ROOT / "configs/pretrain/simmim_gcvit_nano.yaml")
+TINY = ["data.shapes_n=32", "data.workers=0", "train.batch_size=16", "train.steps=1", "eval.online_every=0"]
+
+
+class Canary:
+    """Pickles into a call that writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "executed")
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Runs a program's main; returns its one line of complaint."""
+
+    def run(module, *argv: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, argv)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            entry(module.main)
+        stderr = capsys.readouterr().err
+        assert stop.value.code == 2, stderr
+        assert stderr.startswith("gcssl: ") and stderr.count("\n") == 1, stderr
+        return stderr
+
+    return run
+
+
+def folder(path: Path) -> dict[str, str]:
+    files = [f for f in sorted(path.rglob("*")) if f.is_file() and f.name != ".lock"]
+    return {str(f.relative_to(path)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("train.epoch=3", ["train.epoch", "did you mean train.epochs?"]),
+        ("train.epochs=many", ["train.epochs", "many", "whole number"]),
+        ("model.name=gcvit_tinny", ["gcvit_tinny", "gcvit_tiny"]),
+        ("objective.name=simmin", ["simmin", "did you mean simmim?"]),
+        ("model.img_size=100", ["100", "32", "96", "128"]),
+        ("objective.mask_unit=12", ["mask_unit=12", "8"]),
+        ("objective.mask_ratio=1.5", ["mask_ratio=1.5", "0 and 1"]),
+        ("data.path=no/such/folder", ["data.path", "no/such/folder"]),
+        ("train.global_batch=17", ["train.global_batch", "17", "16"]),
+        ("train.precision=fp8", ["train.precision", "fp8", "bf16"]),
+        ("model.weights=no/such/run", ["no/such/run", "run"]),
+        ("checkpoint.keep=1", ["checkpoint.keep", "1", "2"]),
+    ],
+)
+def test_pretraining_refuses(argument: str, words: list[str], tmp_path: Path, refused) -> None:
+    line = refused(pretrain, YAML, *TINY, f"out={tmp_path / 'run'}", argument)
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_empty_folder_and_folder_without_images(tmp_path: Path, refused) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/notes.txt").write_text("no image")
+    for name in ("empty", "text"):
+        line = refused(pretrain, YAML, *TINY, f"out={tmp_path / 'run'}", f"data.path={tmp_path / name}")
+        assert "data." in line and name in line and "image" in line
+
+
+def test_table_without_an_image_column(tmp_path: Path, refused) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["a", "b"], "number": [1, 2]}).to_parquet(tmp_path / "train-0.parquet")
+    line = refused(pretrain, YAML, *TINY, f"out={tmp_path / 'run'}", f"data.path={tmp_path}")
+    assert "data.image_column" in line and "text" in line and "number" in line
+
+
+def test_used_run_folder_with_another_config_is_left_alone(tmp_path: Path, refused) -> None:
+    out = tmp_path / "run"
+    pretrain.main([YAML, *TINY, f"out={out}"])
+    before = folder(out)
+    line = refused(pretrain, YAML, *TINY, f"out={out}", "train.blr=0.5")
+    assert "train.blr" in line and "0.5" in line
+    assert folder(out) == before
+
+
+def test_checkpoint_of_another_architecture(tmp_path: Path, refused) -> None:
+    pretrain.main([YAML, *TINY, f"out={tmp_path / 'a'}"])
+    size = ["model.name=gcvit_xxtiny"]
+    line = refused(pretrain, YAML, *TINY, *size, f"out={tmp_path / 'b'}", f"model.weights={tmp_path / 'a'}")
+    assert str(tmp_path / "a") in line and "gcvit_xxtiny" in line
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pth.tar", ".bin", ".pt"])
+def test_malicious_pickle_is_refused_and_nothing_runs(suffix: str, tmp_path: Path, refused) -> None:
+    canary, evil = tmp_path / "canary", tmp_path / f"weights{suffix}"
+    torch.save({"state_dict": {"x": torch.zeros(1)}, "args": Canary(canary)}, evil)
+    pickle.loads(pickle.dumps(Canary(canary)))
+    assert canary.read_text() == "executed"  # the canary sings when it is let
+    canary.unlink()
+    for module, argv in (
+        (pretrain, [YAML, *TINY, f"out={tmp_path / 'run'}", f"model.weights={evil}"]),
+        (knn, [f"backbone={evil}", "data.path=shapes", "data.shapes_n=32", f"out={tmp_path / 'e'}"]),
+    ):
+        assert str(evil) in refused(module, *argv)
+        assert not canary.exists()
+
+
+@pytest.mark.parametrize("module", [knn, linear_probe, finetune])
+def test_evaluations_refuse(module, tmp_path: Path, refused) -> None:
+    for argv, words in (
+        ([], ["backbone", "run folder"]),
+        (["backbone=no/such/run"], ["no/such/run"]),
+        (["backbone=random", f"out={tmp_path}"], ["data.path"]),
+        (["backbone=random", "data.path=shapes"], ["out"]),
+        (["bakbone=random"], ["did you mean backbone?"]),
+    ):
+        line = refused(module, *argv)
+        assert all(word in line for word in words), line
+
+
+def test_unlabelled_images_cannot_be_probed(tmp_path: Path, refused) -> None:
+    for i in range(4):
+        Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    line = refused(knn, "backbone=random", f"data.path={tmp_path}", f"out={tmp_path / 'e'}", "model.img_size=64")
+    assert "no labels" in line
+
+
+def test_a_typo_stops_the_program_within_ten_seconds_of_work(tmp_path: Path) -> None:
+    """The whole program, as a user starts it; the time is the caller's to see (pytest --durations)."""
+    argv = [sys.executable, "pretrain.py", YAML, f"out={tmp_path / 'run'}", "train.epoch=3"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "run").exists()

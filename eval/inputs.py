@@ -190,17 +190,12 @@ def open_splits(
             return splits.train, splits.train, splits.train.name
     splits = open_data(data, size)
     train, test = splits.train, splits.test
-    labels_of(train)
+    labels_of(train)  # refuses a set without
     if test is not None:
         return train, test, test.name
     rest, held = held_out(train)
     say(f"no test split: {len(held)} images of {train.name} are held out as the test, {len(rest)} remain")
     return train.select(rest), train.select(held), f"held-out slice of {train.name}"
-
-
-def count_classes(train: "Images", test: "Images") -> int:
-    highest = int(max(train.labels.max(), test.labels.max()))
-    return max(len(train.classes or ()), highest + 1)
 
 
 def labels_of(images: "Images") -> np.ndarray:
@@ -219,6 +214,9 @@ def open_inputs(cfg: InputConfig, accelerator: "Accelerator", only_test: bool = 
     backbone, info = load(cfg.backbone, model, cfg.encoder)
     cfg = dataclasses.replace(cfg, data=data)
     n_classes = max(len(images.classes or ()) or int(labels_of(images).max()) + 1 for images in (train, test))
+    seen = info.get("class_names")
+    if seen and train.classes and list(seen) != list(train.classes):
+        say(f"{cfg.backbone} was trained on other classes than those of {data.path}")
     backbone = _ready(backbone, accelerator)
     return Inputs(cfg, cfg.backbone, backbone, info, train, test, name, n_classes, accelerator)
 
@@ -252,7 +250,7 @@ def load(spec: str, model: ModelConfig, encoder: str | None) -> tuple[Backbone, 
     backbone = build_backbone(name.split(".")[0], size, theirs.num_classes)
     load_weights(backbone, theirs.state_dict())
     backbone.mean, backbone.std = tuple(own["mean"]), tuple(own["std"])
-    keys = {key: own[key] for key in ("crop_pct", "interpolation", "crop_mode") if key in own}
+    keys: dict[str, Any] = {key: own[key] for key in ("crop_pct", "interpolation", "crop_mode") if key in own}
     return backbone, {**backbone_info(backbone), **keys, "source": spec}
 
 

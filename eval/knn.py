@@ -129,9 +129,10 @@ class _Faiss:
     def __init__(self, faiss: ModuleType, bank: Tensor, queries: Tensor, k: int) -> None:
         self.index = faiss.IndexFlatIP(bank.shape[1])
         self.index.add(bank.cpu().numpy())
-        if getattr(faiss, "get_num_gpus", lambda: 0)() > 0 and bank.is_cuda and k <= 1024:
+        if getattr(faiss, "get_num_gpus", lambda: 0)() > 0 and bank.is_cuda:
             try:
-                gpu = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), bank.device.index or 0, self.index)
+                self.resources = faiss.StandardGpuResources()
+                gpu = faiss.index_cpu_to_gpu(self.resources, bank.device.index or 0, self.index)
                 found = torch.from_numpy(gpu.search(queries[:10].cpu().numpy(), k)[0])
                 truth = _search_exact(bank, queries[:10], k)[0].float().cpu()
                 if torch.allclose(found, truth, atol=1e-4):
@@ -172,7 +173,7 @@ def _searcher(backend: str, bank: Tensor, queries: Tensor, k: int) -> Any:
 
 @torch.no_grad()
 def search(bank: Tensor, queries: Tensor, k: int, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """The k nearest of `bank` (N D, unit length) for each of `queries` (M D): similarity M k float64, index M k.
+    """The k nearest of `bank` (N D, unit length) of each query (M D): similarity M k float64, index M k.
 
     Nearest first; equal similarity (nine decimals): lower index first.
     """
@@ -213,7 +214,7 @@ def knn_correct(
     temperature: float = 0.07,
     backend: str = "auto",
 ) -> Tensor:
-    """Whether each test image is classified rightly, for each k: bool len(ks) M. Arguments as knn_accuracy's."""
+    """Whether each test image is classified rightly, for each k: bool len(ks) M. See knn_accuracy."""
     if not len(train_x) or not len(ks) or min(ks) < 1:
         raise ValueError(
             f"a bank of at least one feature and ks of at least 1 expected, got {len(train_x)}, {ks}"
@@ -252,10 +253,10 @@ def knn_accuracy(
     temperature: float = 0.07,
     backend: str = "auto",
 ) -> dict[int, float]:
-    """Top-1 in percent for each k. train_x N D and test_x M D of any length, train_y N and test_y M class ids.
+    """Top-1 in percent for each k. train_x N D, test_x M D: features; train_y N, test_y M: class ids.
 
-    Features are L2-normalised; a neighbour votes exp(cosine / temperature); one search at the largest k serves all.
-    A k above N uses all N and keeps its key. backend: auto (FAISS where it can be imported) | faiss | torch.
+    Features are L2-normalised; a neighbour votes exp(cosine / temperature); one search serves all ks. A k
+    above N uses all N and keeps its key. backend: auto (FAISS where it can be imported) | faiss | torch.
     """
     if max(ks) > len(train_x):
         say(f"knn: k is capped at the {len(train_x)} images of the bank")

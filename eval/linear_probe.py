@@ -1,10 +1,10 @@
-"""Linear probe: a whole grid of linear classifiers on frozen features, trained at once, judged once on the test split.
+"""Linear probe: a grid of linear classifiers on frozen features, trained at once, judged once on test.
 
-`accelerate launch -m gcssl.eval.linear_probe backbone=runs/a [protocol=augmented] [data.path=...] [key=value ...]`
+`accelerate launch -m gcssl.eval.linear_probe backbone=runs/a [protocol=augmented] [key=value ...]`
 
-`cached` computes the features of the evaluation crop once; `augmented` computes those of a new random crop and flip
-in every epoch (what published figures use). Features are standardised without learned scale (He et al. 2022,
-arXiv:2111.06377, appendix A.1). The setting is chosen on the held-out slice of train, the head is then the one
+`cached` computes the features of the evaluation crop once; `augmented` those of a new random crop and flip in
+every epoch (what published figures use). Features are standardised without learned scale
+(arXiv:2111.06377, appendix A.1). The setting is chosen on the held-out slice of train, the head is then one
 trained on all of train with that setting, and the test split is read once.
 """
 
@@ -71,8 +71,9 @@ class Standardise:
         self.mean, self.std = {}, {}
         for kind, value in x.items():  # N D; in slices, since float64 copies of all features may not fit
             parts = rows.split(65_536)
-            mean = sum(value[part].double().sum(0) for part in parts) / len(rows)  # D
-            var = sum((value[part].double() - mean).square().sum(0) for part in parts) / len(rows)
+            zero = torch.zeros(value.shape[1], dtype=torch.float64, device=value.device)
+            mean = sum((value[part].double().sum(0) for part in parts), zero) / len(rows)  # D
+            var = sum(((value[part].double() - mean).square().sum(0) for part in parts), zero) / len(rows)
             self.mean[kind] = mean.float()
             self.std[kind] = (var + 1e-6 * var.mean()).sqrt().clamp_min(1e-30).float()
 
@@ -85,10 +86,10 @@ class Standardise:
 
 
 class HeadGrid:
-    """G linear heads a kind of features, all trained by one batched step of SGD with momentum from zero weights.
+    """G linear heads a kind of features, all trained by one batched step of SGD with momentum from zero.
 
-    The gradient is written out: for softmax cross-entropy it is x^T (p - y) / B. Weight decay is SGD's (added to the
-    gradient, weights only). A head whose lr is too high may become infinite; it leaves the others alone.
+    The gradient is written out: for softmax cross-entropy it is x^T (p - y) / B. Weight decay is SGD's (added
+    to the gradient, weights only). A head whose lr is too high may become infinite, alone.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class HeadGrid:
     def scores(
         self, x: dict[str, Tensor], y: Tensor, norm: Standardise
     ) -> dict[Setting, tuple[float, float]]:
-        """{setting: (top-1 in percent, -cross-entropy)} on x {kind: N D}, y N; -inf where a head is not finite."""
+        """{setting: (top-1 in percent, -cross-entropy)} on x {kind: N D}, y N; -inf where not finite."""
         out, y = {}, y.to(self.device)
         for kind, settings in self.settings.items():
             parts = [self.logits(kind, norm({kind: v.to(self.device)})[kind]) for v in x[kind].split(4096)]
@@ -158,7 +159,7 @@ class Plan:
 def train_epoch(
     grid: HeadGrid, x: dict[str, Tensor], y: Tensor, rows: Tensor, norm: Standardise, plan: Plan, epoch: int
 ) -> None:
-    """One epoch over x[rows], y[rows] ({kind: N D}, N, on any one device) in the stateless order of (seed, epoch)."""
+    """One epoch over x[rows], y[rows] ({kind: N D}, N, on any one device), ordered by (seed, epoch) alone."""
     size = min(plan.batch, len(rows))
     steps = len(rows) // size
     order = rows[torch.from_numpy(np.array(epoch_order(len(rows), plan.seed, epoch))).to(rows.device)]
@@ -202,7 +203,7 @@ def choose(scores: dict[Setting, tuple[float, float]]) -> Setting:
     return best
 
 
-# --------------------------------------------------------------------------------------------------- protocols
+# ------------------------------------------------------------------------------------------------ protocols
 
 
 @dataclass
@@ -243,7 +244,7 @@ def _where(features: Features, wanted: np.ndarray) -> Tensor:
 
 
 def _cached(inputs: Inputs, settings: list[Setting], plan: Plan, held: np.ndarray) -> Probe:
-    """Features of the evaluation crop once; the grid on all but the held-out slice, then one head on everything."""
+    """Features of the evaluation crop once; the grid on all but the held-out slice, then one head on all."""
     device, kinds = inputs.accelerator.device, tuple(dict.fromkeys(s.features for s in settings))
     train = inputs.features(inputs.train, kinds)
     begin = time.perf_counter()
@@ -265,8 +266,8 @@ def _cached(inputs: Inputs, settings: list[Setting], plan: Plan, held: np.ndarra
 def _augmented(
     inputs: Inputs, settings: list[Setting], plan: Plan, held: np.ndarray, spec: ViewSpec
 ) -> Probe:
-    """Features of fresh crops in every epoch, for two grids at once: one that never sees the held-out slice, which
-    chooses, and one on everything, whose head of the chosen setting is the result. One pass serves both."""
+    """Features of fresh crops in every epoch, for two grids at once: one that never sees the held-out slice,
+    which chooses, and one on everything, whose head of the chosen setting is the result."""
     device, kinds = inputs.accelerator.device, tuple(dict.fromkeys(s.features for s in settings))
     grids: list[tuple[HeadGrid, Tensor, Standardise]] = []
     seconds, told, begin = 0.0, time.perf_counter(), time.perf_counter()
@@ -300,7 +301,7 @@ def _on_cpu(norm: Standardise) -> Standardise:
     return norm
 
 
-# ----------------------------------------------------------------------------------------------------- program
+# -------------------------------------------------------------------------------------------------- program
 
 
 def _check(cfg: LinearProbeConfig) -> None:
@@ -321,9 +322,7 @@ def _check(cfg: LinearProbeConfig) -> None:
 def _hints(cfg: LinearProbeConfig, setting: Setting) -> None:
     edges = [e for e in (min(cfg.lrs), max(cfg.lrs)) if len(cfg.lrs) > 1 and setting.lr == e]
     if edges:
-        say(
-            f"linear probe: the chosen lr {setting.lr:g} is at the edge of the grid; a wider lrs=[...] may do better"
-        )
+        say(f"linear probe: the chosen lr {setting.lr:g} is at the edge of the grid; lrs=[...] widens it")
 
 
 def probe(inputs: Inputs, cfg: LinearProbeConfig) -> dict[str, Any]:

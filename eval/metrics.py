@@ -12,7 +12,7 @@ from torch import Tensor
 from gcssl.files import atomic_write
 from gcssl.runtime import UserError
 
-# What may differ between two evaluations that must give the same numbers: where, how fast and from which copy.
+# What may differ between two evaluations that must give the same numbers: where, how fast, how named.
 FREE_KEYS = (
     "name",
     "out",
@@ -26,7 +26,7 @@ FREE_KEYS = (
 
 
 def topk_correct(scores: Tensor, labels: Tensor, ks: Iterable[int] = (1, 5)) -> dict[int, Tensor]:
-    """{k: bool N}, true where the label is among the k highest scores; scores N C, labels N; k capped at C."""
+    """{k: bool N}, true where the label is among the k highest scores; scores N C, labels N; k at most C."""
     ks = sorted(set(ks))
     order = scores.float().nan_to_num(-math.inf).topk(min(max(ks), scores.shape[1]), dim=1).indices  # N k
     hit = order == labels[:, None]  # N k
@@ -64,7 +64,7 @@ def mcnemar(correct_a: Tensor, correct_b: Tensor) -> dict[str, float | int]:
 def comparison(spec: str, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """The value of a result's key "compare"; ours and theirs as an evaluation's judge returns them.
 
-    Both hold "metrics", "notes", and of the images counted "index" N and "correct" N bool under the metric "paired".
+    Both hold "metrics", "notes", and of the images counted "index" N and "correct" N bool (metric "paired").
     """
     out = {"backbone": spec, **theirs["metrics"], **theirs["notes"]}
     if torch.equal(ours["index"], theirs["index"]):

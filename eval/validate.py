@@ -1,6 +1,6 @@
 """Top-1 and top-5 of a classifier as it is: its own head, input size, crop, interpolation and normalisation.
 
-`accelerate launch -m gcssl.eval.validate backbone=<fine-tuned run | timm or NVlabs checkpoint> data.path=... out=...`
+`accelerate launch -m gcssl.eval.validate backbone=<fine-tuned run, timm or NVlabs checkpoint> data.path=...`
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ class ValidateConfig(InputConfig):
     pass
 
 
-def check_classes(inputs: Inputs) -> int:
-    """The number of outputs of the head; UserError where there is none or its classes are not those of the data."""
+def check_classes(inputs: Inputs) -> None:
+    """UserError where there is no head, or its classes are not those of the data."""
     info, spec = inputs.info, inputs.spec
     outputs = int(info.get("num_classes") or getattr(inputs.backbone, "num_classes", 0) or 0)
     if not outputs:
@@ -47,7 +47,6 @@ def check_classes(inputs: Inputs) -> int:
         raise UserError(
             f"{spec}: its head has {outputs} classes, {inputs.cfg.data.path} has {inputs.n_classes}"
         )
-    return outputs
 
 
 def judge(inputs: Inputs, cfg: ValidateConfig) -> dict[str, Any]:

@@ -280,6 +280,8 @@ def _prune(root: Path, step: int, keep: int, keep_every_steps: int | None) -> No
 def _remove_leftovers(root: Path) -> None:
     """Temporary folders and files of processes that died."""
     for path in root.glob(f"{TEMPORARY}*-*-*"):
+        if _is_at_work(path):
+            continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

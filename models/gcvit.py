@@ -38,8 +38,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, body: str | None = Non
         return scores.add_(bias).softmax(-1) @ v
     if body != "sdpa":
         raise ValueError(f"body must be 'matmul', 'sdpa' or None, got {body!r}")
-    flat = [t.expand(k.shape).flatten(0, 1) for t in (q, k, v)]  # B*W K N D: what the fast kernels take
-    return F.scaled_dot_product_attention(*flat, attn_mask=bias[None]).view(k.shape)
+    shape = k.shape
+    q, k, v = (t.expand(shape).flatten(0, 1) for t in (q, k, v))  # B*W K N D: what the fast kernels take
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None]).view(shape)
 
 
 class Attention(nn.Module):

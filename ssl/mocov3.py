@@ -61,10 +61,21 @@ def info_nce(q: Tensor, keys: Tensor, first: int, temperature: float) -> tuple[T
 def feature_std(z: Tensor) -> Tensor:
     """Collapse monitor of N d: mean over dimensions of the std of l2-normalised rows, times sqrt(d).
 
-    About 1 when the directions fill the sphere, 0 when all samples have the same one.
+    About 1 when the directions fill the sphere, 0 when all samples have the same one. Of use before a
+    batch norm only: that one hides a collapse by stretching whatever is left to unit variance.
     """
     z = F.normalize(at_least_fp32(z), dim=1)
     return z.std(0, correction=0).mean() * z.shape[1] ** 0.5
+
+
+@torch.no_grad()
+def feature_rank(z: Tensor) -> Tensor:
+    """Directions that N d varies in: (sum of eigenvalues)^2 / sum of their squares, of its covariance."""
+    with torch.autocast(z.device.type, enabled=False):
+        z = at_least_fp32(z)
+        z = z - z.mean(0)
+        cov = z.T @ z  # d d
+        return cov.trace().square() / cov.square().sum().clamp(min=1e-30)
 
 
 def check_config(cfg: MoCoV3Config) -> None:
@@ -118,15 +129,22 @@ class MoCoV3(nn.Module):
     def loss(self, features: list[Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:
         """Loss from the student's pooled features B C of the two views; the teacher sees both views whole."""
         with torch.no_grad():
-            keys = [
-                all_gather_no_grad(self.momentum_projector(self.teacher(x))) for x in batch["views"][:2]
-            ]  # N d
+            taught = [self.teacher(x) for x in batch["views"][:2]]  # B C
+            taught = [
+                all_gather_no_grad(torch.cat([h, self.momentum_projector(h)], 1)) for h in taught
+            ]  # N C + d
+        seen, keys = zip(*(t.tensor_split([features[0].shape[1]], 1) for t in taught), strict=True)
         queries = [self.predictor(self.projector(h)) for h in features]  # B d
         first, t = rank() * len(queries[0]), self.cfg.temperature
         loss_1, right_1 = info_nce(queries[0], keys[1], first, t)
         loss_2, right_2 = info_nce(queries[1], keys[0], first, t)
-        spread = (feature_std(keys[0]) + feature_std(keys[1])) / 2
-        return {"loss": loss_1 + loss_2, "accuracy": (right_1 + right_2) / 2, "feature_std": spread}
+        return {
+            "loss": loss_1 + loss_2,
+            "accuracy": (right_1 + right_2) / 2,
+            "feature_std": (feature_std(seen[0]) + feature_std(seen[1]))
+            / 2,  # of the teacher, over all processes
+            "feature_rank": (feature_rank(keys[0]) + feature_rank(keys[1])) / 2,
+        }
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         noise = batch.get("noise") or [None, None]

@@ -15,7 +15,7 @@ N_TRAIN, N_TEST = 22, 9  # images a class; odd, so that no process count divides
 
 
 def write_images(root: Path, seed: int = 0) -> Path:
-    """root/{train,val}/<class>/i.png: noise around the class's colour, so that classes can be told most of the time."""
+    """root/{train,val}/<class>/i.png: noise around the class's colour, so that most can be told."""
     g = np.random.default_rng(seed)
     for split, count in (("train", N_TRAIN), ("val", N_TEST)):
         for c, name in enumerate(CLASSES):

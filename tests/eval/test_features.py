@@ -135,12 +135,13 @@ model = build_backbone("gcvit_nano", 64)
 got = extract(model, images, np.arange(len(images)), accelerator, Crop((64, 64)), 5, kinds=KINDS)
 few = extract(model, images, np.array([7]), accelerator, Crop((64, 64)), 5)
 torch.save([got.x, got.y, got.index, got.n_bad, few.x], f"{out}/features{accelerator.process_index}.pt")
-common = dict(backbone="random", compare="none", out=out, batch_size=5, data=DataConfig(path=folder, workers=0))
+data = DataConfig(path=folder, workers=0)
+common = dict(backbone="random", out=out, batch_size=5, data=data)
 torch.manual_seed(1)
-knn.run(knn.KnnConfig(ks=[1, 5, 20], **common), accelerator)
+knn.run(knn.KnnConfig(ks=[1, 5, 20], compare="none", **common), accelerator)
 for protocol in ("cached", "augmented"):
     cfg = linear_probe.LinearProbeConfig(
-        protocol=protocol, name=protocol, epochs=2, head_batch=16, lrs=[0.01, 0.03], **{**common, "compare": None})
+        protocol=protocol, name=protocol, epochs=2, head_batch=16, lrs=[0.01, 0.03], **common)
     linear_probe.run(cfg, accelerator)
 print("world", accelerator.num_processes)
 """

@@ -145,6 +145,16 @@ def test_wrong_arguments_name_the_choices() -> None:
         knn_accuracy(x, y, qx, qy, ks=(5,), temperature=0)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_a_bank_on_the_gpu_gives_the_same_neighbours(backend: str) -> None:
+    (x, _), (qx, _) = clusters(20_000, 21, dim=256), clusters(500, 22, dim=256)
+    bank, queries = torch.nn.functional.normalize(x, dim=1), torch.nn.functional.normalize(qx, dim=1)
+    want = search(bank, queries, 200, "torch")
+    got = search(bank.cuda(), queries.cuda(), 200, backend)
+    assert torch.equal(got[1].cpu(), want[1])
+
+
 def test_importing_knn_loads_no_heavy_library() -> None:
     code = (
         "import sys; from gcssl.eval.knn import knn_accuracy; "

@@ -1,4 +1,4 @@
-"""The linear probe: the grid equals single heads, the choice sees no test image, the backbone stays as it was."""
+"""The linear probe: the grid equals single heads, the choice sees no test image, the backbone stays."""
 
 import json
 from collections import Counter
@@ -189,7 +189,7 @@ def test_test_images_are_read_once_and_the_backbone_stays(
 def test_cached_and_augmented_agree_when_the_crop_is_the_whole_image(
     folder: Path, tmp_path: Path, accelerator: Accelerator
 ) -> None:
-    """The two protocols share everything but the crops: with equal features they must train the same heads."""
+    """The two protocols share all but the crops: with equal features they must train the same heads."""
     cfg = config(folder, tmp_path)
     inputs = open_inputs(cfg, accelerator)
 

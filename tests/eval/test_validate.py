@@ -20,9 +20,7 @@ from gcssl.models.build import backbone_info, build_backbone
 CLASSES = ["blue", "green", "red"]
 
 
-def export(
-    out: Path, name: str = "model", classes: list[str] | None = None, n: int = 3, **info: Any
-) -> nn.Module:
+def export(out: Path, classes: list[str] | None = None, n: int = 3, **info: Any) -> nn.Module:
     torch.manual_seed(3)
     model = build_backbone("gcvit_nano", 64, num_classes=n).eval()
     nn.init.normal_(model.head.fc.weight, std=0.3)

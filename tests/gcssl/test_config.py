@@ -170,6 +170,8 @@ def test_the_environment_is_read_only_when_the_command_line_says_so(
     )
     assert "reads the environment" in refusal("out=${oc.decode:${oc.env:GCSSL_TEST}}")
     assert load(str(path), "objective.name=pixels", "allow_env=true").out == "secret"
+    path.write_text("allow_env: true\n")
+    assert not load(str(path), "objective.name=pixels").allow_env
 
 
 def test_dump_and_load_give_the_same_config(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def leave(error: Exception | None, folder: Path) -> tuple[int, str]:
-    """Exit code and stderr of a program whose main ends with `error`, in a fork: a new process costs seconds."""
+    """Exit code and stderr of a program whose main ends with `error`; in a fork, which is quick."""
 
     def main(_: list[str]) -> None:
         if error is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gcssl.errors import UserError
 from gcssl.models.heads import BatchNorm, mlp
 from gcssl.ssl.ema import ema_update, momentum_at, momentum_copy
-from gcssl.ssl.mocov3 import feature_std, info_nce
+from gcssl.ssl.mocov3 import feature_rank, feature_std, info_nce
 
 Make = Callable[..., Any]
 
@@ -71,6 +71,23 @@ def test_feature_std_of_spread_and_collapsed_features() -> None:
     assert feature_std(torch.randn(1, 64).expand(100, 64) * torch.rand(100, 1)).item() == pytest.approx(
         0, abs=1e-5
     )
+
+
+def test_feature_rank_counts_directions() -> None:
+    directions = torch.linalg.qr(torch.randn(32, 3)).Q.T  # 3 orthonormal rows
+    assert feature_rank(torch.randn(4096, 3) @ directions + 7).item() == pytest.approx(3.0, abs=0.05)
+    assert feature_rank(torch.randn(4096, 1) @ directions[:1]).item() == pytest.approx(1.0, abs=1e-3)
+    assert feature_rank(torch.ones(5, 4)).isfinite()
+
+
+def test_collapse_shows_in_the_monitors(make_objective: Make, make_batch: Make) -> None:
+    """A teacher whose features are all but constant: its batch norm hides that, the monitor must not."""
+    objective, batch = make_objective("mocov3"), make_batch(8, views=2)
+    healthy = objective(batch, 0)["feature_std"]
+    with torch.no_grad():
+        objective.teacher.stages[3].norm.weight.fill_(1e-3)
+        objective.teacher.stages[3].norm.bias.fill_(1.0)
+    assert objective(batch, 0)["feature_std"] < 0.02 * healthy
 
 
 def test_batch_norm_equals_torchs_and_keeps_no_state() -> None:
@@ -137,7 +154,7 @@ def test_loss_equals_a_slow_version_of_the_algorithm(make_objective: Make, make_
         expected = slow_info_nce(q[0], k[1], 0, 0.2) + slow_info_nce(q[1], k[0], 0, 0.2)
         out = objective(batch, 0)
     assert out["loss"].item() == pytest.approx(expected, rel=1e-4)
-    assert set(out) == {"loss", "accuracy", "feature_std"}
+    assert set(out) == {"loss", "accuracy", "feature_std", "feature_rank"}
 
 
 def test_loss_is_symmetric_in_the_views(make_objective: Make, make_batch: Make) -> None:
@@ -156,7 +173,7 @@ def test_gradient_reaches_the_student_and_not_the_teacher(make_objective: Make, 
             (p.grad is None and not p.requires_grad) if name.startswith(teacher) else p.grad.isfinite().all()
         ), name
     assert objective.encoder.stem.conv1.weight.grad.abs().sum() > 0
-    assert not out["accuracy"].requires_grad and not out["feature_std"].requires_grad
+    assert not [key for key in set(out) - {"loss"} if out[key].requires_grad]
 
 
 def test_forward_changes_no_state(make_objective: Make, make_batch: Make) -> None:
@@ -230,4 +247,4 @@ def test_overfits_a_few_images(make_objective: Make, make_batch: Make) -> None:
         out["loss"].backward()
         optimizer.step()
         objective.after_step(step)
-    assert out["accuracy"] == 1.0 and out["feature_std"] > 0.5
+    assert out["accuracy"] == 1.0 and out["feature_rank"] > 4

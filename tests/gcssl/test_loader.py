@@ -1,0 +1,247 @@
+"""Order, batches and views are functions of the seed and the step; bad images are replaced; dead workers are named."""
+
+import dataclasses
+import io
+import os
+import pickle
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gcssl.augment import BYOL_1, BYOL_2, IMAGENET_MEAN, IMAGENET_STD, View, ViewSpec, draw_view
+from gcssl.data import Images
+from gcssl.loader import BatchPlan, TrainSet, ViewMaker, batch_to_device, collate, epoch_order, eval_loader, train_loader
+from gcssl.runtime import UserError
+
+SIZE = (32, 32)
+
+
+class Encoded:
+    """Small PNG files in memory; those in `broken` are cut short, reading `deadly` ones does `fate`."""
+
+    def __init__(self, n: int, broken: tuple[int, ...] = (), deadly: int = -1, fate: str = "") -> None:
+        self.n, self.broken, self.deadly, self.fate = n, broken, deadly, fate
+
+    def __len__(self) -> int:
+        return self.n
+
+    def read(self, i: int) -> bytes:
+        if i == self.deadly and self.fate == "hang":
+            time.sleep(60)
+        if i == self.deadly and self.fate == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "png")
+        return file.getvalue()[:200] if i in self.broken else file.getvalue()
+
+    def where(self, i: int) -> str:
+        return f"folder/{i}.png"
+
+
+def make_images(n: int, labels: bool = True, **kwargs: Any) -> Images:
+    return Images(Encoded(n, **kwargs), np.arange(n) % 3 if labels else None, list("abc") if labels else None, "train")
+
+
+def draw(rng: np.random.Generator, size: tuple[int, int]) -> tuple[list[tuple[ViewSpec, View]], list[Any]]:
+    specs = [dataclasses.replace(spec, size=size) for spec in (BYOL_1, BYOL_2)]
+    mask = rng.permutation(16).reshape(4, 4) < 9
+    return [(spec, draw_view(rng, spec)) for spec in specs], [mask, None]
+
+
+def plan(**changes: Any) -> BatchPlan:
+    base = {
+        "n": 50,
+        "global_batch": 8,
+        "batch_size": 8,
+        "accumulate": 1,
+        "world": 1,
+        "rank": 0,
+        "seed": 3,
+        "total_steps": 14,
+    }
+    return BatchPlan(**(base | changes))
+
+
+def batches(images: Images, workers: int, where: str = "device", **changes: Any) -> list[dict[str, Any]]:
+    dataset = TrainSet(images, ViewMaker(draw, SIZE, where), seed=3)
+    return list(train_loader(dataset, plan(n=len(images), **changes), workers, timeout=60, seed=3))
+
+
+def assert_equal_batches(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
+    assert len(a) == len(b) > 0
+    for one, two in zip(a, b, strict=True):
+        assert torch.equal(one["index"], two["index"]) and torch.equal(one["position"], two["position"])
+        assert all(torch.equal(x, y) for x, y in zip(one["views"], two["views"], strict=True))
+        assert torch.equal(one["masks"][0], two["masks"][0]) and one["bad"] == two["bad"]
+        assert all(torch.equal(p[k], q[k]) for p, q in zip(one["params"], two["params"], strict=True) for k in p)
+
+
+def test_epoch_order_is_a_permutation_that_seed_and_epoch_alone_decide() -> None:
+    orders = {(seed, epoch): epoch_order(100, seed, epoch) for seed in range(2) for epoch in range(3)}
+    for key, order in orders.items():
+        assert sorted(order) == list(range(100)) and np.array_equal(order, epoch_order(100, *key))
+    assert len({tuple(order) for order in orders.values()}) == 6
+
+
+def test_an_epoch_shows_each_image_once_but_for_the_ragged_end() -> None:
+    keys = [key for batch in plan() for key in batch]
+    assert plan().steps_per_epoch == 6 and len(plan()) == 14
+    for epoch in range(2):
+        seen = [index for e, index, _ in keys if e == epoch]
+        assert len(seen) == len(set(seen)) == 48
+    assert {e for e, _, _ in keys} == {0, 1, 2} and len(keys) == 14 * 8
+
+
+def test_global_batches_do_not_depend_on_processes_or_accumulation() -> None:
+    reference = list(plan())
+    for world, accumulate in ((2, 1), (1, 4), (2, 2), (4, 2)):
+        size = 8 // world // accumulate
+        ranks = [list(plan(world=world, accumulate=accumulate, batch_size=size, rank=r)) for r in range(world)]
+        for step, expected in enumerate(reference):
+            micro = [ranks[r][step * accumulate + a] for a in range(accumulate) for r in range(world)]
+            assert [key for batch in micro for key in batch] == expected
+
+
+def test_a_resumed_plan_continues() -> None:
+    for start in (0, 1, 6, 7, 13, 14):
+        resumed = plan(start_step=start, accumulate=2, batch_size=4)
+        assert list(resumed) == list(plan(accumulate=2, batch_size=4))[start * 2 :]
+        assert len(resumed) == (14 - start) * 2
+
+
+def test_plans_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="global_batch 8"):
+        plan(world=3)
+    with pytest.raises(UserError, match="at most the 5 training images"):
+        plan(n=5)
+
+
+@pytest.mark.parametrize("where", ["device", "worker"])
+def test_batches_are_the_same_for_any_worker_count_and_after_a_resume(where: str) -> None:
+    images = make_images(50, broken=(4, 11))
+    none = batches(images, 0, where)
+    assert_equal_batches(none, batches(images, 3, where))
+    assert_equal_batches(none[7:], batches(images, 2, where, start_step=7))
+
+
+def test_a_batch_has_the_contracts_shapes() -> None:
+    batch = batches(make_images(20), 0, total_steps=1)[0]
+    assert batch["index"].dtype == batch["position"].dtype == batch["label"].dtype == torch.int64
+    assert batch["position"].tolist() == list(range(8))
+    assert [x.shape for x in batch["views"]] == [(8, 3, 32, 32)] * 2 and batch["views"][0].dtype == torch.uint8
+    assert batch["masks"][0].shape == (8, 4, 4) and batch["masks"][0].dtype == torch.bool and batch["masks"][1] is None
+    assert batch["params"][0]["factors"].shape == (8, 4) and batch["params"][1]["sigma"].shape == (8,)
+    assert batch["label"].tolist() == [i % 3 for i in batch["index"].tolist()] and batch["bad"] == []
+    assert batches(make_images(20, labels=False), 0, total_steps=1)[0]["label"].tolist() == [-1] * 8
+
+
+def test_views_and_masks_differ_between_images_views_and_epochs() -> None:
+    dataset = TrainSet(make_images(20), ViewMaker(draw, SIZE), seed=0)
+    items = [dataset[(epoch, index, 0)] for epoch in range(2) for index in range(4)]
+    crops = {x.tobytes() for item in items for x in item["views"]}
+    assert len(crops) == 16 and len({item["masks"][0].tobytes() for item in items}) == 8
+    again = TrainSet(make_images(20), ViewMaker(draw, SIZE), seed=0)[(1, 2, 5)]  # another place in the batch
+    assert np.array_equal(again["views"][0], items[6]["views"][0])
+    other = TrainSet(make_images(20), ViewMaker(draw, SIZE), seed=1)[(1, 2, 5)]
+    assert not np.array_equal(other["views"][0], items[6]["views"][0])
+
+
+def test_colour_on_the_worker_and_on_the_device_agree() -> None:
+    images = make_images(30)
+    for one, two in zip(batches(images, 0, "device"), batches(images, 0, "worker"), strict=True):
+        a = batch_to_device(one, "cpu", IMAGENET_MEAN, IMAGENET_STD, "device")["views"]
+        b = batch_to_device(two, "cpu", IMAGENET_MEAN, IMAGENET_STD, "worker")["views"]
+        for x, y in zip(a, b, strict=True):
+            assert (x - y).abs().max() * max(IMAGENET_STD) <= 2 / 255 and x.std() > 0.3
+
+
+def test_batch_to_device_normalises_and_keeps_the_rest() -> None:
+    batch = batches(make_images(20), 0, total_steps=1)[0]
+    out = batch_to_device(batch, "cpu", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "worker")
+    torch.testing.assert_close(out["views"][0], batch["views"][0] / 255)
+    assert out["bad"] == [] and torch.equal(out["index"], batch["index"]) and out["masks"][1] is None
+
+
+def test_collate_stacks_other_tensors_and_joins_lists() -> None:
+    items: list[dict[str, Any]] = [
+        {"index": i, "x": torch.full((2,), i), "bad": [(i, "f", "r")] * i, "soft": np.float32(i)} for i in range(3)
+    ]
+    out = collate(items)
+    assert out["x"].shape == (3, 2) and len(out["bad"]) == 3 and out["soft"].tolist() == [0, 1, 2]
+
+
+def test_bad_images_are_replaced_alike_in_every_epoch_and_reported() -> None:
+    images = make_images(40, broken=(3, 5, 17))
+    dataset = TrainSet(images, ViewMaker(draw, SIZE), seed=0)
+    for bad in (3, 5, 17):
+        items = [dataset[(epoch, bad, 0)] for epoch in range(3)]
+        assert len({item["index"] for item in items}) == 1 and items[0]["index"] not in (3, 5, 17)
+        assert items[0]["label"] == items[0]["index"] % 3
+        index, where, reason = items[0]["bad"][0]
+        assert (index, where) == (bad, f"folder/{bad}.png") and reason and "\n" not in reason
+        assert TrainSet(images, ViewMaker(draw, SIZE), seed=9)[(0, bad, 1)]["index"] == items[0]["index"]
+    assert dataset[(0, 4, 0)]["bad"] == []
+
+
+def test_a_set_of_broken_images_ends_in_one_line() -> None:
+    images = make_images(30, broken=tuple(range(30)))
+    for workers in (0, 1):
+        with pytest.raises(UserError, match=r"in a row cannot be decoded, the last one folder/\d+.png") as caught:
+            batches(images, workers)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fate", ["kill", "hang"])
+def test_a_worker_that_dies_or_hangs_is_named_with_its_file(fate: str) -> None:
+    images = make_images(40, deadly=7, fate=fate)
+    loader = train_loader(TrainSet(images, ViewMaker(draw, SIZE), seed=3), plan(n=40), workers=1, timeout=3)
+    start = time.time()
+    with pytest.raises(UserError, match=r"folder/7.png.*data.workers=1") as caught:
+        list(loader)
+    assert "\n" not in str(caught.value) and time.time() - start < 20
+
+
+def test_an_error_in_make_keeps_its_type_and_traceback() -> None:
+    def make(image: Image.Image, label: int | None, key: tuple[int, ...]) -> dict[str, Any]:
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug") as caught:
+        list(train_loader(TrainSet(make_images(20), make, 0), plan(n=20), workers=1, timeout=20))
+    assert "Traceback" in str(caught.value)
+
+
+def test_workers_ignore_the_signals_and_use_one_thread() -> None:
+    def make(image: Image.Image, label: int | None, key: tuple[int, ...]) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        return {"threads": torch.get_num_threads()}
+
+    loader = train_loader(TrainSet(make_images(20), make, 0), plan(n=20, total_steps=2), workers=1, timeout=20)
+    assert [batch["threads"].tolist() for batch in loader] == [[1] * 8] * 2
+
+
+def test_eval_loader_keeps_the_order_and_marks_what_cannot_be_decoded() -> None:
+    images = make_images(12, broken=(5,))
+    indices = np.array([9, 5, 2, 11, 0])
+    for workers in (0, 2):
+        out = list(eval_loader(images, indices, (32, 64), 0.875, "bicubic", 2, workers))
+        assert torch.cat([b["index"] for b in out]).tolist() == indices.tolist()
+        assert torch.cat([b["ok"] for b in out]).tolist() == [True, False, True, True, True]
+        assert torch.cat([b["label"] for b in out]).tolist() == [0, 2, 2, 2, 0]
+        pixels = torch.cat([b["image"] for b in out])
+        assert pixels.shape == (5, 3, 32, 64) and pixels.dtype == torch.uint8 and pixels[1].sum() == 0
+
+
+def test_a_maker_and_a_set_can_be_pickled(tmp_path: Path) -> None:
+    dataset = TrainSet(make_images(8), ViewMaker(draw, SIZE), seed=0)
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert np.array_equal(copy[(0, 3, 0)]["views"][0], dataset[(0, 3, 0)]["views"][0])
+    with pytest.raises(UserError, match="augment.where"):
+        ViewMaker(draw, SIZE, "gpu")

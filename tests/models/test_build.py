@@ -1,0 +1,188 @@
+"""Backbones by name, timm's behind the same interface, and back from files and run folders."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from torch import Tensor
+
+import gcssl
+from gcssl.checkpoint import save_checkpoint, write_backbone
+from gcssl.config import ModelConfig
+from gcssl.errors import UserError
+from gcssl.models.build import BACKBONES, backbone_info, build_backbone, load_backbone
+from gcssl.models.convert import to_nvlabs
+from gcssl.models.gcvit import GCViT
+from gcssl.models.timm_backbone import TimmBackbone
+
+CONFIG = ModelConfig()
+
+
+def nano(seed: int = 0, **kw: object) -> GCViT:
+    torch.manual_seed(seed)
+    return build_backbone("gcvit_nano", **{"img_size": 64, **kw}).eval()
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- names
+
+
+def test_timm_knows_every_variant_after_the_import() -> None:
+    assert gcssl.__version__ == "0.1.0"
+    assert set(BACKBONES) <= set(timm.list_models("gcvit*"))
+    with torch.device("meta"):
+        for name in ("gcvit_nano", "gcvit_tiny2", "gcvit_small2", "gcvit_large", "gcvit_xxtiny_384"):
+            ours, theirs = build_backbone(name, num_classes=1000), timm.create_model(name)
+            assert type(theirs).__name__ == "GlobalContextVit"
+            shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (ours, theirs)]
+            assert shapes[0] == shapes[1], name
+
+
+def test_unknown_names_and_arguments() -> None:
+    with pytest.raises(UserError, match="model.name=gcvit_tny: .*nearest: gcvit_tiny"):
+        build_backbone("gcvit_tny")
+    with pytest.raises(UserError, match="window_ratio concerns GC ViT alone"):
+        build_backbone("resnet18", window_ratio=[16, 16, 16, 32])
+    for size in ("64", [64], (64, 64, 64), 0, 64.0, [64, "a"]):
+        with pytest.raises(UserError, match="image size"):
+            build_backbone("gcvit_nano", img_size=size)
+
+
+# ---- timm's models
+
+WRAPPED = {
+    "vit_tiny_patch16_224": (64, 16, (192,)),
+    "swin_tiny_patch4_window7_224": (64, 32, (96, 192, 384, 768)),
+    "convnext_atto": (64, 32, (40, 80, 160, 320)),
+    "resnet18": (64, 32, (64, 64, 128, 256, 512)),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_timm_models_have_the_same_interface(name: str) -> None:
+    size, stride, channels = WRAPPED[name]
+    model = build_backbone(name, img_size=size, drop_path=0.1).eval()
+    assert isinstance(model, TimmBackbone) and model.n_noise == 0 and model.drop_path == 0.1
+    assert (model.stride, model.channels) == (stride, channels)
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        pooled, maps = model.pooled(x), model.forward_pyramid(x)
+        assert model(x, None).shape == pooled["last"].shape == (2, model.num_features)
+        assert model.forward_features(x, None, None).shape == (
+            2,
+            channels[-1],
+            size // stride,
+            size // stride,
+        )
+        assert [m.shape[1] for m in maps] == list(channels)
+        assert torch.equal(maps[-1], model.forward_features(x))
+        larger = torch.randn(1, 3, 2 * size, size)
+        assert model.forward_features(larger).shape[2:] == (2 * size // stride, size // stride)
+    assert ("stages34" in pooled) == (len(channels) > 1)
+    ids, names = model.layer_ids(), {n for n, _ in model.named_parameters()}
+    assert ids.keys() == names and min(ids.values()) == 0 and max(ids.values()) > 3
+    if name.startswith("vit"):
+        assert {"model.pos_embed", "model.cls_token"} <= model.no_weight_decay()
+    with pytest.raises(UserError, match=f"multiples of {stride}"):
+        model(torch.randn(1, 3, size, size - 8))
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+
+
+# ---- loading
+
+
+def test_random_is_one_model_and_leaves_the_random_state_alone() -> None:
+    torch.manual_seed(5)
+    first, info = load_backbone("random", CONFIG)
+    drawn = torch.rand(1)
+    again, _ = load_backbone("random", CONFIG)
+    assert same(first.state_dict(), again.state_dict())
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(1), drawn)
+    torch.manual_seed(5)
+    none, _ = load_backbone("none", CONFIG)
+    torch.manual_seed(5)
+    assert same(none.state_dict(), load_backbone("none", CONFIG)[0].state_dict())
+    assert not same(none.state_dict(), first.state_dict())
+    assert info["name"] == "gcvit_nano" and info["mean"] == [0.485, 0.456, 0.406] and info["crop_pct"] == 1.0
+
+
+def run_folder(path: Path) -> tuple[GCViT, GCViT]:
+    """A run as pretraining leaves it after a kill: config and checkpoints, no backbone yet."""
+    student, teacher = nano(1, window_ratio=[16, 16, 16, 32]), nano(2, window_ratio=[16, 16, 16, 32])
+    config = {"model": {"name": "gcvit_nano", "img_size": 64, "window_ratio": [16, 16, 16, 32]}}
+    config |= {"objective": {"name": "mocov3"}, "encoder": None}
+    path.mkdir()
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    for step, offset in ((3, 1.0), (6, 0.0)):
+        tensors = {f"encoder.{k}": v + offset for k, v in student.state_dict().items()}
+        tensors |= {f"teacher.{k}": v + offset for k, v in teacher.state_dict().items()}
+        save_checkpoint(path, step, {"model": tensors}, {}, keep=2)
+    return student, teacher
+
+
+def test_unfinished_runs_and_single_checkpoints(tmp_path: Path) -> None:
+    student, teacher = run_folder(tmp_path / "run")
+    backbone, info = load_backbone(str(tmp_path / "run"), CONFIG)
+    assert same(backbone.state_dict(), student.state_dict())
+    assert (info["step"], info["objective"], info["encoder"]) == (6, "mocov3", "student")
+    backbone, info = load_backbone(str(tmp_path / "run"), CONFIG, encoder="teacher")
+    assert same(backbone.state_dict(), teacher.state_dict()) and info["encoder"] == "teacher"
+    one = tmp_path / "run" / "checkpoints" / "step_00000003"
+    backbone, info = load_backbone(str(one), CONFIG)
+    assert info["step"] == 3 and torch.equal(backbone.stem.conv1.bias, student.stem.conv1.bias + 1)
+    with pytest.raises(UserError, match="encoder=both"):
+        load_backbone(str(tmp_path / "run"), CONFIG, encoder="both")
+
+
+def test_finished_runs(tmp_path: Path) -> None:
+    student, _ = run_folder(tmp_path / "run")
+    info = backbone_info(student, step=6, objective="mocov3", encoder="student", class_names=["a", "b"])
+    write_backbone(tmp_path / "run", student.state_dict(), info)
+    config = ModelConfig(drop_path=0.2, grad_checkpointing=True)
+    backbone, found = load_backbone(str(tmp_path / "run"), config)
+    assert same(backbone.state_dict(), student.state_dict())
+    assert backbone.drop_path == 0.2 and backbone.window_ratio == (16, 16, 16, 32)
+    assert found["class_names"] == ["a", "b"] and found["step"] == 6 and found["name"] == "gcvit_nano"
+    assert load_backbone(str(tmp_path / "run"), CONFIG, encoder="teacher")[1]["encoder"] == "teacher"
+    larger, found = load_backbone(str(tmp_path / "run"), ModelConfig(img_size=96))
+    assert larger.img_size == (96, 96) and found["img_size"] == [96, 96] and len(found["notes"]) == 4
+    exact, _ = load_backbone(
+        str(tmp_path / "run"), ModelConfig(img_size=128, window_ratio=[16, 16, 16, 32]), exact=True
+    )
+    assert exact.img_size == (128, 128)
+    for wrong in (ModelConfig(name="gcvit_tiny"), ModelConfig(window_ratio=[32, 32, 16, 32])):
+        with pytest.raises(UserError, match="was asked for"):
+            load_backbone(str(tmp_path / "run"), wrong)
+    with pytest.raises(UserError, match="another architecture"):
+        load_backbone(str(tmp_path / "run"), ModelConfig(name="gcvit_xxtiny"), exact=True)
+
+
+def test_raw_checkpoints_say_what_they_are(tmp_path: Path) -> None:
+    model = build_backbone("gcvit_xxtiny", img_size=96, num_classes=3, window_ratio=[16, 16, 16, 32])
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "timm.pth")
+    torch.save({"state_dict": to_nvlabs(model.state_dict())}, tmp_path / "nvlabs.pth.tar")
+    for name, crop in (("timm.pth", 0.875), ("nvlabs.pth.tar", 1.0)):
+        backbone, info = load_backbone(str(tmp_path / name), CONFIG)
+        assert same(backbone.state_dict(), model.state_dict())
+        assert info["name"] == backbone.name == "gcvit_xxtiny" and info["crop_pct"] == crop
+        assert backbone.img_size == (96, 96) and backbone.num_classes == 3
+    resnet = timm.create_model("resnet18", num_classes=0)
+    torch.save(resnet.state_dict(), tmp_path / "resnet.pth")
+    backbone, _ = load_backbone(str(tmp_path / "resnet.pth"), ModelConfig(name="resnet18"))
+    assert same(backbone.model.state_dict(), resnet.state_dict())
+    with pytest.raises(UserError, match="not a GC ViT"):
+        load_backbone(str(tmp_path / "resnet.pth"), CONFIG)
+
+
+def test_paths_that_hold_nothing(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(UserError, match=str(path)) as caught:
+            load_backbone(str(path), CONFIG)
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,124 @@
+"""Exports: timm loads them without gcssl, outputs are equal, nothing is written over or left half done."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gcssl.checkpoint import write_backbone
+from gcssl.config import ModelConfig
+from gcssl.errors import UserError
+from gcssl.export import ExportConfig, compare, export
+from gcssl.models.build import backbone_info, build_backbone, load_backbone
+
+# what a user of timm runs; gcssl must not be imported by it
+READER = """
+import json, sys, torch, safetensors.torch, timm
+from timm.models.gcvit import GlobalContextVit
+for folder in sys.argv[1:]:
+    args = json.load(open(folder + "/config.json"))["model_args"]
+    result = {}
+    if "depths" in args:
+        model = GlobalContextVit(**args)
+        model.load_state_dict(safetensors.torch.load_file(folder + "/model.safetensors"))
+    else:
+        model = timm.create_model("local-dir:" + folder, pretrained=True)
+        result = timm.data.resolve_model_data_config(model)
+    with torch.no_grad():
+        result["out"] = model.eval()(torch.load(folder + "/images.pt"))
+    torch.save(result, folder + "/out.pt")
+assert not [m for m in sys.modules if m.split(".")[0] == "gcssl"]
+"""
+
+EXPORTS = {
+    "head": ("gcvit_xxtiny", {"img_size": (64, 96), "num_classes": 4}),
+    "ratio": ("gcvit_xxtiny", {"img_size": 64, "window_ratio": [16, 16, 16, 32]}),
+    "ours": ("gcvit_nano", {"img_size": 64, "num_classes": 3, "window_ratio": [16, 16, 16, 32]}),
+    "custom": ("gcvit_nano", {"img_size": 96, "layer_scale": 0.1, "depths": [2, 1, 3, 2]}),
+}
+
+
+def make_run(folder: Path, name: str, **kw: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = build_backbone(name, **kw).eval()
+    for p in model.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    classes = [f"class {i}" for i in range(model.num_classes)] or None
+    info = backbone_info(model, step=7, objective="simmim", encoder="student", class_names=classes)
+    write_backbone(folder, model.state_dict(), info)
+    return model
+
+
+def test_timm_loads_exports_without_gcssl(tmp_path: Path) -> None:
+    models = {}
+    for key, (name, kw) in EXPORTS.items():
+        models[key] = make_run(tmp_path / f"run_{key}", name, **kw)
+        out = export(ExportConfig(str(tmp_path / f"run_{key}"), "timm", str(tmp_path / key)))
+        torch.save(torch.randn(2, 3, *models[key].img_size), out / "images.pt")
+    subprocess.run([sys.executable, "-c", READER, *EXPORTS], check=True, cwd=tmp_path)
+    for key, model in models.items():
+        read = torch.load(tmp_path / key / "out.pt")
+        with torch.no_grad():
+            want = model(torch.load(tmp_path / key / "images.pt"))
+        assert (read["out"] - want).abs().max() <= 2e-5 * want.abs().max()
+        config = json.loads((tmp_path / key / "config.json").read_text())
+        assert config["num_classes"] == model.num_classes
+        assert config.get("label_names") == ([f"class {i}" for i in range(model.num_classes)] or None)
+        if key in ("head", "ratio"):  # timm's registry has it: its own transforms follow too
+            assert read["crop_pct"] == 1.0 and read["input_size"] == (3, *model.img_size)
+
+
+@pytest.mark.parametrize("kind", ["timm", "torch"])
+@pytest.mark.parametrize("name", ["gcvit_nano", "resnet18"])
+def test_exports_load_again_here(kind: str, name: str, tmp_path: Path) -> None:
+    model = make_run(tmp_path / "run", name, img_size=64, num_classes=3)
+    path = tmp_path / ("out.pt" if kind == "torch" else "out")
+    export(ExportConfig(str(tmp_path / "run"), kind, str(path)))
+    backbone, info = load_backbone(str(path), ModelConfig())
+    assert backbone.name == name and info["step"] == 7 and info["class_names"][2] == "class 2"
+    for key, value in model.state_dict().items():
+        assert torch.equal(backbone.state_dict()[key], value), key
+
+
+def test_nothing_is_written_over(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", "gcvit_nano", img_size=64)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "a.json").write_text("mine")
+    for kind, out in (("timm", "out"), ("torch", "a.pt")):
+        with pytest.raises(UserError, match="already there"):
+            export(ExportConfig(str(tmp_path / "run"), kind, str(tmp_path / out)))
+    for cfg, reason in (
+        (ExportConfig("random", "onnx", "x"), "timm or torch"),
+        (ExportConfig("random", "torch", "x"), "ends in .pt"),
+        (ExportConfig("", "timm", "x"), "expected backbone="),
+    ):
+        with pytest.raises(UserError, match=reason):
+            export(cfg)
+    assert (tmp_path / "a.json").read_text() == "mine" and not (tmp_path / "a.pt").exists()
+
+
+def test_a_difference_stops_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "run", "gcvit_nano", img_size=64)
+    monkeypatch.setattr("gcssl.export.TOLERANCE", -1.0)
+    for kind, out in (("timm", "out"), ("torch", "out.pt")):
+        with pytest.raises(UserError, match="differ by"):
+            export(ExportConfig(str(tmp_path / "run"), kind, str(tmp_path / out)))
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_compare_sees_a_wrong_weight() -> None:
+    model = build_backbone("gcvit_nano", img_size=64).eval()
+    other = build_backbone("gcvit_nano", img_size=64).eval()
+    other.load_state_dict(model.state_dict())
+    assert compare(model, other) == 0
+    other.stages[2].blocks[1].attn.rel_pos.relative_position_bias_table.data += (
+        torch.arange(49)[:, None] * 1e-2
+    )
+    with pytest.raises(UserError, match="differ"):
+        compare(model, other)
+    other.stem.conv1.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="differ"):
+        compare(model, other)

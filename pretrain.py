@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gcssl.runtime import NumericStop, Preempted, RunFolder, StopSignal, UserError, entry, make_accelerator, quiet_libraries
 
@@ -23,14 +23,14 @@ quiet_libraries()
 from accelerate import Accelerator  # noqa: E402
 
 from gcssl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint, write_backbone  # noqa: E402
-from gcssl.config import PretrainConfig, TrainConfig, config_dict, load_config  # noqa: E402
+from gcssl.config import PretrainConfig, TrainConfig, load_config  # noqa: E402
 from gcssl.data import Images, held_out, open_data  # noqa: E402
 from gcssl.eval.features import extract  # noqa: E402
 from gcssl.eval.knn import knn_accuracy  # noqa: E402
 from gcssl.loader import BatchPlan, TrainSet, ViewMaker, batch_to_device, train_loader  # noqa: E402
 from gcssl.log import RunLog, say  # noqa: E402
 from gcssl.meter import BadSamples, Meter  # noqa: E402
-from gcssl.models.build import backbone_info, build_backbone, load_backbone  # noqa: E402
+from gcssl.models.build import Backbone, backbone_info, from_config, load_backbone  # noqa: E402
 from gcssl.optim import cosine, groups_table, lr_at, make_optimizer, param_groups, scaled_lr, set_lr  # noqa: E402
 from gcssl.runtime import batch_layout, rng, seed_torch  # noqa: E402
 from gcssl.ssl.objectives import OBJECTIVES  # noqa: E402
@@ -48,7 +48,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
         raise UserError("out: no run folder given; say out=runs/<name>")
     accelerator = make_accelerator(cfg.train, cfg.runtime)
     backbone = build_pretrain_backbone(cfg)
-    objective_class, _ = OBJECTIVES[cfg.objective.name]
+    objective_class: Any = OBJECTIVES[cfg.objective.name][0]
     images = open_data(cfg.data, backbone.img_size).train
     sizes = run_sizes(cfg.train, len(images), accelerator.num_processes)
     if objective_class.couples_batch and sizes.accumulate > 1:
@@ -59,9 +59,8 @@ def pretrain(cfg: PretrainConfig) -> Path:
     objective = objective_class(
         cfg.objective, backbone, cfg.augment, backbone.img_size, sizes.total_steps, sizes.steps_per_epoch
     )
-    facts = {"global_batch": sizes.global_batch, "data": images.fingerprint}
-    with RunFolder(cfg.out, config_dict(cfg), facts) as run:
-        run.start()
+    facts = {"data": images.fingerprint}
+    with RunFolder(cfg.out, cfg, sizes.global_batch, accelerator, facts) as run:
         say(sizes.describe(cfg.train))
         undecayed = {f"encoder.{name}" for name in backbone.no_weight_decay()}
         groups = param_groups(objective.named_parameters(), cfg.train.weight_decay, undecayed)
@@ -83,23 +82,14 @@ def pretrain(cfg: PretrainConfig) -> Path:
     return run.path
 
 
-def build_pretrain_backbone(cfg: PretrainConfig) -> nn.Module:
+def build_pretrain_backbone(cfg: PretrainConfig) -> Backbone:
     """The student before its first step: initialised from the seed, or from `model.weights`."""
     seed_torch(cfg.train.seed, INIT)
     if cfg.model.weights:
         backbone, info = load_backbone(cfg.model.weights, cfg.model, cfg.encoder, exact=True)
         say(f"model.weights: a new run from {cfg.model.weights} (step {info.get('step', 'unknown')})")
         return backbone
-    m = cfg.model
-    return build_backbone(
-        m.name,
-        m.img_size,
-        drop_path=m.drop_path,
-        window_ratio=m.window_ratio,
-        bias_resize=m.bias_resize,
-        in_chans=m.in_chans,
-        grad_checkpointing=m.grad_checkpointing,
-    )
+    return from_config(cfg.model)
 
 
 @dataclass(frozen=True)
@@ -149,23 +139,25 @@ def fit(
     cfg: Any,
     accelerator: Accelerator,
     run: RunFolder,
-    objective: nn.Module,
+    objective: Any,
     groups: list[dict[str, Any]],
     dataset: TrainSet,
     sizes: Sizes,
     to_device: Callable[[dict[str, Any], int], dict[str, Any]],
-    probe: Callable[[int, nn.Module], dict[str, float]] | None = None,
+    probe: Callable[[int, Any], dict[str, float]] | None = None,
 ) -> None:
     """Train `objective` from the run folder's newest checkpoint, or from the start, to the last step."""
     if cfg.checkpoint.keep < 2:
         raise UserError(f"checkpoint.keep={cfg.checkpoint.keep}: expected at least 2, since the newest may be damaged")
     train, lr = cfg.train, scaled_lr(cfg.train, sizes.global_batch)
     warmup = round(train.warmup_epochs * sizes.steps_per_epoch)
+    save_steps = max(1, round(cfg.checkpoint.every * sizes.steps_per_epoch))
     objective.to(accelerator.device)
     optimizer = make_optimizer(groups, train)
     step = resume(run, objective, optimizer, accelerator)
+    run.start()  # nothing is left to refuse
     if train.compile:
-        objective.encoder.forward_features = torch.compile(objective.encoder.forward_features)
+        objective.encoder.compile()
     model, optimizer = accelerator.prepare(objective, optimizer)
     plan = BatchPlan(
         len(dataset), sizes.global_batch, sizes.batch_size, sizes.accumulate, sizes.world,
@@ -173,68 +165,63 @@ def fit(
     )  # fmt: skip
     loader = train_loader(dataset, plan, cfg.data.workers, cfg.data.timeout)
     log = RunLog(run.path, sizes.total_steps, step, cfg.log.every, cfg.log.trackers, accelerator.is_main_process)
-    bad = BadSamples(run.path, len(dataset), cfg.data.max_bad)
-    stop = StopSignal(train.max_hours)
-    save_steps = max(1, round(cfg.checkpoint.every * sizes.steps_per_epoch))
-    meter = Meter(accelerator)
+    meter, bad = Meter(accelerator), BadSamples(run.path, len(dataset), cfg.data.max_bad)
     objective.train()
-    for batch in meter.waiting(loader):
-        batch = to_device(batch, step)
-        meter.bad.extend(batch["bad"])
-        with accelerator.accumulate(model):
-            seed_torch(train.seed, MODEL, step, accelerator.process_index)
-            set_lr(optimizer, lr_at(step, sizes.total_steps, warmup, lr, train.min_lr), weight_decay(train, step, sizes))
-            out = model(batch, step)
-            if hasattr(objective, "grad_norms") and (step + 1) % cfg.log.every == 0:
-                out |= objective.grad_norms(out)
-            accelerator.backward(out["loss"])
-            meter.add(out)
-            if accelerator.sync_gradients:
+    with log, StopSignal(train.max_hours) as stop:
+        for batch in meter.waiting(loader):
+            batch = to_device(batch, step)
+            meter.bad.extend(batch["bad"])
+            with accelerator.accumulate(model):
+                seed_torch(train.seed, MODEL, step, accelerator.process_index, meter.micro)
+                out = model(batch, step)
+                if hasattr(objective, "grad_norms") and (step + 1) % cfg.log.every == 0:
+                    out |= objective.grad_norms(out)
+                accelerator.backward(out["loss"])
+                meter.add(out)
+                if not accelerator.sync_gradients:
+                    continue
                 norm = accelerator.clip_grad_norm_(objective.parameters(), train.clip_grad or float("inf"))
                 values = meter.agree(norm, stop.requested)  # the step's one all-reduce and host read
                 if not values.pop("finite"):
                     raise NumericStop(f"step {step}: loss {values['loss']}, grad norm {values['grad_norm']}: not finite")
-            optimizer.step()
-            optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue
-        step += 1
-        if not accelerator.optimizer_step_was_skipped:
-            objective.after_step(step)
-        if values.pop("bad"):
-            bad.record(meter.take_bad(), accelerator)
-        stopping = bool(values.pop("stop"))
-        values |= schedules(objective, optimizer, step, sizes) | {"data_wait": meter.data_wait}
-        log.step(step, values, sizes.global_batch)
-        if step % save_steps == 0 or step == sizes.total_steps or stopping:
-            save(cfg, run, step, objective, optimizer, accelerator, sizes)
-        if stopping and step < sizes.total_steps:
-            log.close()
-            raise Preempted(f"stopped at step {step} of {sizes.total_steps}; run the same command again to go on")
-        if step % sizes.steps_per_epoch == 0 or step == sizes.total_steps:
-            if probe and (values := probe(step, objective)):
-                log.scalars(step, values)
-            log.images(step, pictures(objective, batch, step, accelerator))
-    log.close()
-    say(meter.summary((sizes.total_steps - plan.start_step) * sizes.global_batch))
+                set_lr(optimizer, lr_at(step, sizes.total_steps, warmup, lr, train.min_lr), decay_at(train, step, sizes))
+                optimizer.step()
+                optimizer.zero_grad()
+            if not accelerator.optimizer_step_was_skipped:
+                objective.after_step(step)
+            step += 1
+            if values.pop("bad"):
+                bad.record(meter.take_bad(), accelerator)
+            stopping = values.pop("stop") and step < sizes.total_steps
+            values |= schedules(objective, optimizer, step, sizes)
+            log.step(step, values, sizes.global_batch, meter.take_wait())
+            if step % save_steps == 0 or step == sizes.total_steps or stopping:
+                save(cfg, run, step, objective, optimizer, accelerator, sizes)
+            if stopping:
+                raise Preempted(f"stopped at step {step} of {sizes.total_steps}; run the same command again to go on")
+            if step % sizes.steps_per_epoch == 0 or step == sizes.total_steps:
+                if probe and (found := probe(step, objective)):
+                    log.scalars(step, found)
+                log.images(step, pictures(objective, batch, step, accelerator))
+    say(log.summary())
 
 
-def weight_decay(train: TrainConfig, step: int, sizes: Sizes) -> float:
+def decay_at(train: TrainConfig, step: int, sizes: Sizes) -> float:
     end = train.weight_decay if train.weight_decay_end is None else train.weight_decay_end
     return cosine(step, sizes.total_steps, train.weight_decay, end)
 
 
-def schedules(objective: nn.Module, optimizer: torch.optim.Optimizer, step: int, sizes: Sizes) -> dict[str, float]:
+def schedules(objective: Any, optimizer: torch.optim.Optimizer, step: int, sizes: Sizes) -> dict[str, float]:
     """What was in force in the update that made `step`: lr of the last layer, weight decay, the teacher's momentum."""
     groups = optimizer.param_groups
     decay = max(group["weight_decay"] for group in groups)
     values = {"epoch": step / sizes.steps_per_epoch, "lr": max(group["lr"] for group in groups), "wd": decay}
     if hasattr(objective, "momentum"):
-        values["momentum"] = objective.momentum(step)
+        values["momentum"] = objective.momentum(step - 1)
     return values
 
 
-def resume(run: RunFolder, objective: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> int:
+def resume(run: RunFolder, objective: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> int:
     """Load the newest checkpoint that verifies; returns the number of optimizer steps already done."""
     loaded = load_checkpoint(run.path)
     if loaded is None:
@@ -248,7 +235,7 @@ def resume(run: RunFolder, objective: nn.Module, optimizer: torch.optim.Optimize
 
 
 def save(
-    cfg: Any, run: RunFolder, step: int, objective: nn.Module, optimizer: Any, accelerator: Accelerator, sizes: Sizes
+    cfg: Any, run: RunFolder, step: int, objective: Any, optimizer: Any, accelerator: Accelerator, sizes: Sizes
 ) -> None:
     run.progress(step)
     if not accelerator.is_main_process:
@@ -264,20 +251,19 @@ def save(
 
 def online_probe(
     cfg: PretrainConfig, images: Images, accelerator: Accelerator, steps_per_epoch: int
-) -> Callable[[int, nn.Module], dict[str, float]]:
+) -> Callable[[int, Any], dict[str, float]]:
     """kNN of the held-out slice against the rest of train, on the features that evaluation uses."""
     if images.labels is None:
         say("no labels in this data set: the online kNN probe is skipped")
     every = cfg.eval.online_every * steps_per_epoch
 
-    def probe(step: int, objective: nn.Module) -> dict[str, float]:
+    def probe(step: int, objective: Any) -> dict[str, float]:
         if images.labels is None or every == 0 or step % every:
             return {}
         encoder = evaluated_encoder(cfg, objective)
         rest, held = held_out(images)
         bank, queries = (
-            extract(encoder, images, part, accelerator, batch_size=256, workers=cfg.data.workers, quiet=True)
-            for part in (rest, held)
+            extract(encoder, images, part, accelerator, workers=cfg.data.workers, quiet=True) for part in (rest, held)
         )
         top1 = knn_accuracy(bank.x["last"], bank.y, queries.x["last"], queries.y, (KNN_K,), backend=cfg.eval.backend)
         value = next(iter(top1.values()))
@@ -287,13 +273,13 @@ def online_probe(
     return probe
 
 
-def evaluated_encoder(cfg: PretrainConfig, objective: nn.Module) -> nn.Module:
+def evaluated_encoder(cfg: PretrainConfig, objective: Any) -> Backbone:
     """The encoder that the objective's paper evaluates, unless `encoder` says otherwise."""
     which = cfg.encoder or objective.default_encoder
     return objective.teacher if which == "teacher" else objective.encoder
 
 
-def pictures(objective: nn.Module, batch: dict[str, Any], step: int, accelerator: Accelerator) -> dict[str, Tensor]:
+def pictures(objective: Any, batch: dict[str, Any], step: int, accelerator: Accelerator) -> dict[str, Tensor]:
     """Original, hidden and reconstructed images of this batch, from objectives that reconstruct."""
     if not accelerator.is_main_process or not hasattr(objective, "pictures"):
         return {}
@@ -304,7 +290,7 @@ def pictures(objective: nn.Module, batch: dict[str, Any], step: int, accelerator
     return images
 
 
-def save_backbone(cfg: PretrainConfig, folder: Path, objective: nn.Module, step: int, classes: list[str] | None) -> None:
+def save_backbone(cfg: PretrainConfig, folder: Path, objective: Any, step: int, classes: list[str] | None) -> None:
     encoder = evaluated_encoder(cfg, objective)
     which = cfg.encoder or objective.default_encoder
     info = backbone_info(encoder, step=step, objective=cfg.objective.name, encoder=which, class_names=classes)

@@ -169,8 +169,7 @@ def forward_all(
     indices = np.asarray(indices, dtype=np.int64)
     if not len(indices):
         raise UserError("no images to evaluate: the split is empty")
-    device, world = accelerator.device, accelerator.num_processes
-    mine = indices[accelerator.process_index :: world]
+    device, mine = accelerator.device, indices[accelerator.process_index :: accelerator.num_processes]
     parts: dict[str, list[Tensor]] = {}
     labels, good = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.bool)]
     probe = torch.zeros(1, 3, *crop.size, device=device)  # a process without images still knows the shapes
@@ -183,15 +182,13 @@ def forward_all(
                 parts.setdefault(name, []).append(out.float().cpu())
             labels.append(batch["label"])
             good.append(batch["ok"])
-    n = len(indices)
-    x = {name: gather_rows(torch.cat(part), n, accelerator) for name, part in parts.items()}
-    out = Outputs(
-        x, gather_rows(torch.cat(labels), n, accelerator), gather_rows(torch.cat(good), n, accelerator)
-    )
+
+    def joined(part: list[Tensor]) -> Tensor:
+        return gather_rows(torch.cat(part), len(indices), accelerator)
+
+    out = Outputs({name: joined(part) for name, part in parts.items()}, joined(labels), joined(good))
     if not out.ok.any():
-        raise UserError(
-            f"{images.name}: none of the {n} images could be decoded; check data.path and data.image_column"
-        )
+        raise UserError(f"{images.name}: none of the {len(indices)} images could be decoded; see data.path")
     return out
 
 

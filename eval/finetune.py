@@ -22,6 +22,7 @@ from timm.data import Mixup, create_transform
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from gcssl.checkpoint import write_backbone
 from gcssl.config import (
     CheckpointConfig,
     DataConfig,
@@ -34,11 +35,11 @@ from gcssl.config import (
 )
 from gcssl.data import Images, held_out
 from gcssl.eval.features import Crop, forward_all
-from gcssl.eval.inputs import FRESH, count_classes, data_of, model_of, open_splits, run_config
-from gcssl.eval.metrics import comparison, percent, result_table, topk_correct, write_result
+from gcssl.eval.inputs import FRESH, data_of, labels_of, load, model_of, open_splits, run_config, sides
+from gcssl.eval.metrics import check_result, comparison, percent, result_table, settings_of, topk_correct, write_result
 from gcssl.loader import TrainSet
 from gcssl.log import say
-from gcssl.models.build import load_backbone
+from gcssl.models.build import Backbone, backbone_info
 from gcssl.optim import groups_table, param_groups
 from gcssl.pretrain import INIT, drop_noise, fit, run_sizes
 from gcssl.runtime import RunFolder, UserError, entry, make_accelerator, seed_torch
@@ -86,7 +87,7 @@ class Classifier(nn.Module):
 
     couples_batch = False
 
-    def __init__(self, backbone: nn.Module, options: FinetuneOptions) -> None:
+    def __init__(self, backbone: Backbone, options: FinetuneOptions) -> None:
         super().__init__()
         self.encoder = backbone
         # warmed up, so that the average of a short run is not its initial weights
@@ -143,6 +144,9 @@ def run(cfg: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any]:
     if not cfg.out and run_cfg is None:
         raise UserError(f"out: needed because backbone={cfg.backbone} is no run folder; pass out=<folder>")
     folder = (Path(cfg.out) if cfg.out else Path(cfg.backbone) / "eval") / (cfg.name or "finetune")
+    path = folder / "finetune.json" if cfg.name else folder.parent / "finetune.json"
+    settings = settings_of(config_dict(cfg))
+    check_result(path, settings)
     plain = dataclasses.replace(cfg.model, drop_path=0.0, grad_checkpointing=False)
     model = model_of(dataclasses.replace(cfg, model=plain), run_cfg)  # type: ignore[arg-type]
     keep = {"drop_path": cfg.model.drop_path, "grad_checkpointing": cfg.model.grad_checkpointing}
@@ -152,9 +156,8 @@ def run(cfg: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any]:
     if cfg.compare:
         theirs = finetune(cfg, accelerator, folder / cfg.compare, cfg.compare)
         result["compare"] = comparison(cfg.compare, ours, theirs)
-    path = folder / "finetune.json" if cfg.name else folder.parent / "finetune.json"
     if accelerator.is_main_process:
-        write_result(path, result, {})
+        write_result(path, result, settings)
     for line in result_table(result, cfg.backbone, cfg.compare):
         say(line)
     say(f"finetune: {result['n_test']} test images, written to {path}")
@@ -163,25 +166,28 @@ def run(cfg: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any]:
 
 def finetune(cfg: FinetuneConfig, accelerator: Accelerator, folder: Path, spec: str) -> dict[str, Any]:
     """One run from backbone `spec` in `folder`: {"metrics", "notes", "correct", "index"} of the test images."""
-    train, test, test_name = open_splits(cfg.data, side(cfg.model.img_size))
+    train, test, test_name = open_splits(cfg.data, sides(cfg.model.img_size or 224))
     if cfg.finetune.holdout:
         rest, held = held_out(train)
         train, test, test_name = train.select(rest), train.select(held), "held-out slice of train"
-    n_classes = count_classes(train, test)
+    n_classes = max(len(images.classes or ()) or int(labels_of(images).max()) + 1 for images in (train, test))
     seed_torch(cfg.train.seed, INIT)
-    backbone, info = load_backbone(spec, cfg.model, cfg.encoder)
+    backbone, info = load(spec, cfg.model, cfg.encoder)
     backbone.reset_classifier(n_classes)
     objective = Classifier(backbone, cfg.finetune)
     sizes = run_sizes(cfg.train, len(train), accelerator.num_processes)
-    facts = {"global_batch": sizes.global_batch, "data": train.fingerprint, "backbone": spec}
-    with RunFolder(folder, config_dict(cfg), facts) as run_folder:
-        run_folder.start()
+    facts = {"data": train.fingerprint, "backbone": spec}
+    with RunFolder(folder, cfg, sizes.global_batch, accelerator, facts) as run_folder:
         say(f"fine-tuning {spec}: {sizes.describe(cfg.train)}")
         groups = layer_groups(cfg, backbone, spec)
         say(groups_table(groups))
         maker = TransformMaker(cfg.finetune, backbone.img_size, backbone.mean, backbone.std)
         place = partial(to_device, cfg=cfg, accelerator=accelerator, backbone=backbone, sizes=sizes, classes=n_classes)
         fit(cfg, accelerator, run_folder, objective, groups, TrainSet(train, maker, cfg.train.seed), sizes, place)
+        if accelerator.is_main_process:
+            averaged = objective.ema.module
+            told = {"step": sizes.total_steps, "objective": "finetune", "encoder": "ema", "class_names": train.classes}
+            write_backbone(folder, averaged.state_dict(), backbone_info(averaged, **told) | {"crop_pct": cfg.crop_pct})
         judged = judge(cfg, objective, test, accelerator)
     judged["notes"] = {
         "backbone": spec, "model": info.get("name") or backbone.name, "data": cfg.data.path, "test_split": test_name,
@@ -193,12 +199,7 @@ def finetune(cfg: FinetuneConfig, accelerator: Accelerator, folder: Path, spec: 
     return judged
 
 
-def side(img_size: Any) -> tuple[int, int]:
-    size = img_size if img_size is not None else 224
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def layer_groups(cfg: FinetuneConfig, backbone: nn.Module, spec: str) -> list[dict[str, Any]]:
+def layer_groups(cfg: FinetuneConfig, backbone: Backbone, spec: str) -> list[dict[str, Any]]:
     """Parameter groups of the backbone, the lr falling with depth by `layer_decay` per block."""
     decay = cfg.finetune.layer_decay
     if decay is None:
@@ -210,7 +211,7 @@ def layer_groups(cfg: FinetuneConfig, backbone: nn.Module, spec: str) -> list[di
 
 
 def to_device(
-    batch: dict[str, Any], step: int, *, cfg: FinetuneConfig, accelerator: Accelerator, backbone: nn.Module, sizes: Any,
+    batch: dict[str, Any], step: int, *, cfg: FinetuneConfig, accelerator: Accelerator, backbone: Backbone, sizes: Any,
     classes: int,
 ) -> dict[str, Any]:  # fmt: skip
     """The batch on the device with its targets, mixed where the recipe mixes: one mixing coefficient a step."""
@@ -233,20 +234,17 @@ def judge(cfg: FinetuneConfig, objective: Classifier, images: Images, accelerato
         return {"ema": objective.ema.module(x), "raw": objective.encoder(x)}
 
     encoder = objective.encoder
-    objective.mean, objective.std = encoder.mean, encoder.std  # type: ignore[assignment]
     crop = Crop(encoder.img_size, cfg.crop_pct)
     precision = "bf16" if cfg.train.precision == "bf16" else "fp32"
     indices = np.arange(len(images))
-    out = forward_all(
-        objective, both, images, indices, accelerator, crop, cfg.train.batch_size, cfg.data.workers, precision
-    )
+    out = forward_all(encoder, both, images, indices, accelerator, crop, 256, cfg.data.workers, precision)
     correct = {name: topk_correct(logits[out.ok], out.y[out.ok]) for name, logits in out.x.items()}
     metrics = {
         "finetune/top1": percent(correct["ema"][1]),
         "finetune/top5": percent(correct["ema"][5]),
         "finetune/top1_raw": percent(correct["raw"][1]),
     }
-    return {"metrics": metrics, "correct": correct["ema"][1], "index": torch.from_numpy(indices)[out.ok]}
+    return {"metrics": metrics, "paired": "finetune/top1", "correct": correct["ema"][1], "index": torch.from_numpy(indices)[out.ok]}
 
 
 def main(argv: list[str]) -> None:

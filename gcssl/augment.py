@@ -61,18 +61,18 @@ class View:
     """One drawn view: numpy fields of fixed shape, so that a batch of them stacks."""
 
     crop: np.ndarray  # 10 4 float64: area share, log ratio, and where the box lies (down, right) in [0, 1)
-    flip: np.ndarray  # bool
-    jitter: np.ndarray  # bool
+    flip: np.bool_
+    jitter: np.bool_
     factors: np.ndarray  # 4 float32: brightness, contrast, saturation factors and hue shift in turns
     order: np.ndarray  # 4 int64: which of the four comes first, second, ...
-    gray: np.ndarray  # bool
-    sigma: np.ndarray  # float32, 0 = no blur
-    solarize: np.ndarray  # bool
+    gray: np.bool_
+    sigma: np.float32  # pixels, 0 = no blur
+    solarize: np.bool_
 
     def params(self) -> dict[str, np.ndarray]:
-        """What `colour` needs, as fixed-shape arrays."""
+        """What `colour` needs, as arrays of fixed shape."""
         names = ("jitter", "factors", "order", "gray", "sigma", "solarize")
-        return {name: getattr(self, name) for name in names}
+        return {name: np.asarray(getattr(self, name)) for name in names}
 
 
 def override(spec: ViewSpec, augment: AugmentConfig, view: int) -> ViewSpec:
@@ -105,11 +105,13 @@ def _checked(spec: ViewSpec) -> ViewSpec:
     if not 0 < spec.ratio[0] <= spec.ratio[1]:
         raise UserError(f"augment.ratio={list(spec.ratio)}: expected 0 < smallest <= largest")
     if not 0 < spec.blur_sigma[0] <= spec.blur_sigma[1] <= MAX_SIGMA:
-        raise UserError(f"augment.blur_sigma={list(spec.blur_sigma)}: expected 0 < smallest <= largest <= {MAX_SIGMA:g}")
+        given = list(spec.blur_sigma)
+        raise UserError(f"augment.blur_sigma={given}: expected 0 < smallest <= largest <= {MAX_SIGMA:g}")
     if min(spec.jitter) < 0 or spec.jitter[HUE] > 0.5:
         raise UserError(f"augment.jitter={list(spec.jitter)}: expected four strengths >= 0, hue at most 0.5")
     if spec.interpolation not in INTERPOLATIONS:
-        raise UserError(f"augment.interpolation={spec.interpolation}: expected one of {', '.join(INTERPOLATIONS)}")
+        choices = ", ".join(INTERPOLATIONS)
+        raise UserError(f"augment.interpolation={spec.interpolation}: expected one of {choices}")
     return spec
 
 
@@ -117,10 +119,8 @@ def draw_view(rng: np.random.Generator, spec: ViewSpec) -> View:
     """Draw one view. The count of numbers drawn is fixed, so that a probability does not move the crops."""
     u = rng.random((CROP_ATTEMPTS, 4))
     low, high = math.log(spec.ratio[0]), math.log(spec.ratio[1])
-    crop = np.stack(
-        [spec.scale[0] + u[:, 0] * (spec.scale[1] - spec.scale[0]), low + u[:, 1] * (high - low), u[:, 2], u[:, 3]],
-        axis=1,
-    )
+    area = spec.scale[0] + u[:, 0] * (spec.scale[1] - spec.scale[0])
+    crop = np.stack([area, low + u[:, 1] * (high - low), u[:, 2], u[:, 3]], axis=1)
     flip, jitter, gray, blur, solarize, sigma = rng.random(6)
     shifts = rng.random(4) * 2 - 1
     order = np.argsort(rng.random(4))
@@ -257,11 +257,10 @@ def _hue(x: Tensor, shift: Tensor) -> Tensor:
     chroma = value - low
     r, g, b = x.unbind(1)
     scale = 1 / chroma.clamp(min=1e-8)
-    sixth = torch.where(
-        value == r, (g - b) * scale, torch.where(value == g, (b - r) * scale + 2, (r - g) * scale + 4)
-    ) + shift.view(-1, 1, 1) * 6
-    channels = []
-    for offset in (5, 3, 1):  # r, g, b = value - chroma * clamp(min(k, 4 - k), 0, 1), k = offset + sixth mod 6
+    sixth = torch.where(value == g, (b - r) * scale + 2, (r - g) * scale + 4)
+    sixth = torch.where(value == r, (g - b) * scale, sixth) + shift.view(-1, 1, 1) * 6
+    channels = []  # value - chroma * clamp(min(k, 4 - k), 0, 1), k = offset + sixth mod 6
+    for offset in (5, 3, 1):
         k = (sixth + offset).remainder_(6)
         channels.append(value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
     return torch.stack(channels, 1).clamp_(0, 1)

@@ -91,7 +91,6 @@ class TrainConfig:
     compile: bool = False
     deterministic: bool = False
     max_hours: float | None = None
-    on_collapse: str = "warn"
     seed: int = 0
 
 

@@ -23,7 +23,8 @@ from gcssl.sources import TEST_NAMES, TRAIN_NAMES, Found, Raw, Reader
 from gcssl.tables import HUB_NAME, find_hub, find_other, find_tables
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit; larger files are refused as decompression bombs
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "MPO")  # none starts a program
+# none of these decoders starts a program
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "MPO")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 WHITE = (255, 255, 255, 255)
 
@@ -36,7 +37,12 @@ class Images:
     """One split: `load(i)` gives RGB, `labels` int64 N or None (read once, without decoding an image)."""
 
     def __init__(
-        self, reader: Reader, labels: np.ndarray | None, classes: list[str] | None, name: str, fingerprint: str = ""
+        self,
+        reader: Reader,
+        labels: np.ndarray | None,
+        classes: list[str] | None,
+        name: str,
+        fingerprint: str = "",
     ) -> None:
         self.reader, self.name, self.classes = reader, name, classes
         self.labels = None if labels is None else np.asarray(labels, np.int64)
@@ -95,26 +101,29 @@ def open_data(cfg: DataConfig, img_size: tuple[int, int] = (64, 64), only_test: 
     """
     if cfg.path == "shapes":
         train = _images(shapes_split("train", cfg.shapes_n, img_size), "train", None)
-        test = _images(shapes_split("test", max(len(CLASSES), cfg.shapes_n // 5), img_size), "test", train.classes)
+        n_test = max(len(CLASSES), cfg.shapes_n // 5)
+        test = _images(shapes_split("test", n_test, img_size), "test", train.classes)
         return Splits(test if only_test else train, test)
     found = _find(cfg)
-    train_name = None if only_test else _train_name(cfg, found)
-    train = None if train_name is None else _images(_open(cfg, found, train_name), train_name, None)
-    test = _test(cfg, found, train_name, train)
-    if only_test and test is None:
-        raise UserError(f"data.val_split: no labelled test split in {cfg.path}, expected one of its splits {', '.join(found)}")
-    return Splits(train or test, test)  # type: ignore[arg-type]
+    if only_test:
+        test = _test(cfg, found, None)
+        if test is None:
+            raise UserError(f"data.val_split: no labelled test split in {cfg.path}, it has {', '.join(found)}")
+        return Splits(test, test)
+    name = _train_name(cfg, found)
+    train = _images(_open(cfg, found, name), name, None)
+    return Splits(train, _test(cfg, found, train))
 
 
 def _find(cfg: DataConfig) -> Found:
     """The splits of data.path by layout: tables, then folders of images, then whatever load_dataset makes of it."""
     if not cfg.path:
-        raise UserError("data.path: not given, expected a folder of images or tables, a Hub name, or the word shapes")
+        raise UserError("data.path: not given, expected a folder of images or tables, a Hub name, or shapes")
     root = Path(cfg.path).expanduser()
     if not root.exists():
         if HUB_NAME.fullmatch(cfg.path):
             return find_hub(cfg)
-        raise UserError(f"data.path: given {cfg.path}, no such folder; expected one, a Hub name owner/name, or the word shapes")
+        raise UserError(f"data.path: given {cfg.path}, no such folder; expected one, a Hub name, or shapes")
     if root.is_dir() and not any(root.iterdir()):
         raise UserError(f"data.path: {cfg.path} is empty, expected images, parquet, arrow or tar files")
     if any((root / part / name).is_file() for part in ("", "train") for name in METADATA):
@@ -134,25 +143,26 @@ def _train_name(cfg: DataConfig, found: Found) -> str:
     if name is None and len(found) == 1:
         name = next(iter(found))
     if name is None:
-        raise UserError(f"data.train_split: no split called train in {cfg.path}, expected one of {', '.join(found)} to be named")
+        raise UserError(f"data.train_split: no split train in {cfg.path}, expected one of {', '.join(found)}")
     return name
 
 
-def _test(cfg: DataConfig, found: Found, train_name: str | None, train: Images | None) -> Images | None:
+def _test(cfg: DataConfig, found: Found, train: Images | None) -> Images | None:
     """The first candidate that is labelled; None when train is unlabelled, as then nothing can be judged."""
     if cfg.val_split is not None and cfg.val_split not in found:
         raise UserError(f"data.val_split: given {cfg.val_split}, expected one of {', '.join(found)}")
     if train is not None and train.classes is None:
         return None
     rank = {name: i for i, name in enumerate(TEST_NAMES)}
-    names = sorted((n for n in found if n.lower() in rank and n != train_name), key=lambda n: rank[n.lower()])
+    used = None if train is None else train.name
+    names = sorted((n for n in found if n.lower() in rank and n != used), key=lambda n: rank[n.lower()])
     for name in [cfg.val_split] if cfg.val_split is not None else names:
         raw = _open(cfg, found, name)
         images = _images(raw, name, None if train is None else train.classes)
         if images.labels is not None:
             return images
         if cfg.val_split is not None:
-            raise UserError(f"data.val_split: {name} of {cfg.path} has no labels (or some of -1), expected a labelled split")
+            raise UserError(f"data.val_split: {name} of {cfg.path} has no labels, expected a labelled split")
         say(f"data: split {name} has no labels, not used for testing")
     return None
 
@@ -169,8 +179,10 @@ def _images(raw: Raw, name: str, train_classes: list[str] | None) -> Images:
     return Images(raw.reader, labels, classes, name)
 
 
-def _class_ids(raw: Raw, name: str, train_classes: list[str] | None) -> tuple[np.ndarray | None, list[str] | None]:
-    """(ids int64 N, class names), ids those of the training classes when given; (None, None) when not labelled."""
+def _class_ids(
+    raw: Raw, name: str, train_classes: list[str] | None
+) -> tuple[np.ndarray | None, list[str] | None]:
+    """(ids int64 N, class names), those of train when given; (None, None) when not labelled (or one is -1)."""
     if raw.labels is None or any(value is None for value in raw.labels):
         return None, None
     values = np.asarray(raw.labels)
@@ -181,7 +193,7 @@ def _class_ids(raw: Raw, name: str, train_classes: list[str] | None) -> tuple[np
         unique, ids = np.unique(values, return_inverse=True)
         classes = [str(value) for value in unique]
     elif values.max() >= len(classes):
-        raise UserError(f"data.label_column: label {values.max()} in split {name}, expected less than {len(classes)} classes")
+        raise UserError(f"data.label_column: label {values.max()} in split {name} of {len(classes)} classes")
     if train_classes is None:
         return (ids.astype(np.int64), classes) if len(classes) > 1 else (None, None)
     known = {c: i for i, c in enumerate(train_classes)}
@@ -231,7 +243,9 @@ def _fingerprint(images: Images) -> str:
     for i in sorted({0, len(images) // 2, len(images) - 1}):
         try:
             source = images.reader.read(i)
-            digest.update(source.read_bytes() if isinstance(source, Path) else source if isinstance(source, bytes) else source.tobytes())
+            if isinstance(source, Path):
+                source = source.read_bytes()
+            digest.update(source if isinstance(source, bytes) else source.tobytes())
         except Exception as error:  # a damaged one is as good a mark as a sound one
             digest.update(type(error).__name__.encode())
     return digest.hexdigest()
@@ -244,7 +258,8 @@ def decode(source: bytes | Path | str) -> Image.Image:
     by its maximum, transparency is laid on white, of an animation the first frame is taken. ICC profiles are ignored.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}: refused")
             image.load()
@@ -277,7 +292,7 @@ def _to_bytes(values: np.ndarray, is_float: bool) -> np.ndarray:
     values = values.astype(np.float64)
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)) or low < 0 or high > 65535:
-        raise BadImage(f"grey values from {low:g} to {high:g}: expected 0..65535, or 0..255 or 0..1 as floats")
+        raise BadImage(f"grey values from {low:g} to {high:g}: expected 0..65535, 0..255 or 0..1")
     scale = 1 / 257 if not is_float or high > 255 else 1 if high > 1 else 255
     return np.round(values * scale).astype(np.uint8)
 

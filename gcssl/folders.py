@@ -9,7 +9,7 @@ from gcssl.config import DataConfig
 from gcssl.errors import UserError
 from gcssl.sources import TEST_NAMES, TRAIN_NAMES, Files, Found, Raw
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif")
+SUFFIXES = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .jp2 .avif".split())
 KAGGLE = Path("ILSVRC/Data/CLS-LOC")  # below the folder that Kaggle's archive unpacks into
 KAGGLE_LABELS = "LOC_val_solution.csv"
 
@@ -23,8 +23,7 @@ def find_folders(cfg: DataConfig, root: Path) -> Found:
     for inner in (KAGGLE, Path("Data/CLS-LOC")):
         if (root / inner / "train").is_dir():
             labels = root / KAGGLE_LABELS
-            found = _splits(cfg, root / inner, str(labels) if labels.is_file() else None)
-            return found
+            return _splits(cfg, root / inner, str(labels) if labels.is_file() else None)
     return _splits(cfg, root, None)
 
 
@@ -33,7 +32,7 @@ def _splits(cfg: DataConfig, root: Path, default_labels: str | None) -> Found:
     folders = _folders(root)
     splits = [name for name in folders if name in named or name.lower() in named]
     others = [name for name in folders if name not in splits and _has_image(root / name)]
-    if not splits or others or _images(root):  # a class may be called "train": then it has sisters that are classes
+    if not splits or others or _images(root):  # a class may be called train: then its sisters are classes too
         return {"train": partial(_labelled_tree, root)} if _has_image(root) else {}
     found: Found = {}
     train = next((n for n in splits if n == cfg.train_split or n.lower() in TRAIN_NAMES), None)
@@ -44,7 +43,8 @@ def _splits(cfg: DataConfig, root: Path, default_labels: str | None) -> Found:
             found[name] = partial(_labelled_tree, root / name)
         else:
             labels = cfg.val_labels or default_labels
-            found[name] = partial(_test_tree, root / name, root / train, labels, name.lower() in TEST_NAMES[:4])
+            is_val = not name.lower().startswith("test")  # the images of a test split may well have no labels
+            found[name] = partial(_test_tree, root / name, root / train, labels, is_val)
     return found
 
 
@@ -81,16 +81,17 @@ def read_label_file(path: Path, names: list[str]) -> list[str]:
         by_image = {row[0]: row[1].split()[0] for row in rows if row[1].split()}
         missing = [name for name in names if Path(name).stem not in by_image]
         if missing:
-            raise UserError(f"data.val_labels: {path} has no row for {len(missing)} of {len(names)} files, first {missing[0]}")
+            lack = f"no row for {len(missing)} of {len(names)} files, first {missing[0]}"
+            raise UserError(f"data.val_labels: {path} has {lack}")
         return [by_image[Path(name).stem] for name in names]
     lines = path.read_text().split("\n")
     lines = [line.strip() for line in lines if line.strip()]
     if len(lines) != len(names):
-        raise UserError(f"data.val_labels: {path} has {len(lines)} lines, expected one for each of {len(names)} files")
+        raise UserError(f"data.val_labels: {path} has {len(lines)} lines, expected one for each of {len(names)}")
     if all(line.isdigit() for line in lines):
         raise UserError(
-            f"data.val_labels: {path} holds numbers, whose order is not that of the class names; expected one class name "
-            f"(n01440764, ...) per line, or {KAGGLE_LABELS}"
+            f"data.val_labels: {path} holds numbers, whose order is not that of the class names; expected one "
+            f"class name (n01440764, ...) per line, or {KAGGLE_LABELS}"
         )
     return lines
 

@@ -24,7 +24,6 @@ CHOICES = {
     "train.optimizer": ("adamw", "sgd"),
     "train.lr_rule": ("linear", "sqrt", "none"),
     "train.precision": ("fp32", "bf16", "fp16"),
-    "train.on_collapse": ("warn", "stop"),
     "eval.backend": ("auto", "faiss", "torch"),
     "log.trackers": ("tensorboard",),
 }

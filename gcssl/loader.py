@@ -184,7 +184,7 @@ def train_loader(dataset: TrainSet, plan: BatchPlan, workers: int, timeout: int,
     generator = torch.Generator().manual_seed(seed)
     return _Loader(
         dataset,
-        batch_sampler=plan,  # type: ignore[arg-type]
+        batch_sampler=plan,
         num_workers=workers,
         collate_fn=collate,
         timeout=timeout if workers else 0,

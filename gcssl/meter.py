@@ -1,8 +1,6 @@
 """What a step measures and what the processes must agree on: losses, a finite check, a wish to stop, bad files."""
 
 import json
-import resource
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,30 +25,17 @@ class Meter:
         self.accelerator = accelerator
         self.outs: list[dict[str, Tensor]] = []
         self.bad: list[BadSample] = []
-        self.waited = 0.0  # seconds spent waiting for batches
-        self.began = 0.0  # when the first batch was there: start-up does not count
+        self.waited = 0.0  # seconds that this step waited for its micro-batches
 
     def waiting(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """The loader's batches; the time spent waiting for them is measured."""
+        """The loader's batches; the time spent waiting for them is measured, but for the first (start-up)."""
         batches = iter(loader)
         batch = next(batches, None)
-        self.began = time.perf_counter()
         while batch is not None:
             yield batch
             start = time.perf_counter()
             batch = next(batches, None)
             self.waited += time.perf_counter() - start
-
-    @property
-    def data_wait(self) -> float:
-        """Share of the time so far that was spent waiting for data."""
-        return self.waited / max(time.perf_counter() - self.began, 1e-9)
-
-    def summary(self, n_images: int) -> str:
-        """What the run cost; n_images: seen by all processes since the start."""
-        seconds = max(time.perf_counter() - self.began, 1e-9)
-        speed, memory = n_images / seconds, peak_memory(self.accelerator.device)
-        return f"{n_images} images in {seconds:.0f} s: {speed:.0f} images/s, {self.data_wait:.1%} waiting for data, {memory:.0f} MB"
 
     def add(self, out: dict[str, Any]) -> None:
         """Keep the scalars of one micro-batch; keys that begin with an underscore are the objective's own."""
@@ -71,17 +56,18 @@ class Meter:
         values = dict(zip([*keys, "grad_norm"], means, strict=True))
         return values | {"finite": infinite == 0, "stop": stop_sum > 0, "bad": bad > 0}
 
+    @property
+    def micro(self) -> int:
+        """Which micro-batch of its step comes next, from 0."""
+        return len(self.outs)
+
+    def take_wait(self) -> float:
+        waited, self.waited = self.waited, 0.0
+        return waited
+
     def take_bad(self) -> list[BadSample]:
         bad, self.bad = self.bad, []
         return bad
-
-
-def peak_memory(device: torch.device) -> float:
-    """MB: what tensors took at most on a GPU, else this process's largest resident size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 class BadSamples:

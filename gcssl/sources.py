@@ -45,7 +45,7 @@ class Files:
         return len(self.names)
 
     def read(self, i: int) -> Path:
-        return self.root / self.names[i].as_py()
+        return self.root / str(self.names[i])
 
     def where(self, i: int) -> str:
         return str(self.read(i))

@@ -5,7 +5,8 @@ what has to be copied into a cache is announced with its size.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,34 +57,62 @@ def find_tables(cfg: DataConfig, root: Path) -> Found:
         files = [root] if root.is_file() and root.suffix == suffix else sorted(root.rglob(f"*{suffix}"))
         if files:
             shards = _by_split(files, cfg)
-            return {split: partial(_raw, cfg, root, split, partial(opener, cfg, paths)) for split, paths in shards.items()}
+            return {k: partial(_raw, cfg, root, k, partial(opener, cfg, paths)) for k, paths in shards.items()}
     return {}
 
 
 def find_hub(cfg: DataConfig) -> Found:
-    """The splits of a dataset on the Hub (or in its cache), copied into the datasets cache."""
+    """The splits of a dataset on the Hub, copied into the datasets cache, or found there when the Hub is out of reach."""
     import datasets
+    import huggingface_hub
 
+    reason = ""
     try:
-        builder = datasets.load_dataset_builder(cfg.path, cache_dir=cfg.cache_dir)
-        size = builder.info.download_size
-        say(f"data: copying {cfg.path} ({_size(size) if size else 'size unknown'}) into {builder.cache_dir}")
-        tables = datasets.load_dataset(cfg.path, cache_dir=cfg.cache_dir)
-    except Exception as error:  # the Hub client raises a dozen types
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"data.path: {cfg.path} is no folder here, and not on the Hub or out of reach ({reason})") from error
+        huggingface_hub.HfApi().dataset_info(cfg.path, timeout=5)  # load_dataset alone retries for half a minute
+    except Exception as error:  # the client raises a dozen types
+        reason = _short(error)
+    try:
+        with _offline(bool(reason)):
+            builder = datasets.load_dataset_builder(cfg.path, cache_dir=cfg.cache_dir)
+            size = builder.info.download_size
+            say(f"data: {cfg.path} ({_size(size) if size else 'size unknown'}) is copied once into {builder.cache_dir}")
+            tables = datasets.load_dataset(cfg.path, cache_dir=cfg.cache_dir)
+    except Exception as error:
+        raise UserError(
+            f"data.path: given {cfg.path}, no such folder, and no such dataset on the Hub or in its cache "
+            f"({reason or _short(error)})"
+        ) from error
     return {name: partial(_raw, cfg, Path(), name, partial(_same, table)) for name, table in tables.items()}
 
 
+@contextmanager
+def _offline(yes: bool) -> Iterator[None]:
+    """Let the Hub client look into its cache alone; it reads its environment variable only once, at import."""
+    import datasets
+    import huggingface_hub
+
+    modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    try:
+        for module in modules:
+            module.HF_HUB_OFFLINE = yes or module.HF_HUB_OFFLINE
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
 def find_other(cfg: DataConfig, root: Path) -> Found:
-    """Whatever else load_dataset opens (csv or json with paths, metadata files beside images)."""
+    """Images named or packed by other files that load_dataset opens: metadata.csv, csv, json, zip."""
     import datasets
 
+    kinds = {file.suffix.lower() for file in root.iterdir()} if root.is_dir() else {root.suffix.lower()}
+    if not kinds & {".csv", ".json", ".jsonl", ".zip"}:
+        raise UserError(f"data.path: no images in {root}, expected image, parquet, arrow or tar files")
     try:
         tables = datasets.load_dataset(str(root), cache_dir=cfg.cache_dir)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"data.path: {root} holds no images, parquet, arrow or tar files ({reason})") from error
+        raise UserError(f"data.path: {root} cannot be opened by the datasets library ({_short(error)})") from error
     return {name: partial(_raw, cfg, root, name, partial(_same, table)) for name, table in tables.items()}
 
 
@@ -119,20 +148,20 @@ def pick_columns(features: dict[str, Any], cfg: DataConfig) -> tuple[str, str | 
         if name is not None and name not in features:
             raise UserError(f"data.{key}: given {name}, expected one of the columns {columns}")
     images = [c for c, f in features.items() if isinstance(f, datasets.Image)]
-    image = cfg.image_column or next((c for c in IMAGE_NAMES if c in images), None)
-    if image is None:
-        image = images[0] if len(images) == 1 else None if images else next((c for c in IMAGE_NAMES if c in features), None)
+    image = cfg.image_column or next((c for c in IMAGE_NAMES if c in (images or features)), None)
+    if image is None and len(images) == 1:
+        image = images[0]
     if image is None:
         what = "several image columns" if images else "no image column"
-        raise UserError(f"data.image_column: {what} in {cfg.path}, expected one of the columns {columns} to be named")
+        raise UserError(f"data.image_column: {what} in {cfg.path}, expected one of the columns {columns}")
     label = cfg.label_column or next((c for c in LABEL_NAMES if _is_label(features.get(c))), None)
     if label is None:
         labels = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel)]
         if len(labels) > 1:
-            raise UserError(f"data.label_column: several in {cfg.path}, expected one of {', '.join(labels)} to be named")
+            raise UserError(f"data.label_column: several in {cfg.path}, expected one of {', '.join(labels)}")
         label = labels[0] if labels else None
     elif not _is_label(features[label]):
-        raise UserError(f"data.label_column: {label} in {cfg.path} holds {features[label]}, expected integers or names")
+        raise UserError(f"data.label_column: {label} holds {features[label]}, expected integers or names")
     return image, label
 
 
@@ -194,16 +223,17 @@ def _from_disk(cfg: DataConfig, root: Path) -> Found:
     except Exception as error:  # damaged state.json, missing shards
         raise UserError(f"data.path: {root} is no sound save_to_disk folder ({_short(error)})") from error
     splits = tables if isinstance(tables, dict) else {"train": tables}
-    return {str(name): partial(_raw, cfg, root, str(name), partial(_same, table)) for name, table in splits.items()}
+    return {str(k): partial(_raw, cfg, root, str(k), partial(_same, table)) for k, table in splits.items()}
 
 
 def _cached(kind: str, cfg: DataConfig, files: list[Path], total: int) -> "datasets.Dataset":
     import datasets
 
     place = cfg.cache_dir or datasets.config.HF_DATASETS_CACHE
-    say(f"data: {kind} of {_size(total)} in {files[0].parent} is read through an Arrow copy in {place} (made once)")
+    say(f"data: {kind} of {_size(total)} in {files[0].parent} is copied once as Arrow into {place}")
+    names = [str(file) for file in files]
     try:
-        return datasets.load_dataset(kind, data_files=[str(f) for f in files], split="train", cache_dir=cfg.cache_dir)
+        return datasets.load_dataset(kind, data_files=names, split="train", cache_dir=cfg.cache_dir)
     except Exception as error:  # the builders wrap what the readers raise
         cause = error.__cause__ or error
         raise UserError(f"data.path: {files[0].parent} holds no sound {kind} files ({_short(cause)})") from error

@@ -1,7 +1,6 @@
 """The story: a run trains, stops, goes on bit for bit, refuses what cannot work, and leaves what its folder promises."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -34,18 +33,6 @@ def command(objective: str, out: Path, *more: str) -> list[str]:
     return [sys.executable, "pretrain.py", yaml, *SMALL, f"out={out}", *more]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the subprocesses: weights are bit-exact at equal thread count
-    yield
-    torch.set_num_threads(before)
-
-
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
     place = folder / f"checkpoints/step_{step:08d}"
     model, optimizer = load_file(place / "model.safetensors"), load_file(place / "optimizer.safetensors")
@@ -76,7 +63,7 @@ def test_killed_run_resumes_bit_for_bit(objective: str, tmp_path: Path) -> None:
     pretrain(config(objective, tmp_path / "whole", "train.steps=6", "data.workers=0"))
     cut = tmp_path / "cut"
     process = subprocess.Popen(
-        command(objective, cut, "train.steps=6"), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+        command(objective, cut, "train.steps=6"), cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
     wait_for(cut / "checkpoints/step_00000003", process)
     process.kill()
@@ -96,7 +83,7 @@ def test_killed_run_resumes_bit_for_bit(objective: str, tmp_path: Path) -> None:
 def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = subprocess.Popen(
-        command("simmim", out, "train.steps=400", "checkpoint.every=1000"), cwd=ROOT, env=environment(),
+        command("simmim", out, "train.steps=400", "checkpoint.every=1000"), cwd=ROOT,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_for(out / "metrics.jsonl", process)
@@ -132,8 +119,7 @@ def test_a_new_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     process = subprocess.run(
-        command("simmim", tmp_path / "a", "train.steps=6", "train.blr=1e30", "train.lr_rule=none"), cwd=ROOT,
-        env=environment(), capture_output=True, text=True,
+        command("simmim", tmp_path / "a", "train.steps=6", "train.blr=1e30", "train.lr_rule=none"), cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     status = json.loads((tmp_path / "a/status.json").read_text())
     assert (process.returncode, status["state"], status["exit_code"]) == (78, "failed", 78), process.stderr

@@ -1,14 +1,22 @@
 """kNN: equal to brute force in float64, the same in both backends, ties and collapse included."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from gcssl.eval.knn import _threads, knn_accuracy, knn_correct, search
+from gcssl.checkpoint import write_backbone
+from gcssl.config import DataConfig, ModelConfig, PretrainConfig, dump_config
+from gcssl.errors import UserError
+from gcssl.eval.knn import KnnConfig, _threads, knn_accuracy, knn_correct, run, search
+from gcssl.models.build import backbone_info, build_backbone
 
 BACKENDS = ("faiss", "torch")
 
@@ -162,3 +170,61 @@ def test_importing_knn_loads_no_heavy_library() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+# ----------------------------------------------------------------------------------------- of a run
+
+
+def make_run(path: Path, folder: Path) -> Path:
+    """A finished pretraining run as the evaluations see it: config.yaml and the exported encoder."""
+    torch.manual_seed(5)
+    cfg = PretrainConfig(out=str(path), model=ModelConfig(window_ratio=[16, 16, 16, 32]))
+    cfg.data = DataConfig(path=str(folder), workers=0)
+    model = build_backbone("gcvit_nano", 64, window_ratio=[16, 16, 16, 32])
+    path.mkdir()
+    (path / "config.yaml").write_text(dump_config(cfg))
+    write_backbone(
+        path, model.state_dict(), backbone_info(model, step=7, objective="simmim", encoder="student")
+    )
+    return path
+
+
+def test_a_run_is_judged_on_its_own_data_and_keeps_the_result(
+    folder: Path, tmp_path: Path, accelerator: Accelerator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_run(tmp_path / "run", folder)
+    result = run(KnnConfig(backbone=str(path), ks=[5], compare="random"), accelerator)
+    assert json.loads((path / "eval" / "knn.json").read_text())["knn/top1@5"] == result["knn/top1@5"]
+    assert (result["step"], result["encoder"], result["n_test"]) == (7, "student", 27)
+    assert "the run's own" in capsys.readouterr().out
+    data, model = DataConfig(path=str(folder), workers=0), ModelConfig(window_ratio=[16, 16, 16, 32])
+    other = run(KnnConfig("random", out=str(tmp_path), ks=[5], data=data, model=model), accelerator)
+    assert other["knn/top1@5"] == result["compare"]["knn/top1@5"]  # random takes the shape of the run
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"name": "gcvit_tiny"}, "gcvit_nano"),
+        ({"window_ratio": [32, 32, 16, 32]}, "window_ratio"),
+        ({"img_size": 80}, "80"),
+    ],
+)
+def test_a_run_refuses_another_model(
+    folder: Path, tmp_path: Path, accelerator: Accelerator, asked: dict[str, Any], message: str
+) -> None:
+    path = make_run(tmp_path / "run", folder)
+    model = ModelConfig(**{"name": "", "img_size": None, **asked})
+    with pytest.raises(UserError, match=message) as error:
+        run(KnnConfig(backbone=str(path), model=model), accelerator)
+    assert "\n" not in str(error.value) and not (path / "eval").exists()
+
+
+def test_a_run_can_be_judged_at_another_legal_size(
+    folder: Path, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    path = make_run(tmp_path / "run", folder)
+    result = run(
+        KnnConfig(backbone=str(path), ks=[5], model=ModelConfig(name="", img_size=[64, 96])), accelerator
+    )
+    assert result["crop"]["size"] == [64, 96]

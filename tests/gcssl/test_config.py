@@ -110,7 +110,6 @@ def test_text_is_taken_as_written() -> None:
             "eval.backend: given fais, expected one of auto, faiss, torch; did you mean faiss?",
         ),
         ("train.optimizer=lion", "train.optimizer: given lion, expected one of adamw, sgd"),
-        ("train.on_collapse=cry", "train.on_collapse: given cry, expected one of warn, stop"),
         ("encoder=both", "encoder: given both, expected one of student, teacher"),
         ("log.trackers=[wandb]", 'log.trackers: given ["wandb"], expected one of tensorboard'),
         ("objective=pixels", "objective: given pixels, expected objective.name=pixels"),

@@ -1,0 +1,460 @@
+"""Every layout people have opens with the right labels, every colour mode decodes right, every mistake is one line."""
+
+import csv
+import io
+import shutil
+import struct
+import tarfile
+import time
+import zlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import gcssl.data
+import gcssl.tables
+from gcssl.config import DataConfig
+from gcssl.data import BadImage, Images, decode, held_out, open_data
+from gcssl.runtime import UserError
+
+COLOURS = {"cat": (200, 30, 40), "ant": (20, 190, 60), "dog": (30, 40, 210)}  # not in alphabetical order
+
+
+def encoded(colour: tuple[int, int, int], side: int = 8) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(file, "png")
+    return file.getvalue()
+
+
+def write_tree(root: Path, n: int = 3, classes: tuple[str, ...] = ("cat", "ant", "dog")) -> None:
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for i in range(n):
+            (root / name / f"{name}_{i}.png").write_bytes(encoded(COLOURS[name]))
+
+
+def table(n: int = 6, label: str = "label", image: str = "image", named: bool = True) -> datasets.Dataset:
+    names = sorted(COLOURS)
+    features = datasets.Features(
+        {
+            image: datasets.Image(),
+            "caption": datasets.Value("string"),
+            label: datasets.ClassLabel(names=names) if named else datasets.Value("int64"),
+        }
+    )
+    rows = [{"bytes": encoded(COLOURS[names[i % 3]]), "path": f"{i}.png"} for i in range(n)]
+    columns = {image: rows, "caption": ["x"] * n, label: [i % 3 for i in range(n)]}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def opened(path: Path | str, **changes: object) -> gcssl.data.Splits:
+    return open_data(DataConfig(path=str(path), **changes))  # type: ignore[arg-type]
+
+
+def assert_labels_match_pixels(images: Images | None) -> None:
+    assert images is not None and images.labels is not None and images.classes is not None
+    for i in range(len(images)):
+        assert images.load(i).getpixel((0, 0)) == COLOURS[images.classes[images.labels[i]]], images.where(i)
+
+
+def refused(path: Path | str, **changes: object) -> str:
+    start = time.time()
+    with pytest.raises(UserError) as caught:
+        opened(path, **changes)
+    text = str(caught.value)
+    assert "\n" not in text and text.startswith("data.") and time.time() - start < 10
+    return text
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("val", ["val", "validation", "valid", "test"])
+def test_torchvision_layout(tmp_path: Path, val: str) -> None:
+    write_tree(tmp_path / "train")
+    write_tree(tmp_path / val, classes=("dog", "ant"))  # a missing class must not shift the ids
+    splits = opened(tmp_path)
+    assert len(splits.train) == 9 and splits.train.classes == ["ant", "cat", "dog"]
+    assert splits.test is not None and splits.test.classes == ["ant", "cat", "dog"] and len(splits.test) == 6
+    assert_labels_match_pixels(splits.train)
+    assert_labels_match_pixels(splits.test)
+    assert splits.train.where(0).endswith("ant/ant_0.png")
+
+
+def test_nested_and_foreign_files_in_class_folders(tmp_path: Path) -> None:
+    write_tree(tmp_path / "train")
+    (tmp_path / "train" / "cat" / "more").mkdir()
+    (tmp_path / "train" / "cat" / "more" / "x.PNG").write_bytes(encoded(COLOURS["cat"]))
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "train" / ".cache").mkdir()
+    (tmp_path / "train" / ".cache" / "y.png").write_bytes(b"")
+    (tmp_path / "annotations").mkdir()
+    splits = opened(tmp_path)
+    assert len(splits.train) == 10 and splits.test is None
+    assert_labels_match_pixels(splits.train)
+
+
+def test_one_tree_of_classes_and_flat_folders(tmp_path: Path) -> None:
+    write_tree(tmp_path / "a")
+    splits = opened(tmp_path / "a")
+    assert len(splits.train) == 9 and splits.test is None
+    assert_labels_match_pixels(splits.train)
+    write_tree(tmp_path / "b")
+    for file in (tmp_path / "b").glob("*/*.png"):
+        shutil.move(file, tmp_path / "b" / file.name)
+    flat = opened(tmp_path / "b")
+    assert len(flat.train) == 9 and flat.train.labels is None and flat.train.classes is None and flat.test is None
+    write_tree(tmp_path / "c" / "train", classes=("cat",))
+    assert opened(tmp_path / "c").train.labels is None  # one class says nothing
+
+
+def test_a_class_that_is_called_train(tmp_path: Path) -> None:
+    for name in ("bus", "train"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(encoded((1, 2, 3)))
+    splits = opened(tmp_path)
+    assert splits.train.classes == ["bus", "train"] and splits.test is None
+
+
+def kaggle(root: Path) -> Path:
+    """Kaggle's unpacked archive: flat validation files in another order than their classes."""
+    inner = root / "ILSVRC" / "Data" / "CLS-LOC"
+    write_tree(inner / "train")
+    (inner / "val").mkdir()
+    (inner / "test").mkdir()
+    (inner / "test" / "t.png").write_bytes(encoded((0, 0, 0)))
+    rows = [("ILSVRC_val_3", "ant"), ("ILSVRC_val_1", "dog"), ("ILSVRC_val_2", "cat")]
+    for stem, name in rows:
+        (inner / "val" / f"{stem}.png").write_bytes(encoded(COLOURS[name]))
+    with (root / "LOC_val_solution.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("ImageId", "PredictionString"), *((a, f"{b} 1 2 3 4 ") for a, b in rows)])
+    return inner
+
+
+def test_kaggle_and_official_imagenet_with_a_flat_val(tmp_path: Path) -> None:
+    inner = kaggle(tmp_path)
+    for splits in (opened(tmp_path), opened(inner, val_labels=str(tmp_path / "LOC_val_solution.csv"))):
+        assert splits.test is not None and splits.test.name == "val"
+        assert_labels_match_pixels(splits.train)
+        assert_labels_match_pixels(splits.test)
+    (tmp_path / "ground_truth.txt").write_text("dog\ncat\nant\n")
+    assert_labels_match_pixels(opened(inner, val_labels=str(tmp_path / "ground_truth.txt")).test)
+
+
+def test_a_flat_val_without_or_with_wrong_labels_is_refused(tmp_path: Path) -> None:
+    inner = kaggle(tmp_path)
+    assert "data.val_labels: not given" in refused(inner)
+    assert "no such file" in refused(inner, val_labels=str(tmp_path / "none.csv"))
+    labels = tmp_path / "labels.txt"
+    labels.write_text("dog\ncat\n")
+    assert "2 lines" in refused(inner, val_labels=str(labels))
+    labels.write_text("1\n2\n3\n")
+    assert "numbers" in refused(inner, val_labels=str(labels))
+    labels.write_text("dog\ncat\nyak\n")
+    assert "class yak of split val" in refused(inner, val_labels=str(labels))
+    (tmp_path / "some.csv").write_text("ImageId,PredictionString\nILSVRC_val_1,dog 1 2 3 4\n")
+    assert "no row for 2 of 3" in refused(inner, val_labels=str(tmp_path / "some.csv"))
+
+
+def test_a_class_that_train_lacks_is_refused(tmp_path: Path) -> None:
+    write_tree(tmp_path / "train", classes=("ant", "dog"))
+    write_tree(tmp_path / "val")
+    assert "class cat of split val is none of the 2 training classes" in refused(tmp_path)
+
+
+def test_parquet_is_read_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    table(4).to_parquet(folder / "train-00000-of-00002.parquet")
+    table(5).to_parquet(folder / "train-00001-of-00002.parquet")
+    table(6).to_parquet(folder / "val-00000-of-00001.parquet")
+    splits = opened(folder)
+    assert len(splits.train) == 9 and splits.test is not None and len(splits.test) == 6
+    assert_labels_match_pixels(splits.train)
+    assert_labels_match_pixels(splits.test)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_large_parquet_is_cached_and_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    table(6).to_parquet(folder / "train-00000-of-00001.parquet")
+    monkeypatch.setattr(gcssl.tables, "IN_MEMORY", 10)
+    splits = opened(folder, cache_dir=str(tmp_path / "cache"))
+    assert_labels_match_pixels(splits.train)
+    said = capsys.readouterr().out
+    assert "KiB" in said and str(tmp_path / "cache") in said and any((tmp_path / "cache").iterdir())
+
+
+def test_parquet_without_huggingface_metadata(tmp_path: Path) -> None:
+    names = ["dog", "ant", "cat"]
+    rows = pa.table({"jpg": [encoded(COLOURS[n]) for n in names], "cls": names})
+    pq.write_table(rows, tmp_path / "train.parquet")
+    splits = opened(tmp_path)
+    assert splits.train.classes == ["ant", "cat", "dog"]
+    assert_labels_match_pixels(splits.train)
+
+
+def test_one_parquet_file_and_shards_without_a_split(tmp_path: Path) -> None:
+    table(3).to_parquet(tmp_path / "samples-00000-of-00002.parquet")
+    table(3).to_parquet(tmp_path / "samples-00001-of-00002.parquet")
+    assert len(opened(tmp_path).train) == 6
+    assert len(opened(tmp_path / "samples-00001-of-00002.parquet").train) == 3
+
+
+def test_save_to_disk_arrow_and_webdataset(tmp_path: Path) -> None:
+    datasets.DatasetDict({"train": table(6), "test": table(3)}).save_to_disk(tmp_path / "saved")
+    splits = opened(tmp_path / "saved")
+    assert splits.test is not None and len(splits.test) == 3
+    assert_labels_match_pixels(splits.train)
+    (tmp_path / "arrow").mkdir()
+    for i, file in enumerate(sorted((tmp_path / "saved" / "train").glob("*.arrow"))):
+        shutil.copy(file, tmp_path / "arrow" / f"train-{i}.arrow")
+    assert_labels_match_pixels(opened(tmp_path / "arrow").train)
+    (tmp_path / "web").mkdir()
+    with tarfile.open(tmp_path / "web" / "train-000.tar", "w") as tar:
+        for i, name in enumerate(sorted(COLOURS)):
+            for suffix, data in (("png", encoded(COLOURS[name])), ("cls", str(i).encode())):
+                info = tarfile.TarInfo(f"{i:03d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    web = opened(tmp_path / "web", cache_dir=str(tmp_path / "cache")).train
+    assert web.labels is not None and web.labels.tolist() == [0, 1, 2]
+    assert web.load(1).getpixel((0, 0)) == COLOURS["cat"]
+
+
+def test_images_beside_a_metadata_file(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    lines = ["file_name,label"]
+    for name, colour in COLOURS.items():
+        (folder / f"{name}.png").write_bytes(encoded(colour))
+        lines.append(f"{name}.png,{name}")
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    assert_labels_match_pixels(opened(folder, cache_dir=str(tmp_path / "cache")).train)
+
+
+def test_the_test_split_is_the_first_labelled_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hidden = table(3).remove_columns("label").add_column("label", [-1] * 3)
+    table(6).to_parquet(tmp_path / "train.parquet")
+    table(4).to_parquet(tmp_path / "test.parquet")
+    hidden.to_parquet(tmp_path / "validation.parquet")
+    splits = opened(tmp_path)
+    assert splits.test is not None and splits.test.name == "test" and len(splits.test) == 4
+    assert "validation has no labels" in capsys.readouterr().out
+    assert "no labels" in refused(tmp_path, val_split="validation")
+    chosen = opened(tmp_path, val_split="train", train_split="test")
+    assert chosen.test is not None and (len(chosen.train), len(chosen.test)) == (4, 6)
+    assert "expected one of" in refused(tmp_path, val_split="nope")
+    assert "expected one of" in refused(tmp_path, train_split="nope")
+
+
+def test_only_the_test_split(tmp_path: Path) -> None:
+    write_tree(tmp_path / "val")
+    splits = open_data(DataConfig(path=str(tmp_path)), only_test=True)
+    assert splits.test is not None and len(splits.test) == 9
+    assert_labels_match_pixels(splits.test)
+
+
+def test_columns_are_found_or_asked_for(tmp_path: Path) -> None:
+    table(6, label="fine_label", image="img").to_parquet(tmp_path / "train.parquet")
+    assert_labels_match_pixels(opened(tmp_path).train)
+    two = table(6).rename_column("label", "kind").add_column("colour", [0, 1, 2, 0, 1, 2])
+    two = two.cast_column("colour", datasets.ClassLabel(names=["a", "b", "c"]))
+    two.to_parquet(tmp_path / "train.parquet")
+    assert "expected one of kind, colour" in refused(tmp_path)
+    assert_labels_match_pixels(opened(tmp_path, label_column="kind").train)
+    assert "expected one of the columns image, caption, kind, colour" in refused(tmp_path, image_column="nope")
+    assert "expected one of the columns" in refused(tmp_path, label_column="nope")
+    pq.write_table(pa.table({"text": ["a"], "n": [1]}), tmp_path / "train.parquet")
+    assert "no image column" in refused(tmp_path) and "text, n" in refused(tmp_path)
+
+
+def test_labels_are_read_without_decoding_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table(6).to_parquet(tmp_path / "train.parquet")
+    monkeypatch.setattr(datasets.Image, "decode_example", lambda *a, **k: pytest.fail("an image was decoded"))
+    splits = opened(tmp_path)
+    assert splits.train.labels is not None and splits.train.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert_labels_match_pixels(splits.train)
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------
+
+
+def test_missing_and_empty_paths(tmp_path: Path) -> None:
+    assert "no such folder" in refused(tmp_path / "nothing" / "here")
+    assert "no such folder" in refused("nothing_here")
+    assert "not given" in refused("")
+    assert "is empty" in refused(tmp_path)
+    (tmp_path / "readme.txt").write_text("x")
+    assert "no images" in refused(tmp_path)
+
+
+def test_damaged_containers(tmp_path: Path) -> None:
+    table(6).to_parquet(tmp_path / "train-0.parquet")
+    sound = (tmp_path / "train-0.parquet").read_bytes()
+    (tmp_path / "train-1.parquet").write_bytes(sound[: len(sound) // 2])
+    assert "train-1.parquet is no sound parquet" in refused(tmp_path)
+    (tmp_path / "train-1.parquet").write_bytes(b"")
+    assert "train-1.parquet" in refused(tmp_path)
+
+
+def test_a_hub_name_that_is_not_there(tmp_path: Path) -> None:
+    assert "no such dataset on the Hub or in its cache" in refused("gcssl-nobody/gcssl-nothing", cache_dir=str(tmp_path))
+
+
+# --- held-out slice --------------------------------------------------------------------------------------------
+
+
+def images_of(labels: np.ndarray | None, n: int = 0, fingerprint: str = "f") -> Images:
+    class Nothing:
+        def __len__(self) -> int:
+            return n if labels is None else len(labels)
+
+        def read(self, i: int) -> bytes:
+            return b""
+
+        def where(self, i: int) -> str:
+            return str(i)
+
+    classes = None if labels is None else [str(i) for i in range(int(labels.max()) + 1)]
+    return Images(Nothing(), labels, classes, "train", fingerprint)
+
+
+def test_the_held_out_slice_is_stratified_and_a_part() -> None:
+    labels = np.repeat([0, 1, 2, 3], [1000, 200, 3, 1])
+    rest, held = held_out(images_of(labels))
+    assert np.array_equal(np.sort(np.concatenate([rest, held])), np.arange(1204))
+    assert np.bincount(labels[held], minlength=4).tolist() == [50, 10, 1, 0]  # a lone image stays in train
+    assert len(held_out(images_of(labels), cap=20)[1]) <= 22
+    assert np.array_equal(held, held_out(images_of(labels))[1])
+    assert not np.array_equal(held, held_out(images_of(labels, fingerprint="g"))[1])
+    assert not np.array_equal(np.diff(held[:50]), np.full(49, held[1] - held[0]))
+    assert len(held_out(images_of(None, 1000))[1]) == 50
+
+
+def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        write_tree(tmp_path / name / "train")
+    (tmp_path / "c" / "train" / "ant" / "ant_0.png").write_bytes(encoded((9, 9, 9)))
+    a, b, c = (opened(tmp_path / name).train.fingerprint for name in ("a", "b", "c"))
+    assert a == b != c
+
+
+def test_select_keeps_labels_and_images_together(tmp_path: Path) -> None:
+    write_tree(tmp_path / "train")
+    part = opened(tmp_path).train.select(np.array([8, 0, 4]))
+    assert len(part) == 3 and part.labels is not None and part.labels.tolist() == [2, 0, 1]
+    assert_labels_match_pixels(part)
+    assert part.where(0).endswith("dog_2.png")
+
+
+# --- decoding --------------------------------------------------------------------------------------------------
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def first(data: bytes) -> tuple[int, ...]:
+    image = decode(data)
+    assert image.mode == "RGB"
+    return image.getpixel((0, 0))  # type: ignore[return-value]
+
+
+def test_sixteen_bit_and_float_images_keep_their_range() -> None:
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    grey = np.asarray(decode(saved(Image.fromarray(ramp), "png")))
+    assert np.abs(grey[..., 0].astype(int) - np.arange(256).reshape(16, 16)).max() <= 1
+    assert np.array_equal(grey[..., 0], grey[..., 2])
+    tiff = np.asarray(decode(saved(Image.fromarray(ramp.astype(np.int32)), "tiff")))
+    assert np.array_equal(tiff, grey)
+    for scale in (1.0, 255.0, 65535.0):
+        floats = Image.fromarray((np.arange(256).reshape(16, 16) / 255 * scale).astype(np.float32))
+        assert np.abs(np.asarray(decode(saved(floats, "tiff")))[..., 0].astype(int) - grey[..., 0]).max() <= 1
+    for bad in (np.nan, -5.0, 1e9):
+        with pytest.raises(BadImage, match="expected 0..65535"):
+            decode(saved(Image.fromarray(np.array([[0.0, bad]], np.float32)), "tiff"))
+
+
+def test_colour_modes() -> None:
+    red = Image.new("RGB", (8, 8), (200, 30, 40))
+    assert first(saved(red, "png")) == (200, 30, 40)
+    assert first(saved(red.convert("P", palette=Image.Palette.ADAPTIVE), "png")) == (200, 30, 40)
+    assert np.abs(np.array(first(saved(red.convert("CMYK"), "jpeg", quality=95))) - [200, 30, 40]).max() < 8
+    assert first(saved(red.convert("L"), "png")) == (82,) * 3
+    assert first(saved(Image.new("1", (8, 8), 1), "png")) == (255,) * 3
+
+
+def test_transparency_is_laid_on_white() -> None:
+    assert first(saved(Image.new("RGBA", (8, 8), (200, 0, 0, 0)), "png")) == (255, 255, 255)
+    assert first(saved(Image.new("RGBA", (8, 8), (0, 0, 0, 128)), "png")) == (127, 127, 127)
+    assert first(saved(Image.new("LA", (8, 8), (0, 0)), "png")) == (255, 255, 255)
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([9, 9, 9, 200, 30, 40])
+    assert first(saved(palette, "png", transparency=1)) == (255, 255, 255)
+    assert first(saved(palette, "png", transparency=0)) == (200, 30, 40)
+    assert first(saved(Image.new("RGB", (8, 8), (1, 2, 3)), "png", transparency=(1, 2, 3))) == (255, 255, 255)
+
+
+def test_exif_turns_and_gifs_show_their_first_frame() -> None:
+    image = Image.new("RGB", (16, 8), (0, 0, 255))
+    image.paste((255, 0, 0), (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    turned = decode(saved(image, "png", exif=exif))
+    assert turned.size == (8, 16) and turned.getpixel((4, 2)) == (255, 0, 0)
+    frames = [Image.new("RGB", (8, 8), c) for c in ((200, 0, 0), (0, 200, 0))]
+    assert first(saved(frames[0], "gif", save_all=True, append_images=frames[1:])) == (200, 0, 0)
+
+
+def bomb() -> bytes:
+    """A PNG of 20000 x 20000 black pixels in a few hundred kB."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10**6))) + chunk(b"IEND", b"")
+
+
+def test_damaged_files_are_bad_images_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    jpeg, png = saved(noise, "jpeg"), saved(noise, "png")
+    flipped = bytearray(png)
+    flipped[len(png) // 2] ^= 255
+    cases = [b"", b"\x00" * 100, b"<html>\n</html>", jpeg[: len(jpeg) // 2], png[: len(png) // 2], bytes(flipped), bomb()]
+    for data in cases:
+        with pytest.raises(BadImage) as caught:
+            decode(data)
+        assert str(caught.value) and "\n" not in str(caught.value)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # what some libraries do
+    start = time.time()
+    with pytest.raises(BadImage, match="20000x20000"):
+        decode(bomb())
+    assert time.time() - start < 1
+    with pytest.raises(BadImage, match="No such file"):
+        decode(tmp_path / "nothing.png")
+
+
+def test_files_that_would_start_a_program_are_refused() -> None:
+    with pytest.raises(BadImage):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+
+
+def test_a_vanished_file_is_a_bad_image(tmp_path: Path) -> None:
+    write_tree(tmp_path / "train")
+    images = opened(tmp_path).train
+    (tmp_path / "train" / "ant" / "ant_0.png").unlink()
+    with pytest.raises(BadImage):
+        images.load(0)
+    images.load(1)

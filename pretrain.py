@@ -8,32 +8,42 @@ of the config, the seed and the step, so the same command goes on, bit for bit, 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from gcssl.runtime import NumericStop, Preempted, RunFolder, StopSignal, UserError, entry, make_accelerator, quiet_libraries
-
-quiet_libraries()
-
-from accelerate import Accelerator  # noqa: E402
-
-from gcssl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint, write_backbone  # noqa: E402
-from gcssl.config import PretrainConfig, TrainConfig, load_config  # noqa: E402
-from gcssl.data import Images, held_out, open_data  # noqa: E402
-from gcssl.eval.features import extract  # noqa: E402
-from gcssl.eval.knn import knn_accuracy  # noqa: E402
-from gcssl.loader import BatchPlan, TrainSet, ViewMaker, batch_to_device, train_loader  # noqa: E402
-from gcssl.log import RunLog, say  # noqa: E402
-from gcssl.meter import BadSamples, Meter  # noqa: E402
-from gcssl.models.build import Backbone, backbone_info, from_config, load_backbone  # noqa: E402
-from gcssl.optim import cosine, groups_table, lr_at, make_optimizer, param_groups, scaled_lr, set_lr  # noqa: E402
-from gcssl.runtime import batch_layout, rng, seed_torch  # noqa: E402
-from gcssl.ssl.objectives import OBJECTIVES  # noqa: E402
+from gcssl.checkpoint import (
+    load_checkpoint,
+    load_optimizer,
+    optimizer_tensors,
+    save_checkpoint,
+    write_backbone,
+)
+from gcssl.config import PretrainConfig, TrainConfig, load_config
+from gcssl.data import Images, held_out, open_data
+from gcssl.eval.features import extract
+from gcssl.eval.knn import knn_accuracy
+from gcssl.loader import BatchPlan, Sizes, TrainSet, ViewMaker, batch_to_device, run_sizes, train_loader
+from gcssl.log import RunLog, say
+from gcssl.meter import BadSamples, Meter
+from gcssl.models.build import Backbone, backbone_info, from_config, load_backbone
+from gcssl.optim import cosine, groups_table, lr_at, make_optimizer, param_groups, scaled_lr, set_lr
+from gcssl.runtime import (
+    NumericStop,
+    Preempted,
+    RunFolder,
+    StopSignal,
+    UserError,
+    entry,
+    make_accelerator,
+    rng,
+    seed_torch,
+)
+from gcssl.ssl.objectives import OBJECTIVES
 
 KNN_K = 20  # the k of the online probe
 
@@ -75,7 +85,17 @@ def pretrain(cfg: PretrainConfig) -> Path:
                 batch["noise"] = drop_noise(cfg.train.seed, step, shape, batch["position"], accelerator.device)
             return batch
 
-        fit(cfg, accelerator, run, objective, groups, TrainSet(images, maker, cfg.train.seed), sizes, to_device, probe)
+        fit(
+            cfg,
+            accelerator,
+            run,
+            objective,
+            groups,
+            TrainSet(images, maker, cfg.train.seed),
+            sizes,
+            to_device,
+            probe,
+        )
         if accelerator.is_main_process:
             save_backbone(cfg, run.path, objective, sizes.total_steps, images.classes)
             say(f"backbone: {run.path / 'backbone.safetensors'}")
@@ -92,41 +112,13 @@ def build_pretrain_backbone(cfg: PretrainConfig) -> Backbone:
     return from_config(cfg.model)
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Batch and step counts of a run, derived once."""
-
-    batch_size: int  # per process and micro-batch
-    accumulate: int
-    world: int
-    global_batch: int
-    steps_per_epoch: int
-    total_steps: int
-
-    def describe(self, train: TrainConfig) -> str:
-        return (
-            f"global batch {self.global_batch} = {self.batch_size} x {self.world} processes x {self.accumulate}"
-            f" accumulated; lr {scaled_lr(train, self.global_batch):.3g} ({train.lr_rule} rule, base {train.lr_base});"
-            f" {self.total_steps} steps, {self.steps_per_epoch} an epoch"
-        )
-
-
-def run_sizes(train: TrainConfig, n_images: int, world: int) -> Sizes:
-    accumulate, global_batch = batch_layout(train, world)
-    steps_per_epoch = n_images // global_batch
-    if steps_per_epoch == 0:
-        raise UserError(f"train.batch_size: the global batch of {global_batch} exceeds the {n_images} training images")
-    total = train.steps if train.steps is not None else train.epochs * steps_per_epoch
-    if total < 1:
-        raise UserError(f"train.steps={train.steps}, train.epochs={train.epochs}: nothing to train; give at least one")
-    return Sizes(train.batch_size, accumulate, world, global_batch, steps_per_epoch, total)
-
-
 # First part of a key after the seed, as those in gcssl.loader: no two uses share numbers.
 INIT, DROP_PATH, MODEL = 201, 202, 203
 
 
-def drop_noise(seed: int, step: int, shape: tuple[int, int, int], position: Tensor, device: torch.device) -> list[Tensor]:
+def drop_noise(
+    seed: int, step: int, shape: tuple[int, int, int], position: Tensor, device: torch.device
+) -> list[Tensor]:
     """Uniform numbers for drop path: drawn for the global batch, so that no process layout changes them.
 
     shape: (views, rows, global batch); returns one (rows, B) tensor a view, at this batch's positions.
@@ -164,10 +156,10 @@ def fit(
         accelerator.process_index, train.seed, start_step=step, total_steps=sizes.total_steps,
     )  # fmt: skip
     loader = train_loader(dataset, plan, cfg.data.workers, cfg.data.timeout)
-    log = RunLog(run.path, sizes.total_steps, step, cfg.log.every, cfg.log.trackers, accelerator.is_main_process)
+    logged = (run.path, sizes.total_steps, step, cfg.log.every, cfg.log.trackers, accelerator.is_main_process)
     meter, bad = Meter(accelerator), BadSamples(run.path, len(dataset), cfg.data.max_bad)
     objective.train()
-    with log, StopSignal(train.max_hours) as stop:
+    with StopSignal(train.max_hours) as stop, RunLog(*logged) as log:
         for batch in meter.waiting(loader):
             batch = to_device(batch, step)
             meter.bad.extend(batch["bad"])
@@ -183,8 +175,14 @@ def fit(
                 norm = accelerator.clip_grad_norm_(objective.parameters(), train.clip_grad or float("inf"))
                 values = meter.agree(norm, stop.requested)  # the step's one all-reduce and host read
                 if not values.pop("finite"):
-                    raise NumericStop(f"step {step}: loss {values['loss']}, grad norm {values['grad_norm']}: not finite")
-                set_lr(optimizer, lr_at(step, sizes.total_steps, warmup, lr, train.min_lr), decay_at(train, step, sizes))
+                    raise NumericStop(
+                        f"step {step}: loss {values['loss']}, grad norm {values['grad_norm']}: not finite"
+                    )
+                set_lr(
+                    optimizer,
+                    lr_at(step, sizes.total_steps, warmup, lr, train.min_lr),
+                    decay_at(train, step, sizes),
+                )
                 optimizer.step()
                 optimizer.zero_grad()
             if not accelerator.optimizer_step_was_skipped:
@@ -235,7 +233,13 @@ def resume(run: RunFolder, objective: Any, optimizer: torch.optim.Optimizer, acc
 
 
 def save(
-    cfg: Any, run: RunFolder, step: int, objective: Any, optimizer: Any, accelerator: Accelerator, sizes: Sizes
+    cfg: Any,
+    run: RunFolder,
+    step: int,
+    objective: Any,
+    optimizer: Any,
+    accelerator: Accelerator,
+    sizes: Sizes,
 ) -> None:
     run.progress(step)
     if not accelerator.is_main_process:

@@ -135,9 +135,7 @@ class _OwnCrops(Dataset[dict[str, Any]]):
 def batches(images: "Images", indices: np.ndarray, crop: Crop, batch_size: int, workers: int) -> Any:
     """{"index" B, "image" B 3 H W uint8, "label" B, "ok" B} over `indices`, in order."""
     if crop.random is not None or crop.squash:
-        return DataLoader(
-            _OwnCrops(images, indices, crop), batch_size, num_workers=workers, collate_fn=collate
-        )
+        return DataLoader(_OwnCrops(images, indices, crop), batch_size, num_workers=workers, collate_fn=collate)
     return eval_loader(images, indices, crop.size, crop.crop_pct, crop.interpolation, batch_size, workers)
 
 

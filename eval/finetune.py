@@ -36,12 +36,20 @@ from gcssl.config import (
 from gcssl.data import Images, held_out
 from gcssl.eval.features import Crop, forward_all
 from gcssl.eval.inputs import FRESH, data_of, labels_of, load, model_of, open_splits, run_config, sides
-from gcssl.eval.metrics import check_result, comparison, percent, result_table, settings_of, topk_correct, write_result
-from gcssl.loader import TrainSet
+from gcssl.eval.metrics import (
+    check_result,
+    comparison,
+    percent,
+    result_table,
+    settings_of,
+    topk_correct,
+    write_result,
+)
+from gcssl.loader import Sizes, TrainSet, run_sizes
 from gcssl.log import say
 from gcssl.models.build import Backbone, backbone_info
 from gcssl.optim import groups_table, param_groups
-from gcssl.pretrain import INIT, drop_noise, fit, run_sizes
+from gcssl.pretrain import INIT, drop_noise, fit
 from gcssl.runtime import RunFolder, UserError, entry, make_accelerator, seed_torch
 
 MIXUP = 301  # first part of these draws' key, as those in gcssl.loader
@@ -94,7 +102,7 @@ class Classifier(nn.Module):
         self.ema = ModelEmaV3(backbone, decay=options.ema_decay, use_warmup=True).requires_grad_(False)
         self.smoothing = options.smoothing
 
-    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         noise = batch["noise"][0] if batch.get("noise") else None
         logits = self.encoder(batch["image"], noise).float()  # B classes
         hard = batch["target"].ndim == 1  # soft targets carry their smoothing already
@@ -118,9 +126,9 @@ class TransformMaker:
         self.transform = create_transform(
             size,
             is_training=True,
-            scale=tuple(options.scale) if crop else (1.0, 1.0),
+            scale=(options.scale[0], options.scale[1]) if crop else (1.0, 1.0),
             ratio=(3 / 4, 4 / 3) if crop else (1.0, 1.0),
-            color_jitter=options.color_jitter if full else None,
+            color_jitter=options.color_jitter if full else 0.0,
             auto_augment=options.auto_augment if full else None,
             re_prob=options.reprob if full else 0.0,
             re_mode="pixel",
@@ -129,7 +137,7 @@ class TransformMaker:
             std=std,
         )
 
-    def __call__(self, image: Image, label: int | None, key: tuple[int, ...]) -> dict[str, Tensor]:
+    def __call__(self, image: Image, label: int | None, key: tuple[int, ...]) -> dict[str, Tensor]:  # noqa: ARG002
         seed_torch(*key)
         return {"image": self.transform(image)}
 
@@ -183,10 +191,24 @@ def finetune(cfg: FinetuneConfig, accelerator: Accelerator, folder: Path, spec: 
         say(groups_table(groups))
         maker = TransformMaker(cfg.finetune, backbone.img_size, backbone.mean, backbone.std)
         place = partial(to_device, cfg=cfg, accelerator=accelerator, backbone=backbone, sizes=sizes, classes=n_classes)
-        fit(cfg, accelerator, run_folder, objective, groups, TrainSet(train, maker, cfg.train.seed), sizes, place)
+        fit(
+            cfg,
+            accelerator,
+            run_folder,
+            objective,
+            groups,
+            TrainSet(train, maker, cfg.train.seed),
+            sizes,
+            place,
+        )
         if accelerator.is_main_process:
             averaged = objective.ema.module
-            told = {"step": sizes.total_steps, "objective": "finetune", "encoder": "ema", "class_names": train.classes}
+            told = {
+                "step": sizes.total_steps,
+                "objective": "finetune",
+                "encoder": "ema",
+                "class_names": train.classes,
+            }
             write_backbone(folder, averaged.state_dict(), backbone_info(averaged, **told) | {"crop_pct": cfg.crop_pct})
         judged = judge(cfg, objective, test, accelerator)
     judged["notes"] = {
@@ -211,8 +233,8 @@ def layer_groups(cfg: FinetuneConfig, backbone: Backbone, spec: str) -> list[dic
 
 
 def to_device(
-    batch: dict[str, Any], step: int, *, cfg: FinetuneConfig, accelerator: Accelerator, backbone: Backbone, sizes: Any,
-    classes: int,
+    batch: dict[str, Any], step: int, *, cfg: FinetuneConfig, accelerator: Accelerator, backbone: Backbone,
+    sizes: Sizes, classes: int,
 ) -> dict[str, Any]:  # fmt: skip
     """The batch on the device with its targets, mixed where the recipe mixes: one mixing coefficient a step."""
     options, device = cfg.finetune, accelerator.device
@@ -244,7 +266,12 @@ def judge(cfg: FinetuneConfig, objective: Classifier, images: Images, accelerato
         "finetune/top5": percent(correct["ema"][5]),
         "finetune/top1_raw": percent(correct["raw"][1]),
     }
-    return {"metrics": metrics, "paired": "finetune/top1", "correct": correct["ema"][1], "index": torch.from_numpy(indices)[out.ok]}
+    return {
+        "metrics": metrics,
+        "paired": "finetune/top1",
+        "correct": correct["ema"][1],
+        "index": torch.from_numpy(indices)[out.ok],
+    }
 
 
 def main(argv: list[str]) -> None:

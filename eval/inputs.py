@@ -137,9 +137,7 @@ def data_of(cfg: InputConfig, run: dict[str, Any] | None) -> DataConfig:
     if cfg.data.path:
         return cfg.data
     if run is None or not isinstance(run.get("data"), dict):
-        raise UserError(
-            f"data.path: not given, and backbone={cfg.backbone} is no run folder; pass data.path=<images>"
-        )
+        raise UserError(f"data.path: not given, and backbone={cfg.backbone} is no run folder; pass data.path=<images>")
     data = dataclasses.replace(_from_dict(DataConfig, run["data"]), **_given(cfg.data, DataConfig(path="")))
     say(f"data.path not given: the run's own, {data.path}")
     return data
@@ -154,9 +152,7 @@ def model_of(cfg: InputConfig, run: dict[str, Any] | None) -> ModelConfig:
     model = dataclasses.replace(_from_dict(ModelConfig, run["model"]), drop_path=0.0, weights=None)
     for key, value in asked.items():
         if key != "img_size" and value != getattr(model, key):
-            raise UserError(
-                f"model.{key}={value}: the run {cfg.backbone} has {getattr(model, key)}; leave it out"
-            )
+            raise UserError(f"model.{key}={value}: the run {cfg.backbone} has {getattr(model, key)}; leave it out")
     return dataclasses.replace(model, **asked)
 
 
@@ -175,17 +171,13 @@ def sides(img_size: Any) -> tuple[int, int]:
     return (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
 
 
-def open_splits(
-    data: DataConfig, size: tuple[int, int], only_test: bool = False
-) -> tuple["Images", "Images", str]:
+def open_splits(data: DataConfig, size: tuple[int, int], only_test: bool = False) -> tuple["Images", "Images", str]:
     """Labelled train and test images and the test split's name; without one, train's held-out slice.
 
     only_test: a test split alone will do, and stands in for train.
     """
     if only_test:
-        with contextlib.suppress(
-            UserError
-        ):  # what is wrong, if it is not the want of a test split, comes up below
+        with contextlib.suppress(UserError):  # what is wrong, if it is not the want of a test split, comes up below
             splits = open_data(data, size, only_test=True)
             return splits.train, splits.train, splits.train.name
     splits = open_data(data, size)

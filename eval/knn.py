@@ -157,12 +157,8 @@ def _searcher(backend: str, bank: Tensor, queries: Tensor, k: int) -> Any:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     faiss = None if backend == "torch" else _import_faiss()
     if backend == "faiss" and faiss is None:
-        raise ValueError(
-            "backend 'faiss' was asked for and faiss cannot be imported; install it or use 'torch'"
-        )
-    if faiss is None or (
-        backend == "auto" and bank.is_cuda and not getattr(faiss, "get_num_gpus", lambda: 0)()
-    ):
+        raise ValueError("backend 'faiss' was asked for and faiss cannot be imported; install it or use 'torch'")
+    if faiss is None or (backend == "auto" and bank.is_cuda and not getattr(faiss, "get_num_gpus", lambda: 0)()):
         return _candidates_torch  # a bank on the GPU is searched there
     try:
         return _Faiss(faiss, bank, queries, k)
@@ -216,9 +212,7 @@ def knn_correct(
 ) -> Tensor:
     """Whether each test image is classified rightly, for each k: bool len(ks) M. See knn_accuracy."""
     if not len(train_x) or not len(ks) or min(ks) < 1:
-        raise ValueError(
-            f"a bank of at least one feature and ks of at least 1 expected, got {len(train_x)}, {ks}"
-        )
+        raise ValueError(f"a bank of at least one feature and ks of at least 1 expected, got {len(train_x)}, {ks}")
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     n_classes = int(max(train_y.max(), test_y.max() if len(test_y) else 0)) + 1
@@ -230,9 +224,7 @@ def knn_correct(
     correct = torch.empty(len(ks), len(test_x), dtype=torch.bool)
     for start in range(0, len(test_x), 1024):
         rows = slice(start, start + 1024)
-        weight = (
-            (similarity[rows] / temperature).sub(similarity[rows, :1] / temperature).exp()
-        )  # m k, largest is 1
+        weight = (similarity[rows] / temperature).sub(similarity[rows, :1] / temperature).exp()  # m k, largest is 1
         vote = weight[..., None] * one_hot(near[rows], n_classes) if n_classes <= 16 else None
         for row, k in enumerate(ks):
             if vote is not None:
@@ -311,9 +303,7 @@ def run(cfg: KnnConfig, accelerator: "Accelerator") -> dict[str, Any]:
     if cfg.eval.backend not in BACKENDS:
         raise UserError(f"eval.backend: {cfg.eval.backend!r} given, expected one of {', '.join(BACKENDS)}")
     if cfg.eval.backend == "faiss" and _import_faiss() is None:
-        raise UserError(
-            "eval.backend=faiss: faiss cannot be imported; install faiss-gpu or faiss-cpu, or use torch"
-        )
+        raise UserError("eval.backend=faiss: faiss cannot be imported; install faiss-gpu or faiss-cpu, or use torch")
     return evaluate("knn", cfg, accelerator, judge)
 
 

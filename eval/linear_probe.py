@@ -43,9 +43,7 @@ class LinearProbeConfig(InputConfig):
     protocol: str = field(default="cached", metadata={"choices": PROTOCOLS})
     epochs: int | None = None  # None: 100 cached, 90 augmented
     head_batch: int = 1024  # images a step of the heads, capped at the images there are
-    lrs: list[float] = field(
-        default_factory=lambda: [0.001, 0.003, 0.01, 0.03, 0.1, 0.3]
-    )  # at a batch of 256
+    lrs: list[float] = field(default_factory=lambda: [0.001, 0.003, 0.01, 0.03, 0.1, 0.3])  # at a batch of 256
     weight_decays: list[float] = field(default_factory=lambda: [0.0, 1e-3])
     features: list[str] = field(default_factory=lambda: list(KINDS), metadata={"choices": KINDS})
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # augmented: crop area / image area
@@ -92,9 +90,7 @@ class HeadGrid:
     to the gradient, weights only). A head whose lr is too high may become infinite, alone.
     """
 
-    def __init__(
-        self, dims: dict[str, int], n_classes: int, settings: Sequence[Setting], device: torch.device
-    ) -> None:
+    def __init__(self, dims: dict[str, int], n_classes: int, settings: Sequence[Setting], device: torch.device) -> None:
         self.device = device
         self.settings = {kind: [s for s in settings if s.features == kind] for kind in dims}
         self.weight, self.bias, self.lr, self.wd = {}, {}, {}, {}
@@ -103,9 +99,7 @@ class HeadGrid:
             self.weight[kind] = torch.zeros(2, dim, g, n_classes, device=device)  # weights, their momentum
             self.bias[kind] = torch.zeros(2, g, n_classes, device=device)
             self.lr[kind] = torch.tensor([s.lr for s in self.settings[kind]], device=device)[:, None]
-            self.wd[kind] = torch.tensor([s.weight_decay for s in self.settings[kind]], device=device)[
-                :, None
-            ]
+            self.wd[kind] = torch.tensor([s.weight_decay for s in self.settings[kind]], device=device)[:, None]
 
     def logits(self, kind: str, x: Tensor) -> Tensor:
         """x B D -> B G C."""
@@ -124,9 +118,7 @@ class HeadGrid:
             weight[0].addcmul_(weight[1], rate, value=-1)
             bias[0].addcmul_(bias[1], rate, value=-1)
 
-    def scores(
-        self, x: dict[str, Tensor], y: Tensor, norm: Standardise
-    ) -> dict[Setting, tuple[float, float]]:
+    def scores(self, x: dict[str, Tensor], y: Tensor, norm: Standardise) -> dict[Setting, tuple[float, float]]:
         """{setting: (top-1 in percent, -cross-entropy)} on x {kind: N D}, y N; -inf where not finite."""
         out, y = {}, y.to(self.device)
         for kind, settings in self.settings.items():
@@ -135,9 +127,7 @@ class HeadGrid:
             for g, setting in enumerate(settings):
                 loss = cross_entropy(logits[:, g], y).item()
                 good = math.isfinite(loss)
-                out[setting] = (
-                    (percent(logits[:, g].argmax(1) == y), -loss) if good else (-math.inf, -math.inf)
-                )
+                out[setting] = (percent(logits[:, g].argmax(1) == y), -loss) if good else (-math.inf, -math.inf)
         return out
 
     def head(self, setting: Setting) -> tuple[Tensor, Tensor]:
@@ -188,9 +178,7 @@ def train_heads(
     return grid, norm
 
 
-def make_grid(
-    x: dict[str, Tensor], settings: Sequence[Setting], n_classes: int, device: torch.device
-) -> HeadGrid:
+def make_grid(x: dict[str, Tensor], settings: Sequence[Setting], n_classes: int, device: torch.device) -> HeadGrid:
     kinds = list(dict.fromkeys(s.features for s in settings))
     return HeadGrid({kind: x[kind].shape[1] for kind in kinds}, n_classes, settings, device)
 
@@ -258,14 +246,10 @@ def _cached(inputs: Inputs, settings: list[Setting], plan: Plan, held: np.ndarra
     everything = torch.arange(len(y), device=y.device)
     grid, norm = train_heads(x, y, everything, [setting], inputs.n_classes, plan, device)
     seconds = time.perf_counter() - begin
-    return Probe(
-        setting, scores[setting][0], *grid.head(setting), _on_cpu(norm), len(y), len(slice_rows), seconds
-    )
+    return Probe(setting, scores[setting][0], *grid.head(setting), _on_cpu(norm), len(y), len(slice_rows), seconds)
 
 
-def _augmented(
-    inputs: Inputs, settings: list[Setting], plan: Plan, held: np.ndarray, spec: ViewSpec
-) -> Probe:
+def _augmented(inputs: Inputs, settings: list[Setting], plan: Plan, held: np.ndarray, spec: ViewSpec) -> Probe:
     """Features of fresh crops in every epoch, for two grids at once: one that never sees the held-out slice,
     which chooses, and one on everything, whose head of the chosen setting is the result."""
     device, kinds = inputs.accelerator.device, tuple(dict.fromkeys(s.features for s in settings))
@@ -290,9 +274,7 @@ def _augmented(
     scores = grids[0][0].scores(slice_.x, slice_.y, grids[0][2])
     setting = _agree(scores)
     grid, rows, norm = grids[1]
-    return Probe(
-        setting, scores[setting][0], *grid.head(setting), _on_cpu(norm), len(rows), len(slice_.y), seconds
-    )
+    return Probe(setting, scores[setting][0], *grid.head(setting), _on_cpu(norm), len(rows), len(slice_.y), seconds)
 
 
 def _on_cpu(norm: Standardise) -> Standardise:
@@ -331,9 +313,7 @@ def probe(inputs: Inputs, cfg: LinearProbeConfig) -> dict[str, Any]:
     plan = Plan(epochs, cfg.head_batch, cfg.seed)
     kinds = [kind for kind in cfg.features if kind in inputs.kinds]
     if not kinds:
-        raise UserError(
-            f"features: {', '.join(cfg.features)} asked, this backbone has {', '.join(inputs.kinds)}"
-        )
+        raise UserError(f"features: {', '.join(cfg.features)} asked, this backbone has {', '.join(inputs.kinds)}")
     settings = [Setting(kind, lr, wd) for kind in kinds for lr in cfg.lrs for wd in cfg.weight_decays]
     _, held = held_out(inputs.train)
     if cfg.protocol == "cached":

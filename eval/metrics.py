@@ -47,16 +47,11 @@ def mcnemar(correct_a: Tensor, correct_b: Tensor) -> dict[str, float | int]:
     p-value of that split if both were equally good.
     """
     if correct_a.shape != correct_b.shape:
-        raise ValueError(
-            f"paired results of equal length expected, got {correct_a.shape} and {correct_b.shape}"
-        )
+        raise ValueError(f"paired results of equal length expected, got {correct_a.shape} and {correct_b.shape}")
     only_a = int((correct_a & ~correct_b).sum())
     only_b = int((correct_b & ~correct_a).sum())
     n, k = only_a + only_b, min(only_a, only_b)
-    logs = [
-        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2)
-        for i in range(k + 1)
-    ]
+    logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2) for i in range(k + 1)]
     p = min(1.0, 2 * math.fsum(math.exp(x) for x in logs))
     return {"only_a": only_a, "only_b": only_b, "p": p}
 
@@ -92,12 +87,8 @@ def check_result(path: Path, settings: dict[str, Any]) -> None:
     try:
         old = json.loads(path.read_text())["settings"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{path}: exists and is no result of this version; move it away or pass name="
-        ) from None
-    keys = [
-        key for key in sorted({*old, *settings}) if old.get(key) != json.loads(json.dumps(settings.get(key)))
-    ]
+        raise UserError(f"{path}: exists and is no result of this version; move it away or pass name=") from None
+    keys = [key for key in sorted({*old, *settings}) if old.get(key) != json.loads(json.dumps(settings.get(key)))]
     if keys:
         diff = ", ".join(f"{key}: {old.get(key)} there, {settings.get(key)} asked" for key in keys[:4])
         raise UserError(f"{path}: holds a result of other settings ({diff}); pass name=<word> to keep both")

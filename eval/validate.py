@@ -29,9 +29,7 @@ def check_classes(inputs: Inputs) -> None:
     info, spec = inputs.info, inputs.spec
     outputs = int(info.get("num_classes") or getattr(inputs.backbone, "num_classes", 0) or 0)
     if not outputs:
-        raise UserError(
-            f"{spec}: has no classification head; validate needs a fine-tuned or supervised checkpoint"
-        )
+        raise UserError(f"{spec}: has no classification head; validate needs a fine-tuned or supervised checkpoint")
     ours, theirs = info.get("class_names"), inputs.test.classes
     if ours and theirs and list(ours) != list(theirs):
         wrong = next(
@@ -44,9 +42,7 @@ def check_classes(inputs: Inputs) -> None:
         )
         raise UserError(f"{spec}: its classes are not those of {inputs.cfg.data.path} (class {wrong})")
     if outputs != inputs.n_classes:
-        raise UserError(
-            f"{spec}: its head has {outputs} classes, {inputs.cfg.data.path} has {inputs.n_classes}"
-        )
+        raise UserError(f"{spec}: its head has {outputs} classes, {inputs.cfg.data.path} has {inputs.n_classes}")
 
 
 def judge(inputs: Inputs, cfg: ValidateConfig) -> dict[str, Any]:
@@ -82,9 +78,7 @@ def run(cfg: ValidateConfig, accelerator: "Accelerator") -> dict[str, Any]:
     """Validates cfg.backbone (and cfg.compare), writes validate.json and returns what it holds."""
     for spec in (cfg.backbone, cfg.compare):
         if spec in FRESH:
-            raise UserError(
-                f"validate: {spec} has no trained head; pass a fine-tuned, timm or NVlabs checkpoint"
-            )
+            raise UserError(f"validate: {spec} has no trained head; pass a fine-tuned, timm or NVlabs checkpoint")
     return evaluate("validate", cfg, accelerator, judge, only_test=True)
 
 

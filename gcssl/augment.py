@@ -1,8 +1,9 @@
 """Augmentations in two halves: `draw_view` draws a view's parameters, the others apply them.
 
-Crop, resize and flip run on the worker and give uint8 pixels. Colour jitter, grey, blur and solarise run in one
-pure function with one parameter set per sample, on the worker or in batches on the device (`data.where`).
-Parameters: SimMIM (arXiv:2111.09886), SimCLR (arXiv:2002.05709), MoCo v3 (arXiv:2104.02057, which takes BYOL's).
+Crop, resize and flip run on the worker and give uint8 pixels. Colour jitter, grey, blur and solarise run in
+one pure function with one parameter set per sample, on the worker or in batches on the device (`data.where`).
+Parameters: SimMIM (arXiv:2111.09886), SimCLR (arXiv:2002.05709), MoCo v3 (arXiv:2104.02057, which takes
+BYOL's).
 """
 
 import math
@@ -49,9 +50,7 @@ class ViewSpec:
 
 
 SIMMIM = ViewSpec(scale=(0.67, 1.0))
-SIMCLR = ViewSpec(
-    jitter_p=0.8, jitter=(0.8, 0.8, 0.8, 0.2), gray_p=0.2, blur_p=0.5, interpolation="bicubic"
-)
+SIMCLR = ViewSpec(jitter_p=0.8, jitter=(0.8, 0.8, 0.8, 0.2), gray_p=0.2, blur_p=0.5, interpolation="bicubic")
 BYOL_1 = ViewSpec(jitter_p=0.8, jitter=(0.4, 0.4, 0.2, 0.1), gray_p=0.2, blur_p=1.0)
 BYOL_2 = replace(BYOL_1, blur_p=0.1, solarize_p=0.2)
 
@@ -141,7 +140,7 @@ def draw_view(rng: np.random.Generator, spec: ViewSpec) -> View:
 
 
 def crop_box(view: View, spec: ViewSpec, height: int, width: int) -> tuple[int, int, int, int]:
-    """(top, left, h, w) in pixels of an image of that size: the first of the attempts that fits, else the centre.
+    """(top, left, h, w) in pixels of an image of that size: the first attempt that fits, else the centre.
 
     The rule of torchvision's RandomResizedCrop, with the random numbers taken from `view`.
     """
@@ -159,7 +158,8 @@ def crop_box(view: View, spec: ViewSpec, height: int, width: int) -> tuple[int, 
 def crop_resize(image: Image.Image, view: View, spec: ViewSpec) -> np.ndarray:
     """The view's box of an RGB image at spec.size, flipped if drawn: uint8 3 H W.
 
-    As torchvision's RandomResizedCrop but for the border, where Pillow's filter sees the pixels beside the box.
+    As torchvision's RandomResizedCrop but for the border, where Pillow's filter sees the pixels beside the
+    box.
     """
     top, left, h, w = crop_box(view, spec, image.height, image.width)
     size = (spec.size[1], spec.size[0])
@@ -193,8 +193,8 @@ def resize_center_crop(
 def colour(x: Tensor, params: dict[str, Tensor]) -> Tensor:
     """Jitter, grey, blur, solarise, in this order: uint8 B 3 H W -> float32 B 3 H W in 0..1.
 
-    `params` holds `View.params()` stacked: jitter B, factors B 4, order B 4, gray B, sigma B, solarize B. They
-    are read on the host: leave them there while x is on a device, so that nothing waits for the device.
+    `params` holds `View.params()` stacked: jitter B, factors B 4, order B 4, gray B, sigma B, solarize B.
+    They are read on the host: leave them there while x is on a device, so that nothing waits for the device.
     """
     x = x.float().div_(255)
     params = {name: value.cpu() for name, value in params.items()}

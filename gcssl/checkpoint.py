@@ -58,9 +58,7 @@ def save_checkpoint(
     disk is full.
     """
     if keep < 2:
-        raise UserError(
-            f"checkpoint.keep: given {keep}, expected at least 2, since the newest one may be damaged"
-        )
+        raise UserError(f"checkpoint.keep: given {keep}, expected at least 2, since the newest one may be damaged")
     root = Path(folder) / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(root)
@@ -97,9 +95,7 @@ def load_checkpoint(folder: Path) -> Loaded | None:
         except UserError as error:
             say(f"{error}; trying the one before")
     if found:
-        raise UserError(
-            f"{found[0].parent}: none of {len(found)} checkpoints can be used; remove it to begin again"
-        )
+        raise UserError(f"{found[0].parent}: none of {len(found)} checkpoints can be used; remove it to begin again")
     return None
 
 
@@ -170,9 +166,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
     return tensors, {"values": values, "groups": content["param_groups"]}
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], state: dict[str, Any]
-) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Put back what optimizer_tensors gave, bit for bit.
 
     UserError where the parameters are not the same ones.
@@ -182,9 +176,7 @@ def load_optimizer(
         for groups in (optimizer.state_dict()["param_groups"], state["groups"])
     )
     if now != then:
-        raise UserError(
-            "checkpoint: its optimizer holds other parameters than this config's model and objective"
-        )
+        raise UserError("checkpoint: its optimizer holds other parameters than this config's model and objective")
     slots: dict[int, dict[str, Any]] = {int(place): dict(values) for place, values in state["values"].items()}
     for name, value in tensors.items():
         place, _, slot = name.partition(".")
@@ -228,9 +220,7 @@ def read_backbone(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise UserError(f"{tensors}: damaged: it has another sha256 than {described.name} says")
         return load_file(tensors), info
     except FileNotFoundError as error:
-        raise UserError(
-            f"{error.filename}: no such file; expected a run folder or an exported backbone"
-        ) from None
+        raise UserError(f"{error.filename}: no such file; expected a run folder or an exported backbone") from None
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise UserError(f"{folder}: the backbone cannot be read: {' '.join(str(error).split())}") from None
 

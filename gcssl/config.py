@@ -143,9 +143,7 @@ def load_config(schema: type[T], argv: list[str], objectives: dict[str, type] | 
     """
     paths, pairs = _split(argv)
     raw = [(str(path), read_yaml(path)) for path in paths]
-    default = _with_objective(
-        schema(), [layer for _, layer in raw] + [_nest(k, v) for k, v in pairs], objectives
-    )
+    default = _with_objective(schema(), [layer for _, layer in raw] + [_nest(k, v) for k, v in pairs], objectives)
     known = leaves(default)
     layers = raw + [("", _nest(key, _parse(key, text, known))) for key, text in pairs]
     allow_env = any(layer.get("allow_env") is True for source, layer in layers if not source)
@@ -201,17 +199,13 @@ def _split(argv: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:
     pairs: list[tuple[str, str]] = []
     for argument in argv:
         key, equals, value = argument.partition("=")
-        is_path = not pairs and (
-            not equals or (argument.endswith((".yaml", ".yml")) and Path(argument).exists())
-        )
+        is_path = not pairs and (not equals or (argument.endswith((".yaml", ".yml")) and Path(argument).exists()))
         if argument.startswith("-"):
             raise UserError(f"{key}: options are written without dashes: [file.yaml ...] key=value ...")
         if is_path and (argument.endswith((".yaml", ".yml")) or Path(argument).is_file()):
             paths.append(Path(argument))
         elif not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
-            raise UserError(
-                f"{argument}: expected [file.yaml ...] key=value ..., for example train.epochs=10"
-            )
+            raise UserError(f"{argument}: expected [file.yaml ...] key=value ..., for example train.epochs=10")
         else:
             pairs.append((key, value))
     return paths, pairs
@@ -251,8 +245,7 @@ def _with_objective(default: T, layers: list[dict[str, Any]], objectives: dict[s
     choices = ", ".join(objectives)
     if names and names[-1] not in objectives:
         raise UserError(
-            f"objective.name: given {show(names[-1])}, expected one of {choices}"
-            f"{nearest(str(names[-1]), objectives)}"
+            f"objective.name: given {show(names[-1])}, expected one of {choices}{nearest(str(names[-1]), objectives)}"
         )
     if names:
         default.objective = objectives[names[-1]]()
@@ -277,9 +270,7 @@ def _parse(key: str, text: str, known: dict[str, Leaf]) -> Any:
     return cast(dict[str, Any], parsed)["value"]
 
 
-def _explain(
-    error: OmegaConfBaseException, layer: dict[str, Any], known: dict[str, Leaf], where: str
-) -> UserError:
+def _explain(error: OmegaConfBaseException, layer: dict[str, Any], known: dict[str, Leaf], where: str) -> UserError:
     """OmegaConf's error as one line.
 
     It names no key for a section that was given a value: then the layer tells.

@@ -1,7 +1,7 @@
 """Images on disk -> one RGB image at a time: `open_data` finds the splits, `Images.load` decodes.
 
-Every file is decoded by Pillow into true colours; one that cannot be is a `BadImage`, which the loader counts and
-replaces. Layouts: folders.py (folders of images), tables.py (parquet, Arrow, webdataset, Hub), shapes.py.
+Every file is decoded by Pillow into true colours; one that cannot be is a `BadImage`, which the loader counts
+and replaces. Layouts: folders.py (folders of images), tables.py (parquet, Arrow, webdataset, Hub), shapes.py.
 """
 
 import contextlib
@@ -95,8 +95,8 @@ class Splits:
 def open_data(cfg: DataConfig, img_size: tuple[int, int] = (64, 64), only_test: bool = False) -> Splits:
     """Find and open the splits of `cfg.path`; raises UserError in one line. Nothing is decoded yet.
 
-    test: data.val_split, else the first labelled one of validation, val, test (and their other names), else None.
-    With `only_test` no training split is needed: both fields are the test split, its class ids its own.
+    test: data.val_split, else the first labelled one of validation, val, test (and their other names), else
+    None. With `only_test` no training split is needed: both fields are the test split, its class ids its own.
     The generated set is drawn at img_size (H, W).
     """
     if cfg.path == "shapes":
@@ -106,17 +106,17 @@ def open_data(cfg: DataConfig, img_size: tuple[int, int] = (64, 64), only_test: 
         return Splits(test if only_test else train, test)
     found = _find(cfg)
     if only_test:
-        test = _test(cfg, found, None)
-        if test is None:
-            raise UserError(f"data.val_split: no labelled test split in {cfg.path}, it has {', '.join(found)}")
-        return Splits(test, test)
+        alone = _test(cfg, found, None)
+        if alone is None:
+            raise UserError(f"data.val_split: no labelled test split in {cfg.path}: {', '.join(found)}")
+        return Splits(alone, alone)
     name = _train_name(cfg, found)
     train = _images(_open(cfg, found, name), name, None)
     return Splits(train, _test(cfg, found, train))
 
 
 def _find(cfg: DataConfig) -> Found:
-    """The splits of data.path by layout: tables, then folders of images, then whatever load_dataset makes of it."""
+    """The splits of data.path by layout: tables, folders of images, whatever load_dataset makes of it."""
     if not cfg.path:
         raise UserError("data.path: not given, expected a folder of images or tables, a Hub name, or shapes")
     root = Path(cfg.path).expanduser()
@@ -182,7 +182,7 @@ def _images(raw: Raw, name: str, train_classes: list[str] | None) -> Images:
 def _class_ids(
     raw: Raw, name: str, train_classes: list[str] | None
 ) -> tuple[np.ndarray | None, list[str] | None]:
-    """(ids int64 N, class names), those of train when given; (None, None) when not labelled (or one is -1)."""
+    """(ids int64 N, class names), those of train when given; (None, None) when a label is missing or -1."""
     if raw.labels is None or any(value is None for value in raw.labels):
         return None, None
     values = np.asarray(raw.labels)
@@ -200,8 +200,8 @@ def _class_ids(
     foreign = [classes[i] for i in np.unique(ids) if classes[i] not in known]
     if foreign:
         raise UserError(
-            f"data.path: class {foreign[0]} of split {name} is none of the {len(train_classes)} training classes "
-            f"({', '.join(train_classes[:3])}, ...); expected the same names in both"
+            f"data.path: class {foreign[0]} of split {name} is none of the {len(train_classes)} training "
+            f"classes ({', '.join(train_classes[:3])}, ...); expected the same names in both"
         )
     table = np.array([known.get(c, -1) for c in classes], np.int64)
     return table[ids], train_classes
@@ -210,8 +210,8 @@ def _class_ids(
 def held_out(images: Images, share: float = 0.05, cap: int = 25_000) -> tuple[np.ndarray, np.ndarray]:
     """(rest, held): sorted int64 indices that part the images, the same for every seed and machine.
 
-    `held` has `share` of each class (of all images when unlabelled), at most `cap` in all and at least one of every
-    class that has two images; which ones is decided by a hash of the set's fingerprint and the index.
+    `held` has `share` of each class (of all images when unlabelled), at most `cap` in all and at least one of
+    every class that has two images; which ones is decided by a hash of the set's fingerprint and the index.
     """
     n = len(images)
     score = _hash(n, images.fingerprint)
@@ -254,8 +254,9 @@ def _fingerprint(images: Images) -> str:
 def decode(source: bytes | Path | str) -> Image.Image:
     """Encoded bytes or a file -> RGB in true colours, turned as EXIF says; any failure is a BadImage.
 
-    16-bit grey is divided by 257 (Pillow's own conversion saturates), float grey is read as 0..1, 0..255 or 0..65535
-    by its maximum, transparency is laid on white, of an animation the first frame is taken. ICC profiles are ignored.
+    16-bit grey is divided by 257 (Pillow's own conversion saturates), float grey is read as 0..1, 0..255 or
+    0..65535 by its maximum, transparency is laid on white, of an animation the first frame is taken. ICC
+    profiles are ignored.
     """
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source

@@ -1,4 +1,4 @@
-"""Folders of image files: torchvision's layout, one tree of classes, flat folders, official and Kaggle ImageNet."""
+"""Folders of image files: torchvision's layout, one tree of classes, flat, official and Kaggle ImageNet."""
 
 import csv
 import os
@@ -65,8 +65,8 @@ def _test_tree(root: Path, train: Path, val_labels: str | None, needs_labels: bo
         return Raw(Files(root, names))
     if val_labels is None:
         raise UserError(
-            f"data.val_labels: not given, and {root} holds {len(names)} files without class folders; expected its "
-            f"label file ({KAGGLE_LABELS}, or one class name per line in the order of the sorted file names)"
+            f"data.val_labels: not given, and {root} holds {len(names)} files without class folders; "
+            f"expected {KAGGLE_LABELS}, or one class name per line in the order of the sorted file names"
         )
     return Raw(Files(root, names), read_label_file(Path(val_labels), names), None)
 
@@ -87,17 +87,19 @@ def read_label_file(path: Path, names: list[str]) -> list[str]:
     lines = path.read_text().split("\n")
     lines = [line.strip() for line in lines if line.strip()]
     if len(lines) != len(names):
-        raise UserError(f"data.val_labels: {path} has {len(lines)} lines, expected one for each of {len(names)}")
+        raise UserError(
+            f"data.val_labels: {path} has {len(lines)} lines, expected one for each of {len(names)}"
+        )
     if all(line.isdigit() for line in lines):
         raise UserError(
-            f"data.val_labels: {path} holds numbers, whose order is not that of the class names; expected one "
-            f"class name (n01440764, ...) per line, or {KAGGLE_LABELS}"
+            f"data.val_labels: {path} holds numbers, whose order is not that of the class names; expected "
+            f"one class name (n01440764, ...) per line, or {KAGGLE_LABELS}"
         )
     return lines
 
 
 def _tree(root: Path) -> tuple[list[str], list[int], list[str]]:
-    """(file names relative to root, sorted within a class; class ids; class names). Files at the top: no classes."""
+    """(file names relative to root, class ids, class names), sorted; with files at the top no classes."""
     flat = _images(root)
     if flat:
         return flat, [], []

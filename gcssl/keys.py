@@ -125,9 +125,7 @@ def _unknown(key: str, value: Any, known: dict[str, Leaf]) -> str:
     outer = next((name for name in known if key.startswith(name + ".")), None)
     if outer is not None:
         return f"no such key; {outer} is {known[outer].expected()} and holds no keys"
-    siblings = {
-        name[len(parent) + 1 if parent else 0 :].split(".")[0] for name in known if name.startswith(parent)
-    }
+    siblings = {name[len(parent) + 1 if parent else 0 :].split(".")[0] for name in known if name.startswith(parent)}
     near = difflib.get_close_matches(last, sorted(siblings), n=1)
     if near:
         return f"no such key; did you mean {parent + '.' if parent else ''}{near[0]}?"

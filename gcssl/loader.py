@@ -1,7 +1,8 @@
-"""From a split to batches on the device: which image goes where, in which view, is a function of the seed and the step.
+"""From a split to batches on the device: what a batch holds is a function of the seed and the step.
 
-order = f(seed, epoch); global batch s holds order[s * G : (s + 1) * G], and each process takes its slice; a view
-is f(seed, epoch, image, view). No worker holds state, so any worker count and any resume give the same batches.
+order = f(seed, epoch); global batch s holds order[s * G : (s + 1) * G], and each process takes its slice; a
+view is f(seed, epoch, image, view). No worker holds state, so any worker count and any resume give the same
+batches.
 """
 
 import multiprocessing
@@ -17,8 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from gcssl.augment import View, ViewSpec, colour, crop_resize, normalize, resize_center_crop
+from gcssl.config import TrainConfig
 from gcssl.data import BadImage, Images
-from gcssl.runtime import UserError, rng
+from gcssl.optim import scaled_lr
+from gcssl.runtime import UserError, batch_layout, rng
 
 # First part of every key after the seed, so that no two uses share numbers.
 ORDER, AUGMENT, REPLACE = 101, 102, 103
@@ -39,8 +42,9 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 class BatchPlan:
     """A batch sampler: the micro-batches of one process, from start_step to total_steps.
 
-    Micro-batch a of a step on process `rank` holds positions [(a * world + rank) * batch_size, + batch_size) of the
-    global batch. The ragged end of an epoch is dropped; the permutations differ, so other images miss each time.
+    Micro-batch a of a step on process `rank` holds positions [(a * world + rank) * batch_size, + batch_size)
+    of the global batch. The ragged end of an epoch is dropped; the permutations differ, so other images miss
+    each time.
     """
 
     n: int
@@ -60,9 +64,8 @@ class BatchPlan:
                 f"{self.accumulate} x world {self.world}"
             )
         if self.n < self.global_batch:
-            raise UserError(
-                f"train.global_batch: given {self.global_batch}, expected at most the {self.n} training images"
-            )
+            given = f"train.global_batch: given {self.global_batch}"
+            raise UserError(f"{given}, expected at most {self.n}, the number of training images")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -85,16 +88,54 @@ class BatchPlan:
                 yield [(epoch, index, first + i) for i, index in enumerate(chosen)]
 
 
-class TrainSet(Dataset[dict[str, Any]]):
-    """Items by (epoch, image, position). `make(image, label, key)` turns a decoded image into a dict of arrays.
+@dataclass(frozen=True)
+class Sizes:
+    """Batch and step counts of a run, derived once."""
 
-    `key` is the item's own stream: `rng(*key)` = f(seed, epoch, image). An image that cannot be decoded is replaced by
-    another one, chosen by (image, attempt) alone: the same one in every epoch and on any layout. The item reports it.
+    batch_size: int  # per process and micro-batch
+    accumulate: int
+    world: int
+    global_batch: int
+    steps_per_epoch: int
+    total_steps: int
+
+    def describe(self, train: TrainConfig) -> str:
+        return (
+            f"global batch {self.global_batch} = {self.batch_size} x {self.world} processes x {self.accumulate}"
+            f" accumulated; lr {scaled_lr(train, self.global_batch):.3g} ({train.lr_rule} rule, base {train.lr_base});"
+            f" {self.total_steps} steps, {self.steps_per_epoch} an epoch"
+        )
+
+
+def run_sizes(train: TrainConfig, n_images: int, world: int) -> Sizes:
+    accumulate, global_batch = batch_layout(train, world)
+    steps_per_epoch = n_images // global_batch
+    if steps_per_epoch == 0:
+        raise UserError(
+            f"train.batch_size: the global batch of {global_batch} exceeds the {n_images} training images"
+        )
+    total = train.steps if train.steps is not None else train.epochs * steps_per_epoch
+    if total < 1:
+        raise UserError(
+            f"train.steps={train.steps}, train.epochs={train.epochs}: nothing to train; give at least one"
+        )
+    return Sizes(train.batch_size, accumulate, world, global_batch, steps_per_epoch, total)
+
+
+class TrainSet(Dataset[dict[str, Any]]):
+    """Items by (epoch, image, position). `make(image, label, key)` turns a decoded image into a dict of
+    arrays.
+
+    `key` is the item's own stream: `rng(*key)` = f(seed, epoch, image). An image that cannot be decoded is
+    replaced by another one, chosen by (image, attempt) alone: the same one in every epoch and on any layout.
+    The item reports it.
     """
 
     def __init__(self, images: Images, make: Make, seed: int) -> None:
         self.images, self.make, self.seed = images, make, seed
-        self.reading: Any = None  # what each worker reads now, -1 for none: shared memory, set by train_loader
+        self.reading: Any = (
+            None  # what each worker reads now, -1 for none: shared memory, set by train_loader
+        )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -104,7 +145,8 @@ class TrainSet(Dataset[dict[str, Any]]):
         image, used, bad = self._load(index)
         label = None if self.images.labels is None else int(self.images.labels[used])
         item = self.make(image, label, (self.seed, AUGMENT, epoch, index))
-        return item | {"index": used, "position": position, "label": -1 if label is None else label, "bad": bad}
+        label = -1 if label is None else label
+        return item | {"index": used, "position": position, "label": label, "bad": bad}
 
     def _load(self, index: int) -> tuple[Image.Image, int, list[tuple[int, str, str]]]:
         """(image, its index, what was bad on the way)."""
@@ -119,9 +161,8 @@ class TrainSet(Dataset[dict[str, Any]]):
                 used = int(rng(index, REPLACE, attempt).integers(len(self.images)))
             finally:
                 self._tell(-1)
-        raise UserError(
-            f"data.path: {REPLACEMENTS} images in a row cannot be decoded, the last one {bad[-1][1]} ({bad[-1][2]})"
-        )
+        last = f"the last one {bad[-1][1]} ({bad[-1][2]})"
+        raise UserError(f"data.path: {REPLACEMENTS} images in a row cannot be decoded, {last}")
 
     def _tell(self, index: int) -> None:
         info = get_worker_info()
@@ -141,7 +182,7 @@ class ViewMaker:
         if self.where not in ("device", "worker"):
             raise UserError(f"augment.where: given {self.where}, expected device or worker")
 
-    def __call__(self, image: Image.Image, label: int | None, key: tuple[int, ...]) -> dict[str, Any]:
+    def __call__(self, image: Image.Image, _label: int | None, key: tuple[int, ...]) -> dict[str, Any]:
         drawn, masks = self.draw(rng(*key), self.img_size)
         views = [crop_resize(image, view, spec) for spec, view in drawn]
         params = [view.params() for _, view in drawn]
@@ -157,7 +198,7 @@ def _colour_one(x: np.ndarray, params: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of items: every list of views, params or masks becomes a list of stacked tensors, `bad` one list."""
+    """A batch of items: lists of views, params or masks become lists of stacked tensors, `bad` one list."""
     return {key: _stack([item[key] for item in items], key) for key in items[0]}
 
 
@@ -176,10 +217,13 @@ def _stack(values: list[Any], key: str) -> Any:
     return torch.from_numpy(np.stack([np.asarray(value) for value in values]))
 
 
-def train_loader(dataset: TrainSet, plan: BatchPlan, workers: int, timeout: int, seed: int = 0) -> DataLoader[Any]:
-    """One loader for the whole rest of the run. A worker that dies or hangs ends it with one line that names the files.
+def train_loader(
+    dataset: TrainSet, plan: BatchPlan, workers: int, timeout: int, seed: int = 0
+) -> DataLoader[Any]:
+    """One loader for the whole rest of the run; a worker that dies or hangs ends it with one line.
 
-    `seed` only feeds the workers' unused global generators: nothing that decides about a batch comes from them.
+    `seed` only feeds the workers' unused global generators: nothing that decides about a batch comes from
+    them.
     """
     generator = torch.Generator().manual_seed(seed)
     return _Loader(
@@ -212,7 +256,8 @@ class _Loader(DataLoader[Any]):
             except StopIteration:
                 return
             except UserError as error:  # raised in a worker: torch puts the traceback before the message
-                raise UserError(str(error).strip().split("\n")[-1].removeprefix("gcssl.errors.UserError: ")) from None
+                line = str(error).strip().split("\n")[-1]
+                raise UserError(line.removeprefix("gcssl.errors.UserError: ")) from None
             except RuntimeError as error:
                 if "DataLoader" not in str(error) or "Caught" in str(error):
                     raise
@@ -274,7 +319,7 @@ def eval_loader(
     workers: int,
     timeout: int = 300,
 ) -> DataLoader[Any]:
-    """Images at `indices` in that order, resized and centre-cropped: {index B, image uint8 B 3 H W, label B, ok B}.
+    """Images at `indices`, in order, by the evaluation crop: {index B, image uint8 B 3 H W, label B, ok B}.
 
     An image that cannot be decoded comes as zeros with ok False; label is -1 where there is none.
     """

@@ -63,9 +63,7 @@ class RunLog:
         if "tensorboard" in trackers:
             self._board = _open_board(Path(folder) / "tensorboard", start_step)
         if sys.stderr.isatty():
-            self._bar = tqdm(
-                total=total_steps, initial=start_step, unit="step", file=sys.stderr, dynamic_ncols=True
-            )
+            self._bar = tqdm(total=total_steps, initial=start_step, unit="step", file=sys.stderr, dynamic_ncols=True)
 
     def step(self, step: int, metrics: dict[str, float], n_images: int, data_wait: float = 0.0) -> None:
         """After optimizer step number `step` (the first is 1).

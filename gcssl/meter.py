@@ -46,8 +46,12 @@ class Meter:
         keys = list(self.outs[0])
         losses = torch.stack([torch.stack([out[k].to(grad_norm.device) for k in keys]) for out in self.outs]).mean(0)
         local = torch.cat([losses, grad_norm.detach().float().reshape(1)])
-        judged = losses if self.accelerator.scaler is not None else local  # a loss scaler skips infinite gradients itself
-        flags = torch.stack([(~torch.isfinite(judged)).any().float(), local.new_tensor(stop), local.new_tensor(len(self.bad))])
+        judged = (
+            losses if self.accelerator.scaler is not None else local
+        )  # a loss scaler skips infinite gradients itself
+        flags = torch.stack(
+            [(~torch.isfinite(judged)).any().float(), local.new_tensor(stop), local.new_tensor(len(self.bad))]
+        )
         packed = torch.cat([flags, local / self.accelerator.num_processes])
         if self.accelerator.num_processes > 1:
             dist.all_reduce(packed)

@@ -159,16 +159,12 @@ class RunFolder:
         if not used:
             return  # nothing was done yet: a start that was refused, or stopped before its first step
         if old is None:
-            raise UserError(
-                f"out: {self.path} holds {', '.join(used)} but no config.yaml; give another folder"
-            )
+            raise UserError(f"out: {self.path} holds {', '.join(used)} but no config.yaml; give another folder")
         free = FREE_KEYS + (BATCH_KEYS if "global_batch" in self.facts else ())
         old_facts = self._read_json("env.json").get("facts", {})
         lines = [line for line in diff_configs(old, self.config) if not _is_free(line.split(":")[0], free)]
         common = old_facts.keys() & self.facts.keys()
-        lines += [
-            f"{k}: {old_facts[k]} -> {self.facts[k]}" for k in sorted(common) if old_facts[k] != self.facts[k]
-        ]
+        lines += [f"{k}: {old_facts[k]} -> {self.facts[k]}" for k in sorted(common) if old_facts[k] != self.facts[k]]
         if lines:
             raise UserError(
                 f"out: {self.path} holds a run with another config ({'; '.join(lines)}); "
@@ -280,9 +276,7 @@ def _hardware() -> dict[str, Any]:
     import torch
 
     gpus = (
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        if torch.cuda.is_available()
-        else []
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {

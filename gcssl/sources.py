@@ -14,7 +14,7 @@ TEST_NAMES = ("validation", "valid", "val", "dev", "test", "testing")  # in orde
 
 
 class Reader(Protocol):
-    """The images of one split; `read` gives encoded bytes, a file or an image, `where` a name for messages."""
+    """The images of one split; `read` gives encoded bytes, a file or an image, `where` a name."""
 
     def __len__(self) -> int: ...
 
@@ -36,7 +36,7 @@ Found = dict[str, Callable[[], Raw]]  # split name -> open it
 
 
 class Files:
-    """Image files below one folder; names are kept in one Arrow buffer, which workers share without copying."""
+    """Image files below one folder; the names lie in one Arrow buffer, which workers share."""
 
     def __init__(self, root: Path, names: list[str]) -> None:
         self.root, self.names = root, pa.array(names, pa.large_string())

@@ -57,25 +57,28 @@ def find_tables(cfg: DataConfig, root: Path) -> Found:
         files = [root] if root.is_file() and root.suffix == suffix else sorted(root.rglob(f"*{suffix}"))
         if files:
             shards = _by_split(files, cfg)
-            return {k: partial(_raw, cfg, root, k, partial(opener, cfg, paths)) for k, paths in shards.items()}
+            return {
+                k: partial(_raw, cfg, root, k, partial(opener, cfg, paths)) for k, paths in shards.items()
+            }
     return {}
 
 
 def find_hub(cfg: DataConfig) -> Found:
-    """The splits of a dataset on the Hub, copied into the datasets cache, or found there when the Hub is out of reach."""
+    """The splits of a dataset on the Hub, copied into its cache, or found there when it is out of reach."""
     import datasets
     import huggingface_hub
 
     reason = ""
     try:
-        huggingface_hub.HfApi().dataset_info(cfg.path, timeout=5)  # load_dataset alone retries for half a minute
+        huggingface_hub.HfApi().dataset_info(cfg.path, timeout=5)  # load_dataset retries for half a minute
     except Exception as error:  # the client raises a dozen types
         reason = _short(error)
     try:
         with _offline(bool(reason)):
             builder = datasets.load_dataset_builder(cfg.path, cache_dir=cfg.cache_dir)
             size = builder.info.download_size
-            say(f"data: {cfg.path} ({_size(size) if size else 'size unknown'}) is copied once into {builder.cache_dir}")
+            size_text = _size(size) if size else "size unknown"
+            say(f"data: {cfg.path} ({size_text}) is copied once into {builder.cache_dir}")
             tables = datasets.load_dataset(cfg.path, cache_dir=cfg.cache_dir)
     except Exception as error:
         raise UserError(
@@ -87,7 +90,7 @@ def find_hub(cfg: DataConfig) -> Found:
 
 @contextmanager
 def _offline(yes: bool) -> Iterator[None]:
-    """Let the Hub client look into its cache alone; it reads its environment variable only once, at import."""
+    """Let the Hub client look into its cache alone; it reads its environment only once, at import."""
     import datasets
     import huggingface_hub
 
@@ -112,7 +115,9 @@ def find_other(cfg: DataConfig, root: Path) -> Found:
     try:
         tables = datasets.load_dataset(str(root), cache_dir=cfg.cache_dir)
     except Exception as error:
-        raise UserError(f"data.path: {root} cannot be opened by the datasets library ({_short(error)})") from error
+        raise UserError(
+            f"data.path: {root} cannot be opened by the datasets library ({_short(error)})"
+        ) from error
     return {name: partial(_raw, cfg, root, name, partial(_same, table)) for name, table in tables.items()}
 
 
@@ -171,7 +176,7 @@ def _is_label(feature: Any) -> bool:
 
 
 def _by_split(files: list[Path], cfg: DataConfig) -> dict[str, list[Path]]:
-    """Shards grouped by the split that their file (or its folder) names; all without one are the training split."""
+    """Shards grouped by the split that their file (or its folder) names; with no such name all are train."""
     known = [n for n in (cfg.train_split, cfg.val_split, *TRAIN_NAMES, *TEST_NAMES) if n]
     groups: dict[str, list[Path]] = {}
     for file in files:
@@ -201,14 +206,16 @@ def _parquet(cfg: DataConfig, files: list[Path]) -> "datasets.Dataset":
         raise UserError(f"data.path: {_damaged(files)} is no sound parquet ({_short(error)})") from error
 
 
-def _arrow(cfg: DataConfig, files: list[Path]) -> "datasets.Dataset":
+def _arrow(_cfg: DataConfig, files: list[Path]) -> "datasets.Dataset":
     import datasets
     import pyarrow as pa
 
     try:
         return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"data.path: {files[0].parent} holds no sound Arrow files ({_short(error)})") from error
+        raise UserError(
+            f"data.path: {files[0].parent} holds no sound Arrow files ({_short(error)})"
+        ) from error
 
 
 def _webdataset(cfg: DataConfig, files: list[Path]) -> "datasets.Dataset":
@@ -236,7 +243,9 @@ def _cached(kind: str, cfg: DataConfig, files: list[Path], total: int) -> "datas
         return datasets.load_dataset(kind, data_files=names, split="train", cache_dir=cfg.cache_dir)
     except Exception as error:  # the builders wrap what the readers raise
         cause = error.__cause__ or error
-        raise UserError(f"data.path: {files[0].parent} holds no sound {kind} files ({_short(cause)})") from error
+        raise UserError(
+            f"data.path: {files[0].parent} holds no sound {kind} files ({_short(cause)})"
+        ) from error
 
 
 def _damaged(files: list[Path]) -> Path:

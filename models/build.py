@@ -161,7 +161,7 @@ def load_backbone(
     else:
         agree(spec, saved, model)
         backbone = rebuild(saved, model)
-    notes = load_weights(backbone, saved.state, saved.args.get("img_size"))
+    notes = load_weights(backbone, saved.state, saved.args.get("img_size"), spec)
     described = {k: v for k, v in saved.info.items() if k not in backbone_info(backbone) or v is not None}
     current = (
         "name",
@@ -233,9 +233,7 @@ def read_run(path: Path, encoder: str | None) -> Saved:
     loaded = read_step(path) if (path / "manifest.json").is_file() else load_checkpoint(path)
     run = path if (path / "config.yaml").is_file() else path.parent.parent
     if loaded is None or not (run / "config.yaml").is_file():
-        raise UserError(
-            f"{path}: neither a run folder with a backbone or a checkpoint, nor an exported backbone"
-        )
+        raise UserError(f"{path}: neither a run folder with a backbone or a checkpoint, nor an exported backbone")
     config = yaml.safe_load((run / "config.yaml").read_text())
     tensors = loaded.tensors["model"]
     default = loaded.state.get("default_encoder", "student")
@@ -260,13 +258,9 @@ def from_config_on_meta(model: ModelConfig) -> Backbone:
 def agree(spec: str, saved: Saved, model: ModelConfig) -> None:
     """UserError when `model` asks for another model than the saved one; its defaults ask for nothing."""
     default = ModelConfig()
-    same_class = saved.name is not None and BACKBONES.get(model.name, {}).get("depths") == saved.args.get(
-        "depths"
-    )
+    same_class = saved.name is not None and BACKBONES.get(model.name, {}).get("depths") == saved.args.get("depths")
     if saved.name is not None and model.name not in (default.name, saved.name) and not same_class:
-        raise UserError(
-            f"{spec} holds {saved.name}, model.name={model.name} was asked for; leave model.name out"
-        )
+        raise UserError(f"{spec} holds {saved.name}, model.name={model.name} was asked for; leave model.name out")
     ratio = saved.args.get("window_ratio")
     if model.window_ratio is not None and ratio is not None and list(model.window_ratio) != list(ratio):
         raise UserError(f"{spec} has window_ratio {list(ratio)}, {list(model.window_ratio)} was asked for")

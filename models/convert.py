@@ -191,14 +191,10 @@ def describe(state: Mapping[str, Tensor], img_size: Sequence[int] | None = None)
         tables = [state[f"stages.{i}.blocks.0.{TABLE}"] for i in range(4)]
         dim, in_chans = state["stem.conv1.weight"].shape[:2]
         hidden = state["stages.0.blocks.0.mlp.fc1.weight"].shape[0]
-        pools = [
-            max(_ints(state, rf"stages\.{i}\.global_block\.blocks\.conv(\d+)\.conv_pw")) for i in range(4)
-        ]
+        pools = [max(_ints(state, rf"stages\.{i}\.global_block\.blocks\.conv(\d+)\.conv_pw")) for i in range(4)]
     except (KeyError, ValueError):
         return None
-    sides = [
-        s for t in tables if (s := table_side(t.shape[0])) is not None
-    ]  # of four when windows are square
+    sides = [s for t in tables if (s := table_side(t.shape[0])) is not None]  # of four when windows are square
     ratio = [32, 32, 16, 32]
     if img_size is None and len(sides) == 4:
         img_size = [sides[3] * 32] * 2
@@ -224,15 +220,19 @@ def _ints(state: Mapping[str, Tensor], pattern: str) -> list[int]:
 
 
 def load_weights(
-    model: nn.Module, source: str | Path | Mapping[str, Any], img_size: Sequence[int] | None = None
+    model: nn.Module,
+    source: str | Path | Mapping[str, Any],
+    img_size: Sequence[int] | None = None,
+    where: str | None = None,
 ) -> list[str]:
     """Loads weights into `model`; returns what was resized, left fresh or ignored, one line each.
 
     source: a file, an exported folder or a state dict in our (timm's) or NVlabs' layout. Bias tables of other
     windows are resized as the model's `bias_resize` says; img_size is that of the saved tables, needed where
-    windows are not square. UserError, the model untouched, when the weights are of another architecture.
+    windows are not square; where: what messages call the source. UserError, the model untouched, when the
+    weights are of another architecture.
     """
-    where = "state dict" if isinstance(source, Mapping) else str(source)
+    where = where or ("state dict" if isinstance(source, Mapping) else str(source))
     state, notes = read_state(source), []
     if is_nvlabs(state):
         state, notes = from_nvlabs(state), ["NVlabs' key layout"]
@@ -265,9 +265,7 @@ def _fit_head(model: nn.Module, state: State, own: State, prefix: str) -> list[s
         state.pop(name, None)
         if name in own:
             state[name] = own[name]
-    return [
-        f"head: {had} in the file, {has} in the model; " + ("left fresh" if names[0] in own else "ignored")
-    ]
+    return [f"head: {had} in the file, {has} in the model; " + ("left fresh" if names[0] in own else "ignored")]
 
 
 def _fit_tables(model: GCViT, state: State, size: Sequence[int] | None, where: str) -> list[str]:
@@ -280,15 +278,11 @@ def _fit_tables(model: GCViT, state: State, size: Sequence[int] | None, where: s
         stage = int(name.split(".")[1])
         ratio, new = model.window_ratio[stage], model.windows[stage]
         side = table_side(state[name].shape[0])
-        old = (
-            (size[0] // ratio, size[1] // ratio) if size else new if state[name].shape == own.shape else None
-        )
+        old = (size[0] // ratio, size[1] // ratio) if size else new if state[name].shape == own.shape else None
         if old is None or (2 * old[0] - 1) * (2 * old[1] - 1) != state[name].shape[0]:
             old = (side, side) if side else None
         if old is None:
-            raise UserError(
-                f"{where}: bias tables of windows that are not square; state the image size they are for"
-            )
+            raise UserError(f"{where}: bias tables of windows that are not square; state the image size they are for")
         state[name] = resize_table(state[name], old, new, mode).to(own.dtype).contiguous()
         if old != new:
             notes[f"bias tables of stage {stage + 1}: {old[0]}x{old[1]} -> {new[0]}x{new[1]} ({mode})"] = None

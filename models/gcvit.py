@@ -104,9 +104,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attn = Attention(dim, num_heads, window, is_global, mode)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
-        self.ls1, self.ls2 = (
-            nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in "12"
-        )
+        self.ls1, self.ls2 = (nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in "12")
 
     def forward(self, x: Tensor, query: Tensor, window: tuple[int, int], noise: Tensor | None) -> Tensor:
         """x: B W N C, query: B N C, noise: 2 B or None -> B W N C."""
@@ -192,9 +190,7 @@ class QueryGenerator(nn.Module):
 
 
 class Stage(nn.Module):
-    def __init__(
-        self, downsample: nn.Module, levels: int, blocks: list[Block], norm: nn.Module, dim: int
-    ) -> None:
+    def __init__(self, downsample: nn.Module, levels: int, blocks: list[Block], norm: nn.Module, dim: int) -> None:
         super().__init__()
         self.downsample = downsample
         self.global_block = QueryGenerator(dim, levels)
@@ -202,9 +198,7 @@ class Stage(nn.Module):
         self.norm = norm
         self.grad_checkpointing = False
 
-    def forward(
-        self, x: Tensor, window: tuple[int, int], noise: Tensor | None, blocks: list[Tensor] | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, window: tuple[int, int], noise: Tensor | None, blocks: list[Tensor] | None) -> Tensor:
         """x: B H W C, noise: 2*depth B -> B H' W' C'. Each block's token average (B C) goes to `blocks`."""
         x = self.downsample(x)
         query = self.global_block(x)
@@ -311,6 +305,10 @@ class GCViT(nn.Module):
         for module in self.modules():
             if isinstance(module, Stage):
                 module.grad_checkpointing = enable
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """torch.compile of what all forward passes share."""
+        self._maps = torch.compile(self._maps, *args, **kwargs)  # type: ignore[method-assign]
 
     def reset_classifier(self, num_classes: int) -> None:
         """A fresh head; 0 classes: none, forward then returns the pooled features."""

@@ -36,9 +36,7 @@ class TimmBackbone(nn.Module):
         self.model = create(name, self.img_size, num_classes, drop_path, in_chans)
         info = self.model.feature_info if isinstance(self.model.feature_info, list) else []
         if not info or not hasattr(self.model, "forward_intermediates"):
-            raise UserError(
-                f"model.name={name}: this timm model has no forward_intermediates, so it cannot be wrapped"
-            )
+            raise UserError(f"model.name={name}: this timm model has no forward_intermediates, so it cannot be wrapped")
         last_at = {level["reduction"]: i for i, level in enumerate(info)}  # the last map of each stride
         self.levels = list(last_at.values())
         self.channels = tuple(info[i]["num_chs"] for i in self.levels)
@@ -62,13 +60,16 @@ class TimmBackbone(nn.Module):
     def set_drop_path(self, rate: float) -> None:
         """Only the rate it was built with: timm has no general way to change it."""
         if rate != self.drop_path:
-            raise ValueError(
-                f"{self.name} was built with drop_path={self.drop_path}, not {rate}: build it anew"
-            )
+            raise ValueError(f"{self.name} was built with drop_path={self.drop_path}, not {rate}: build it anew")
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.model_args["grad_checkpointing"] = enable
         self.model.set_grad_checkpointing(enable)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """torch.compile of both ways into the model."""
+        self.model.compile(*args, **kwargs)
+        self._maps = torch.compile(self._maps, *args, **kwargs)  # type: ignore[method-assign]
 
     def reset_classifier(self, num_classes: int) -> None:
         self.num_classes = self.model_args["num_classes"] = num_classes
@@ -134,9 +135,7 @@ def create(name: str, size: tuple[int, int], num_classes: int, drop_path: float,
             if "unexpected keyword" not in str(error):
                 raise
             if "drop_path_rate" in str(error):
-                raise UserError(
-                    f"model.drop_path={drop_path}: {name} has no drop path; leave it at 0"
-                ) from None
+                raise UserError(f"model.drop_path={drop_path}: {name} has no drop path; leave it at 0") from None
         except (ValueError, AssertionError, RuntimeError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{name} cannot be built for {size[0]}x{size[1]} images: {reason}") from None

@@ -42,10 +42,7 @@ def query_levels(window_ratio: Sequence[int]) -> list[int]:
 
     UserError when a ratio is not its stage's stride times a power of two: no number of poolings would fit.
     """
-    fits = [
-        r >= s and r % s == 0 and (r // s).bit_count() == 1
-        for r, s in zip(window_ratio, STRIDES, strict=False)
-    ]
+    fits = [r >= s and r % s == 0 and (r // s).bit_count() == 1 for r, s in zip(window_ratio, STRIDES, strict=False)]
     if len(window_ratio) != 4 or not all(fits):
         raise UserError(
             f"window_ratio {list(window_ratio)}: expected four values, each its stage's stride "

@@ -19,7 +19,9 @@ LAUNCH = ["accelerate", "launch", "-q", "--config_file", "configs/accelerate/one
 def main() -> None:
     parser = argparse.ArgumentParser(description="the main job end to end on generated images")
     parser.add_argument("--out", default="runs/demo", help="run folder; what an earlier demo left there is removed")
-    parser.add_argument("--quick", action="store_true", help="few steps: shows that every part works, not what it learns")
+    parser.add_argument(
+        "--quick", action="store_true", help="few steps: shows that every part works, not what it learns"
+    )
     args = parser.parse_args()
     out, started = Path(args.out), time.perf_counter()
     shutil.rmtree(out, ignore_errors=True)
@@ -30,7 +32,11 @@ def main() -> None:
     if code := subprocess.run([*launcher, *command], cwd=ROOT).returncode:
         sys.exit(code)
     results = evaluate(out, args.quick)
-    heading(5, "export to timm, and reload it there", f"python -m gcssl.export backbone={out} format=timm out={out}/timm")
+    heading(
+        5,
+        "export to timm, and reload it there",
+        f"python -m gcssl.export backbone={out} format=timm out={out}/timm",
+    )
     export(out)
     print_table(results)
     print(f"everything is in {out} ({(time.perf_counter() - started) / 60:.1f} minutes)")

@@ -18,9 +18,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, m: float) -> None:
     """teacher <- m * teacher + (1 - m) * student for parameters; buffers are copied. Matched by name."""
     ours, theirs = dict(teacher.named_parameters()), dict(student.named_parameters())
     if ours.keys() != theirs.keys():
-        raise ValueError(
-            f"teacher and student differ in parameters: {sorted(ours.keys() ^ theirs.keys())[:4]}"
-        )
+        raise ValueError(f"teacher and student differ in parameters: {sorted(ours.keys() ^ theirs.keys())[:4]}")
     torch._foreach_lerp_(list(ours.values()), [theirs[name].detach() for name in ours], 1.0 - m)
     buffers = dict(student.named_buffers())
     for name, buffer in teacher.named_buffers():

@@ -118,9 +118,7 @@ class Joint(nn.Module):
         self.encoder: Any = lend(view, "encoder")
         self.teacher = lend(view, "teacher")
         self.masked: Any = masked
-        self.view: Any = (
-            view  # after teacher, so that its train() has the last word and keeps that in eval mode
-        )
+        self.view: Any = view  # after teacher, so that its train() has the last word and keeps that in eval mode
 
     def masked_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The masked part's one view: view 1 when shared, else the crop after the view objective's."""

@@ -30,17 +30,13 @@ def check_unit(img_size: tuple[int, int], unit: int) -> None:
         if height % u == 0 and width % u == 0 and height * width > u * u
     ]
     if unit not in legal:
-        raise UserError(
-            f"objective.mask_unit={unit} does not fit {height}x{width} px images; one of {legal} does"
-        )
+        raise UserError(f"objective.mask_unit={unit} does not fit {height}x{width} px images; one of {legal} does")
 
 
 def check_ratio(n_units: int, ratio: float) -> None:
     """UserError unless 0 < ratio < 1 and at least one of `n_units` units stays visible."""
     if not 0.0 < ratio < 1.0:
-        raise UserError(
-            f"objective.mask_ratio={ratio} must lie between 0 and 1, both excluded; 0.6 is SimMIM's"
-        )
+        raise UserError(f"objective.mask_ratio={ratio} must lie between 0 and 1, both excluded; 0.6 is SimMIM's")
     if hidden_count(n_units, ratio) >= n_units:
         raise UserError(
             f"objective.mask_ratio={ratio} hides all of the {n_units} mask units; lower it or take a smaller "

@@ -130,9 +130,7 @@ class MoCoV3(nn.Module):
         """Loss from the student's pooled features B C of the two views; the teacher sees both views whole."""
         with torch.no_grad():
             taught = [self.teacher(x) for x in batch["views"][:2]]  # B C
-            taught = [
-                all_gather_no_grad(torch.cat([h, self.momentum_projector(h)], 1)) for h in taught
-            ]  # N C + d
+            taught = [all_gather_no_grad(torch.cat([h, self.momentum_projector(h)], 1)) for h in taught]  # N C + d
         seen, keys = zip(*(t.tensor_split([features[0].shape[1]], 1) for t in taught), strict=True)
         queries = [self.predictor(self.projector(h)) for h in features]  # B d
         first, t = rank() * len(queries[0]), self.cfg.temperature
@@ -141,8 +139,7 @@ class MoCoV3(nn.Module):
         return {
             "loss": loss_1 + loss_2,
             "accuracy": (right_1 + right_2) / 2,
-            "feature_std": (feature_std(seen[0]) + feature_std(seen[1]))
-            / 2,  # of the teacher, over all processes
+            "feature_std": (feature_std(seen[0]) + feature_std(seen[1])) / 2,  # of the teacher, over all processes
             "feature_rank": (feature_rank(keys[0]) + feature_rank(keys[1])) / 2,
         }
 

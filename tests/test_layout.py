@@ -96,6 +96,4 @@ def test_folders_are_imported_as_parts_of_gcssl() -> None:
     ]:
         bare = {name.split(".")[0] for name in imports_of(path)} & {"models", "eval", "configs"}
         assert not bare, f"{path} imports {bare}"
-        assert not {name for name in imports_of(path) if name.startswith("ssl.")} - {
-            "ssl.create_default_context"
-        }
+        assert not {name for name in imports_of(path) if name.startswith("ssl.")} - {"ssl.create_default_context"}

@@ -31,9 +31,7 @@ def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("batch_size", [7, 256])
-def test_each_image_once_and_in_the_order_asked(
-    folder: Path, accelerator: Accelerator, batch_size: int
-) -> None:
+def test_each_image_once_and_in_the_order_asked(folder: Path, accelerator: Accelerator, batch_size: int) -> None:
     images, model = open_data(DataConfig(path=str(folder)), SIZE).train, nano()
     indices = np.array([5, 60, 2, 33, 33, 41, 0, 17])
     got = extract(model, images, indices, accelerator, Crop(SIZE, 0.875), batch_size, kinds=KINDS)
@@ -89,9 +87,7 @@ def test_random_crops_are_a_function_of_seed_epoch_and_image(folder: Path, accel
         assert ((other - base).abs().amax(1) > 1e-4).all()
 
 
-def test_bf16_is_close_to_fp32_and_other_precisions_are_refused(
-    folder: Path, accelerator: Accelerator
-) -> None:
+def test_bf16_is_close_to_fp32_and_other_precisions_are_refused(folder: Path, accelerator: Accelerator) -> None:
     images, model = open_data(DataConfig(path=str(folder)), SIZE).train, nano()
     full = extract(model, images, np.arange(6), accelerator).x["last"]
     half = extract(model, images, np.arange(6), accelerator, precision="bf16").x["last"]

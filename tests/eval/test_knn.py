@@ -21,9 +21,7 @@ from gcssl.models.build import backbone_info, build_backbone
 BACKENDS = ("faiss", "torch")
 
 
-def clusters(
-    n: int, seed: int, dim: int = 24, n_classes: int = 7, spread: float = 2.0
-) -> tuple[Tensor, Tensor]:
+def clusters(n: int, seed: int, dim: int = 24, n_classes: int = 7, spread: float = 2.0) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     centre = torch.randn(n_classes, dim, generator=torch.Generator().manual_seed(99))
     y = torch.arange(n) % n_classes
@@ -65,9 +63,7 @@ def test_temperature_weights_the_votes() -> None:
 def test_both_backends_find_the_same_neighbours_with_many_ties() -> None:
     g = torch.Generator().manual_seed(3)
     few = torch.nn.functional.normalize(torch.randn(6, 16, generator=g), dim=1)
-    bank = few[
-        torch.randint(6, (900,), generator=g)
-    ]  # about 150 copies of each vector, far more than k + margin
+    bank = few[torch.randint(6, (900,), generator=g)]  # about 150 copies of each vector, far more than k + margin
     queries = torch.cat([few, torch.nn.functional.normalize(torch.randn(10, 16, generator=g), dim=1)])
     results = [search(bank, queries, 20, backend) for backend in BACKENDS]
     assert torch.equal(results[0][1], results[1][1])
@@ -91,9 +87,7 @@ def test_nearly_collapsed_features_are_ordered_in_float64() -> None:
     bank = torch.nn.functional.normalize(1 + 2e-3 * torch.randn(3000, 32, generator=g), dim=1)
     queries = torch.nn.functional.normalize(1 + 2e-3 * torch.randn(20, 32, generator=g), dim=1)
     sims = (queries.double() @ bank.double().T).mul(1e9).round()
-    want = torch.stack(
-        [torch.tensor(sorted(range(3000), key=lambda i: (-r[i].item(), i))[:50]) for r in sims]
-    )
+    want = torch.stack([torch.tensor(sorted(range(3000), key=lambda i: (-r[i].item(), i))[:50]) for r in sims])
     for backend in BACKENDS:
         assert torch.equal(search(bank, queries, 50, backend)[1], want)
 
@@ -183,9 +177,7 @@ def make_run(path: Path, folder: Path) -> Path:
     model = build_backbone("gcvit_nano", 64, window_ratio=[16, 16, 16, 32])
     path.mkdir()
     (path / "config.yaml").write_text(dump_config(cfg))
-    write_backbone(
-        path, model.state_dict(), backbone_info(model, step=7, objective="simmim", encoder="student")
-    )
+    write_backbone(path, model.state_dict(), backbone_info(model, step=7, objective="simmim", encoder="student"))
     return path
 
 
@@ -220,11 +212,7 @@ def test_a_run_refuses_another_model(
     assert "\n" not in str(error.value) and not (path / "eval").exists()
 
 
-def test_a_run_can_be_judged_at_another_legal_size(
-    folder: Path, tmp_path: Path, accelerator: Accelerator
-) -> None:
+def test_a_run_can_be_judged_at_another_legal_size(folder: Path, tmp_path: Path, accelerator: Accelerator) -> None:
     path = make_run(tmp_path / "run", folder)
-    result = run(
-        KnnConfig(backbone=str(path), ks=[5], model=ModelConfig(name="", img_size=[64, 96])), accelerator
-    )
+    result = run(KnnConfig(backbone=str(path), ks=[5], model=ModelConfig(name="", img_size=[64, 96])), accelerator)
     assert result["crop"]["size"] == [64, 96]

@@ -235,9 +235,7 @@ def test_without_a_test_split_the_held_out_slice_is_the_test(
     assert not where[0] & where[1]
 
 
-def test_images_without_labels_are_refused_in_one_line(
-    folder: Path, tmp_path: Path, accelerator: Accelerator
-) -> None:
+def test_images_without_labels_are_refused_in_one_line(folder: Path, tmp_path: Path, accelerator: Accelerator) -> None:
     with pytest.raises(UserError, match="no labels") as error:
         run(config(folder / "train" / "red", tmp_path), accelerator)
     assert "\n" not in str(error.value)
@@ -273,9 +271,7 @@ def test_make_grid_starts_at_zero() -> None:
     assert list(grid.weight) == ["stages34"] and not grid.weight["stages34"].any()
 
 
-def test_the_program_reads_a_yaml_and_keys(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_program_reads_a_yaml_and_keys(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     yaml = Path(__file__).parents[2] / "configs" / "eval" / "linear_probe.yaml"
     keys = [

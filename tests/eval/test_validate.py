@@ -59,9 +59,7 @@ def test_each_image_counts_once_with_the_checkpoints_own_crop(
     assert json.loads((tmp_path / "out" / "validate.json").read_text())["n_test"] == 27
 
 
-def test_crop_size_and_interpolation_can_be_asked_for(
-    folder: Path, tmp_path: Path, accelerator: Accelerator
-) -> None:
+def test_crop_size_and_interpolation_can_be_asked_for(folder: Path, tmp_path: Path, accelerator: Accelerator) -> None:
     export(tmp_path / "m")
     asked = {"crop_pct": 0.9, "interpolation": "bicubic", "model": ModelConfig(name="", img_size=96)}
     result = run(config(tmp_path / "m", folder, tmp_path / "out", **asked), accelerator)

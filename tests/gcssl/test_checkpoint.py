@@ -104,9 +104,7 @@ def test_shared_and_strided_tensors(tmp_path: Path) -> None:
     loaded = load_checkpoint(tmp_path)
     assert loaded is not None
     for name, value in tensors.items():
-        assert (
-            torch.equal(loaded.tensors["m"][name], value) and loaded.tensors["m"][name].dtype == value.dtype
-        )
+        assert torch.equal(loaded.tensors["m"][name], value) and loaded.tensors["m"][name].dtype == value.dtype
 
 
 def flip(path: Path) -> None:
@@ -362,9 +360,7 @@ def test_the_backbone_comes_back_and_damage_is_seen(tmp_path: Path) -> None:
         read_backbone(tmp_path / "nothing")
 
 
-def test_atomic_write_keeps_the_old_content_when_it_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_atomic_write_keeps_the_old_content_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.json"
     atomic_write(path, json.dumps({"a": 1}))
 
@@ -374,6 +370,4 @@ def test_atomic_write_keeps_the_old_content_when_it_fails(
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(OSError, match="No space"):
         atomic_write(path, "new")
-    assert [file.name for file in tmp_path.iterdir()] == ["x.json"] and json.loads(path.read_text()) == {
-        "a": 1
-    }
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"] and json.loads(path.read_text()) == {"a": 1}

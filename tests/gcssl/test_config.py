@@ -128,12 +128,8 @@ def test_refusals(argument: str, line: str) -> None:
 def test_an_objective_must_be_chosen_and_keeps_to_its_keys() -> None:
     with pytest.raises(UserError, match="objective.name: not given, expected one of pixels, pairs, both"):
         load()
-    assert refusal("objective.name=pairs", "objective.mask_ratio=.5").startswith(
-        "objective.mask_ratio: no such"
-    )
-    assert refusal("objective.name=both", "objective.mode=max").startswith(
-        "objective.mode: given max, expected one"
-    )
+    assert refusal("objective.name=pairs", "objective.mask_ratio=.5").startswith("objective.mask_ratio: no such")
+    assert refusal("objective.name=both", "objective.mode=max").startswith("objective.mode: given max, expected one")
 
 
 @pytest.mark.parametrize(
@@ -164,9 +160,7 @@ def test_the_environment_is_read_only_when_the_command_line_says_so(
     monkeypatch.setenv("GCSSL_TEST", "secret")
     path = tmp_path / "x.yaml"
     path.write_text("out: ${oc.env:GCSSL_TEST}\nallow_env: true\n")
-    assert refusal(str(path)).startswith(
-        "out: ${oc.env:GCSSL_TEST} reads the environment; put allow_env=true"
-    )
+    assert refusal(str(path)).startswith("out: ${oc.env:GCSSL_TEST} reads the environment; put allow_env=true")
     assert "reads the environment" in refusal("out=${oc.decode:${oc.env:GCSSL_TEST}}")
     assert load(str(path), "objective.name=pixels", "allow_env=true").out == "secret"
     path.write_text("allow_env: true\n")
@@ -195,9 +189,7 @@ def test_diff_names_each_changed_key_once() -> None:
     )
     assert diff_configs(old, new) == ["train.steps: null -> 5"]
     assert diff_configs(old, old) == []
-    assert "objective.mask_ratio: 0.6 -> (absent)" in diff_configs(
-        old, config_dict(load("objective.name=pairs"))
-    )
+    assert "objective.mask_ratio: 0.6 -> (absent)" in diff_configs(old, config_dict(load("objective.name=pairs")))
 
 
 def test_the_shared_tables_name_real_keys() -> None:

@@ -1,4 +1,4 @@
-"""Every layout people have opens with the right labels, every colour mode decodes right, every mistake is one line."""
+"""Every layout opens with the right labels, every colour mode decodes right, every mistake is one line."""
 
 import csv
 import io
@@ -71,7 +71,7 @@ def refused(path: Path | str, **changes: object) -> str:
     return text
 
 
-# --- layouts ---------------------------------------------------------------------------------------------------
+# --- layouts
 
 
 @pytest.mark.parametrize("val", ["val", "validation", "valid", "test"])
@@ -108,7 +108,12 @@ def test_one_tree_of_classes_and_flat_folders(tmp_path: Path) -> None:
     for file in (tmp_path / "b").glob("*/*.png"):
         shutil.move(file, tmp_path / "b" / file.name)
     flat = opened(tmp_path / "b")
-    assert len(flat.train) == 9 and flat.train.labels is None and flat.train.classes is None and flat.test is None
+    assert (
+        len(flat.train) == 9
+        and flat.train.labels is None
+        and flat.train.classes is None
+        and flat.test is None
+    )
     write_tree(tmp_path / "c" / "train", classes=("cat",))
     assert opened(tmp_path / "c").train.labels is None  # one class says nothing
 
@@ -132,7 +137,9 @@ def kaggle(root: Path) -> Path:
     for stem, name in rows:
         (inner / "val" / f"{stem}.png").write_bytes(encoded(COLOURS[name]))
     with (root / "LOC_val_solution.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("ImageId", "PredictionString"), *((a, f"{b} 1 2 3 4 ") for a, b in rows)])
+        csv.writer(file).writerows(
+            [("ImageId", "PredictionString"), *((a, f"{b} 1 2 3 4 ") for a, b in rows)]
+        )
     return inner
 
 
@@ -272,7 +279,9 @@ def test_columns_are_found_or_asked_for(tmp_path: Path) -> None:
     two.to_parquet(tmp_path / "train.parquet")
     assert "expected one of kind, colour" in refused(tmp_path)
     assert_labels_match_pixels(opened(tmp_path, label_column="kind").train)
-    assert "expected one of the columns image, caption, kind, colour" in refused(tmp_path, image_column="nope")
+    assert "expected one of the columns image, caption, kind, colour" in refused(
+        tmp_path, image_column="nope"
+    )
     assert "expected one of the columns" in refused(tmp_path, label_column="nope")
     pq.write_table(pa.table({"text": ["a"], "n": [1]}), tmp_path / "train.parquet")
     assert "no image column" in refused(tmp_path) and "text, n" in refused(tmp_path)
@@ -280,13 +289,15 @@ def test_columns_are_found_or_asked_for(tmp_path: Path) -> None:
 
 def test_labels_are_read_without_decoding_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table(6).to_parquet(tmp_path / "train.parquet")
-    monkeypatch.setattr(datasets.Image, "decode_example", lambda *a, **k: pytest.fail("an image was decoded"))
+    monkeypatch.setattr(
+        datasets.Image, "decode_example", lambda *_, **__: pytest.fail("an image was decoded")
+    )
     splits = opened(tmp_path)
     assert splits.train.labels is not None and splits.train.labels.tolist() == [0, 1, 2, 0, 1, 2]
     assert_labels_match_pixels(splits.train)
 
 
-# --- mistakes --------------------------------------------------------------------------------------------------
+# --- mistakes
 
 
 def test_missing_and_empty_paths(tmp_path: Path) -> None:
@@ -308,10 +319,12 @@ def test_damaged_containers(tmp_path: Path) -> None:
 
 
 def test_a_hub_name_that_is_not_there(tmp_path: Path) -> None:
-    assert "no such dataset on the Hub or in its cache" in refused("gcssl-nobody/gcssl-nothing", cache_dir=str(tmp_path))
+    assert "no such dataset on the Hub or in its cache" in refused(
+        "gcssl-nobody/gcssl-nothing", cache_dir=str(tmp_path)
+    )
 
 
-# --- held-out slice --------------------------------------------------------------------------------------------
+# --- held-out slice
 
 
 def images_of(labels: np.ndarray | None, n: int = 0, fingerprint: str = "f") -> Images:
@@ -319,7 +332,7 @@ def images_of(labels: np.ndarray | None, n: int = 0, fingerprint: str = "f") -> 
         def __len__(self) -> int:
             return n if labels is None else len(labels)
 
-        def read(self, i: int) -> bytes:
+        def read(self, _i: int) -> bytes:
             return b""
 
         def where(self, i: int) -> str:
@@ -357,7 +370,7 @@ def test_select_keeps_labels_and_images_together(tmp_path: Path) -> None:
     assert part.where(0).endswith("dog_2.png")
 
 
-# --- decoding --------------------------------------------------------------------------------------------------
+# --- decoding
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -420,11 +433,17 @@ def test_exif_turns_and_gifs_show_their_first_frame() -> None:
 
 def bomb() -> bytes:
     """A PNG of 20000 x 20000 black pixels in a few hundred kB."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10**6))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(10**6)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def test_damaged_files_are_bad_images_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,7 +451,15 @@ def test_damaged_files_are_bad_images_with_one_line(tmp_path: Path, monkeypatch:
     jpeg, png = saved(noise, "jpeg"), saved(noise, "png")
     flipped = bytearray(png)
     flipped[len(png) // 2] ^= 255
-    cases = [b"", b"\x00" * 100, b"<html>\n</html>", jpeg[: len(jpeg) // 2], png[: len(png) // 2], bytes(flipped), bomb()]
+    cases = [
+        b"",
+        b"\x00" * 100,
+        b"<html>\n</html>",
+        jpeg[: len(jpeg) // 2],
+        png[: len(png) // 2],
+        bytes(flipped),
+        bomb(),
+    ]
     for data in cases:
         with pytest.raises(BadImage) as caught:
             decode(data)

@@ -17,9 +17,7 @@ def steps_of(folder: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def run(
-    folder: Path, first: int, last: int, total: int = 10, every: int = 2, trackers: tuple[str, ...] = ()
-) -> RunLog:
+def run(folder: Path, first: int, last: int, total: int = 10, every: int = 2, trackers: tuple[str, ...] = ()) -> RunLog:
     log = RunLog(folder, total, first, every, trackers, enabled=True)
     for step in range(first + 1, last + 1):
         log.step(step, {"loss": 1.0 / step}, 8, data_wait=0.001)
@@ -108,7 +106,5 @@ def test_tensorboard_starts_silently(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from gcssl.log import RunLog\n"
         "RunLog(Path(sys.argv[1]), 1, 0, 1, ('tensorboard',), True).close()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -41,9 +41,7 @@ def test_only_matrices_decay_and_each_parameter_is_in_one_group() -> None:
     names = [name for group in groups for name in group["names"]]
     assert sorted(names) == sorted(name for name, p in net.named_parameters() if p.requires_grad)
     decayed = {name for group in groups if group["decay"] for name in group["names"]}
-    assert (
-        decayed == DECAYED
-    )  # no bias table, bias, norm, token, scale, nor what no_decay names inside a part
+    assert decayed == DECAYED  # no bias table, bias, norm, token, scale, nor what no_decay names inside a part
     assert all(group["weight_decay"] == (0.05 if group["decay"] else 0.0) for group in groups)
     assert [len(group["params"]) for group in groups] == [len(group["names"]) for group in groups]
 
@@ -101,9 +99,7 @@ def test_lr_in_closed_form() -> None:
     assert lr_at(total, total, warmup, lr, end) == pytest.approx(end)
     rising = [lr_at(step, total, warmup, lr, end) for step in range(total)]
     assert rising[:11] == sorted(rising[:11]) and rising[10:] == sorted(rising[10:], reverse=True)
-    assert (
-        lr_at(0, 5, 0, lr, end) == lr and lr_at(3, 3, 10, lr, 0.0) > 0
-    )  # no warm-up; warm-up longer than the run
+    assert lr_at(0, 5, 0, lr, end) == lr and lr_at(3, 3, 10, lr, 0.0) > 0  # no warm-up; warm-up longer than the run
 
 
 def test_cosine_ends() -> None:

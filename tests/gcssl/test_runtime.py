@@ -86,9 +86,7 @@ def used(folder: Path, cfg: PretrainConfig, global_batch: int | None = None) -> 
         (ValueError("broken"), 1, "ValueError: broken"),
     ],
 )
-def test_entry_maps_errors_to_exit_codes(
-    tmp_path: Path, error: Exception | None, code: int, line: str
-) -> None:
+def test_entry_maps_errors_to_exit_codes(tmp_path: Path, error: Exception | None, code: int, line: str) -> None:
     left, told = leave(error, tmp_path)
     assert left == code
     assert told.strip().splitlines()[-1:] == ([line] if line else [])
@@ -372,10 +370,7 @@ def test_fp16_needs_a_gpu() -> None:
 def test_deterministic_turns_nondeterministic_kernels_off_and_on() -> None:
     try:
         make_accelerator(TrainConfig(deterministic=True), RuntimeConfig())
-        assert (
-            torch.are_deterministic_algorithms_enabled()
-            and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-        )
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         make_accelerator(TrainConfig(), RuntimeConfig())
     assert not torch.are_deterministic_algorithms_enabled()

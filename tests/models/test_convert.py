@@ -84,9 +84,7 @@ def test_the_layout_of_june_2022_is_refused() -> None:
         load_weights(nano(), old)
 
 
-@pytest.mark.parametrize(
-    "wrap", ["bare", "state_dict", "model", "module.", "ema", "Namespace", "safetensors"]
-)
+@pytest.mark.parametrize("wrap", ["bare", "state_dict", "model", "module.", "ema", "Namespace", "safetensors"])
 def test_wrappers_and_files(wrap: str, tmp_path: Path) -> None:
     source, other, target = nano().state_dict(), nano(1).state_dict(), nano(2)
     path = tmp_path / "weights.pth.tar"
@@ -108,9 +106,7 @@ def test_wrappers_and_files(wrap: str, tmp_path: Path) -> None:
 # ---- what is said about a state dict
 
 
-@pytest.mark.parametrize(
-    "kw", [{}, {"window_ratio": [16, 16, 16, 32]}, {"layer_scale": 1e-5, "num_classes": 0}]
-)
+@pytest.mark.parametrize("kw", [{}, {"window_ratio": [16, 16, 16, 32]}, {"layer_scale": 1e-5, "num_classes": 0}])
 def test_describe(kw: dict) -> None:
     model = nano(**kw)
     found = describe(model.state_dict())
@@ -166,9 +162,7 @@ def test_another_architecture_is_refused_and_named() -> None:
     model = nano()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     wide = nano(embed_dim=64, depths=[2, 2, 3, 2], num_heads=[2, 4, 8, 16]).state_dict()
-    with pytest.raises(
-        UserError, match=r"embed_dim 64 \(the model has 32\).*depths \[2, 2, 3, 2\]"
-    ) as caught:
+    with pytest.raises(UserError, match=r"embed_dim 64 \(the model has 32\).*depths \[2, 2, 3, 2\]") as caught:
         load_weights(model, wide)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="layer scale in the file"):

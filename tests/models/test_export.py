@@ -114,9 +114,7 @@ def test_compare_sees_a_wrong_weight() -> None:
     other = build_backbone("gcvit_nano", img_size=64).eval()
     other.load_state_dict(model.state_dict())
     assert compare(model, other) == 0
-    other.stages[2].blocks[1].attn.rel_pos.relative_position_bias_table.data += (
-        torch.arange(49)[:, None] * 1e-2
-    )
+    other.stages[2].blocks[1].attn.rel_pos.relative_position_bias_table.data += torch.arange(49)[:, None] * 1e-2
     with pytest.raises(UserError, match="differ"):
         compare(model, other)
     other.stem.conv1.weight.data.fill_(float("nan"))

@@ -21,9 +21,7 @@ def randomise(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
         noise = torch.randn(p.shape, generator=generator)
-        p.data = (
-            0.5 * noise + (1 if p.ndim == 1 else 0) if p.ndim == 1 else noise / max(1, p[0].numel()) ** 0.5
-        )
+        p.data = 0.5 * noise + (1 if p.ndim == 1 else 0) if p.ndim == 1 else noise / max(1, p[0].numel()) ** 0.5
     return model.eval()
 
 
@@ -65,9 +63,7 @@ def check_equals_timm(ours: GCViT, theirs: nn.Module, size: int | tuple[int, int
              pytest.param(256, marks=pytest.mark.slow), pytest.param(384, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_equals_timm_at_any_size(size: int | tuple[int, int]) -> None:
-    check_equals_timm(
-        nano(img_size=size, num_classes=7), GlobalContextVit(img_size=size, num_classes=7, **NANO), size
-    )
+    check_equals_timm(nano(img_size=size, num_classes=7), GlobalContextVit(img_size=size, num_classes=7, **NANO), size)
 
 
 @pytest.mark.parametrize("ratio", [(16, 16, 16, 32), (8, 16, 32, 32), (64, 32, 16, 64)])
@@ -121,8 +117,7 @@ def test_parameters_and_macs(name: str) -> None:
         body = build_backbone(name)
     assert sum(p.numel() for p in model.parameters()) == TABLE[name][0]
     assert (
-        sum(p.numel() for p in body.parameters())
-        == TABLE[name][0] - 1001 * 1000 + (1000 - model.num_features) * 1000
+        sum(p.numel() for p in body.parameters()) == TABLE[name][0] - 1001 * 1000 + (1000 - model.num_features) * 1000
     )
     assert counter.get_total_flops() / 2e9 == pytest.approx(TABLE[name][1], rel=0.005)
 

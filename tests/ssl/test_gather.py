@@ -31,9 +31,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "2",
         str(SCRIPT),
     ]
-    done = subprocess.run(
-        [*command, str(out)], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([*command, str(out)], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = torch.load(out, weights_only=True)
     return found
@@ -46,9 +44,7 @@ def test_two_processes_equal_one_on_the_joined_batch(results: dict[str, Any], ca
     for kind in ("logged", "norms", "grads"):
         assert many[kind].keys() == one[kind].keys()
         for name, value in one[kind].items():
-            tight = (
-                {"atol": 1e-9, "rtol": 1e-7} if value.dtype == torch.float64 else {"atol": 1e-4, "rtol": 1e-4}
-            )
+            tight = {"atol": 1e-9, "rtol": 1e-7} if value.dtype == torch.float64 else {"atol": 1e-4, "rtol": 1e-4}
             torch.testing.assert_close(many[kind][name], value, **tight, msg=lambda m, n=name: f"{n}: {m}")
     assert one["grads"] and all(g.abs().sum() > 0 for g in one["grads"].values())
 

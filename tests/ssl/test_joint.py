@@ -118,9 +118,7 @@ def test_keys_of_the_parts_arrive(make_objective: Make) -> None:
 
 def test_teacher_follows_once_a_step_and_stays_in_eval_mode(make_objective: Make) -> None:
     joint = make_objective("joint", total_steps=10).train()
-    assert (
-        joint.encoder.training and not joint.teacher.training and not joint.view.momentum_projector.training
-    )
+    assert joint.encoder.training and not joint.teacher.training and not joint.view.momentum_projector.training
     start = joint.teacher.stem.conv1.weight.clone()
     with torch.no_grad():
         joint.encoder.stem.conv1.weight.add_(1.0)

@@ -10,18 +10,14 @@ from gcssl.runtime import rng
 from gcssl.ssl.masking import check_ratio, check_unit, default_unit, draw_mask, hide_pixels, upsample_mask
 
 
-@pytest.mark.parametrize(
-    "side, unit", [(64, 8), (96, 16), (128, 16), (160, 16), (192, 32), (224, 32), (512, 32)]
-)
+@pytest.mark.parametrize("side, unit", [(64, 8), (96, 16), (128, 16), (160, 16), (192, 32), (224, 32), (512, 32)])
 def test_default_unit_fits(side: int, unit: int) -> None:
     assert default_unit((side, side)) == unit
     check_unit((side, side), default_unit((side, side)))
     check_unit((side, 2 * side), default_unit((side, 2 * side)))
 
 
-@pytest.mark.parametrize(
-    "size, unit", [((64, 64), 6), ((64, 64), 48), ((64, 64), 64), ((96, 64), 24), ((64, 64), 0)]
-)
+@pytest.mark.parametrize("size, unit", [((64, 64), 6), ((64, 64), 48), ((64, 64), 64), ((96, 64), 24), ((64, 64), 0)])
 def test_units_that_do_not_fit_are_refused_with_the_legal_ones(size: tuple[int, int], unit: int) -> None:
     with pytest.raises(UserError, match=rf"mask_unit={unit} does not fit .* one of \[4, 8, 16, 32\]"):
         check_unit(size, unit)

@@ -68,9 +68,7 @@ def test_info_nce_similarities_are_fp32_under_autocast() -> None:
 
 def test_feature_std_of_spread_and_collapsed_features() -> None:
     assert feature_std(torch.randn(4096, 64)).item() == pytest.approx(1.0, abs=0.02)
-    assert feature_std(torch.randn(1, 64).expand(100, 64) * torch.rand(100, 1)).item() == pytest.approx(
-        0, abs=1e-5
-    )
+    assert feature_std(torch.randn(1, 64).expand(100, 64) * torch.rand(100, 1)).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_feature_rank_counts_directions() -> None:
@@ -169,9 +167,7 @@ def test_gradient_reaches_the_student_and_not_the_teacher(make_objective: Make, 
     out["loss"].backward()
     teacher = ("teacher.", "momentum_projector.")
     for name, p in objective.named_parameters():
-        assert (
-            (p.grad is None and not p.requires_grad) if name.startswith(teacher) else p.grad.isfinite().all()
-        ), name
+        assert (p.grad is None and not p.requires_grad) if name.startswith(teacher) else p.grad.isfinite().all(), name
     assert objective.encoder.stem.conv1.weight.grad.abs().sum() > 0
     assert not [key for key in set(out) - {"loss"} if out[key].requires_grad]
 
@@ -208,9 +204,7 @@ def test_teacher_drops_no_path_in_training(make_objective: Make, make_encoder: M
     assert not torch.equal(objective.encoder(x), objective.encoder(x))
 
 
-def test_noise_of_each_view_reaches_the_student(
-    make_objective: Make, make_encoder: Make, make_batch: Make
-) -> None:
+def test_noise_of_each_view_reaches_the_student(make_objective: Make, make_encoder: Make, make_batch: Make) -> None:
     objective, batch = make_objective("mocov3", make_encoder(drop_path=0.5)).train(), make_batch(4, views=2)
     batch["noise"] = [torch.rand(objective.encoder.n_noise, 4) for _ in range(2)]
     loss = objective(batch, 0)["loss"]

@@ -150,9 +150,7 @@ def test_pictures_show_what_is_hidden_and_predicted(make_objective: Make, make_b
     torch.testing.assert_close(shown["hidden"][hidden], mean[hidden])
 
 
-@pytest.mark.parametrize(
-    "cfg", [{"mask_unit": 12}, {"mask_unit": 64}, {"mask_ratio": 1.0}, {"mask_ratio": 0.999}]
-)
+@pytest.mark.parametrize("cfg", [{"mask_unit": 12}, {"mask_unit": 64}, {"mask_ratio": 1.0}, {"mask_ratio": 0.999}])
 def test_masks_that_do_not_fit_are_refused(make_objective: Make, cfg: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="objective.mask_"):
         make_objective("simmim", **cfg)

@@ -56,9 +56,7 @@ def make_objective(cfg: dict[str, Any]) -> Any:
 def run(cfg: dict[str, Any], share: slice) -> dict[str, Any]:
     objective = make_objective(cfg)
     batch = make_batch(share, objective.encoder.n_noise)
-    model = (
-        DistributedDataParallel(objective, broadcast_buffers=False) if dist.is_initialized() else objective
-    )
+    model = DistributedDataParallel(objective, broadcast_buffers=False) if dist.is_initialized() else objective
     out = model(batch, 0)
     norms = objective.grad_norms(out) if hasattr(objective, "grad_norms") else {}
     out["loss"].backward()

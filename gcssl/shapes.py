@@ -1,8 +1,10 @@
 """`data.path=shapes`: a generated set whose class is the kind of object, not its colour, place, size or pose.
 
-An image shows a few objects of one class (a silhouette with a texture; all silhouettes have the same area), each in
-colours of its own, on a shaded and noisy ground with bits of clutter. Image i of a split is a pure function of the split,
-i and the size, in integer arithmetic alone, so that it has the same bytes on every machine; it is drawn when read.
+An image shows two objects of one class, a silhouette with a texture (both silhouettes have the same area), each in
+two colours of its own, on a shaded ground with bits of clutter. Image i of a split is a pure function of the
+split, i and the size, in integer arithmetic alone, so that it has the same bytes on every machine; drawn when read.
+
+Its difficulty was fixed before any recipe was tuned on it: kNN on an untrained gcvit_nano is right for 15 to 35 %.
 """
 
 from collections.abc import Callable
@@ -14,8 +16,8 @@ from PIL import Image
 from gcssl.errors import UserError
 from gcssl.sources import Raw
 
-SILHOUETTES = ("disc", "square", "triangle", "cross", "ring")
-TEXTURES = ("stripes", "checks")
+SILHOUETTES = ("disc", "cross")
+TEXTURES = ("plain", "stripes", "checks", "spot", "dots")
 CLASSES = [f"{texture} {silhouette}" for silhouette in SILHOUETTES for texture in TEXTURES]
 SPLITS = {"train": 1, "test": 2}  # streams that never meet
 UNIT = 64  # steps a pixel; every coordinate is an integer number of them
@@ -28,6 +30,9 @@ QUARTER = (
     865, 878, 891, 903, 915, 926, 936, 946, 955, 964, 972, 980, 987, 993, 999, 1004, 1009, 1013, 1016,
     1019, 1021, 1023, 1024, 1024,
 )  # fmt: skip
+
+
+Colour = tuple[int, int, int]
 
 
 def sine(angle: int) -> int:
@@ -60,7 +65,7 @@ class Draws:
         """Uniform in low..high, both included."""
         return low + self.below(high - low + 1)
 
-    def colour(self) -> tuple[int, int, int]:
+    def colour(self) -> Colour:
         bits = self.next()
         return bits & 255, bits >> 8 & 255, bits >> 16 & 255
 
@@ -69,34 +74,30 @@ def _disc(u: np.ndarray, v: np.ndarray, r: int) -> np.ndarray:
     return u * u + v * v <= r * r
 
 
-def _square(u: np.ndarray, v: np.ndarray, r: int) -> np.ndarray:
-    return np.maximum(abs(u), abs(v)) <= r * 907 >> 10
-
-
-def _triangle(u: np.ndarray, v: np.ndarray, r: int) -> np.ndarray:
-    inner = r * 796 >> 10  # radius of the inscribed circle
-    return (v <= inner) & (887 * abs(u) - 512 * v <= inner * 1024)  # 1024 times cos and sin of 30 degrees
-
-
 def _cross(u: np.ndarray, v: np.ndarray, r: int) -> np.ndarray:
     arm = r * 406 >> 10
     u, v = abs(u), abs(v)
     return ((u <= arm) & (v <= 3 * arm)) | ((v <= arm) & (u <= 3 * arm))
 
 
-def _ring(u: np.ndarray, v: np.ndarray, r: int) -> np.ndarray:
-    square = (u * u + v * v) * 16
-    return (square <= 25 * r * r) & (square >= 9 * r * r)
-
-
 # inside(u, v, r): is the point (u, v), seen from the object's centre in its own axes, in it; each covers pi r^2
-INSIDE: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
-    "disc": _disc,
-    "square": _square,
-    "triangle": _triangle,
-    "cross": _cross,
-    "ring": _ring,
-}
+INSIDE: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {"disc": _disc, "cross": _cross}
+
+
+def _texture(name: str, u: np.ndarray, v: np.ndarray, r: int, draws: Draws) -> np.ndarray:
+    """Where the object has its second colour; u, v, r as for INSIDE."""
+    period = max(1, r * draws.between(40, 50) >> 6)
+    shift, other = draws.below(2 * period), draws.below(2 * period)
+    if name == "plain":
+        return np.zeros(np.broadcast(u, v).shape, bool)
+    if name == "stripes":
+        return (u + shift) // period + 0 * v & 1 == 1
+    if name == "checks":
+        return (u + shift) // period + (v + other) // period & 1 == 1
+    if name == "spot":
+        return 3 * (u * u + v * v) < r * r
+    across, down = (u + shift) % period - period // 2, (v + other) % period - period // 2
+    return 9 * (across * across + down * down) < period * period
 
 
 @dataclass(frozen=True)
@@ -134,17 +135,17 @@ def draw(split: int, i: int, label: int, size: tuple[int, int]) -> np.ndarray:
     height, width = size
     side = min(size) * UNIT
     canvas = _ground(draws, height, width)
-    for _ in range(draws.between(8, 14)):
-        r = side * draws.between(20, 60) >> 10
-        inside = _BITS[draws.below(2)]
-        _place(canvas, draws, _anywhere(draws, size), r, inside, None)
+    for _ in range(draws.between(4, 8)):
+        colours = draws.colour(), draws.colour()
+        _place(
+            canvas, draws, _anywhere(draws, size), side * draws.between(20, 50) >> 10, _BITS[draws.below(2)], colours
+        )
     silhouette, texture = SILHOUETTES[label // len(TEXTURES)], TEXTURES[label % len(TEXTURES)]
     centres: list[tuple[int, int]] = []
-    for _ in range(draws.between(3, 4)):
-        r = side * draws.between(120, 190) >> 10
-        centre = _apart(draws, size, centres, side * 400 >> 10)
-        centres.append(centre)
-        _place(canvas, draws, centre, r, INSIDE[silhouette], texture)
+    for _ in range(2):
+        centres.append(_apart(draws, size, centres, side * 420 >> 10))
+        radius = side * draws.between(260, 330) >> 10
+        _place(canvas, draws, centres[-1], radius, INSIDE[silhouette], _two_colours(draws), texture)
     return canvas
 
 
@@ -174,27 +175,15 @@ def _apart(draws: Draws, size: tuple[int, int], others: list[tuple[int, int]], g
 
 
 def _ground(draws: Draws, height: int, width: int) -> np.ndarray:
-    """A shade from one colour to another across the image, with noise: uint8 H W 3."""
-    first, angle = draws.colour(), draws.below(TURN)
-    second = [min(255, max(0, c + draws.between(-70, 70))) for c in first]
+    """A shade from one colour to another across the image: uint8 H W 3."""
+    first, angle = [draws.between(98, 158) for _ in range(3)], draws.below(TURN)
+    second = [channel + draws.between(-30, 30) for channel in first]
     c, s = sine(angle + TURN // 4), sine(angle)
     y = np.arange(height, dtype=np.int64)[:, None] * 2 - height + 1
     x = np.arange(width, dtype=np.int64)[None, :] * 2 - width + 1
     across = (y * s + x * c) * 128 // (1024 * (height + width)) + 128  # 0..255
     shade = np.array(first) * 256 + across[..., None] * (np.array(second) - np.array(first))
-    noise = _noise(draws.next(), height * width * 3).reshape(height, width, 3)
-    return np.clip((shade >> 8) + noise, 0, 255).astype(np.uint8)
-
-
-def _noise(key: int, n: int) -> np.ndarray:
-    """Integers around 0 (sum of two bytes, spread about 18): int64 n."""
-    z = np.arange((n + 3) // 4, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    halves = [(z >> np.uint64(16 * k)) & np.uint64(0xFFFF) for k in range(4)]
-    values = np.stack(halves, 1).reshape(-1)[:n].astype(np.int64)
-    return ((values & 255) + (values >> 8) - 255) * 44 >> 8
+    return np.clip(shade >> 8, 0, 255).astype(np.uint8)
 
 
 def _place(
@@ -203,9 +192,10 @@ def _place(
     centre: tuple[int, int],
     r: int,
     inside: Callable[[np.ndarray, np.ndarray, int], np.ndarray],
-    texture: str | None,
+    colours: tuple[Colour, Colour],
+    texture: str = "plain",
 ) -> None:
-    """Paint one object into canvas (H W 3): two colours in its texture, or one; touches its box alone."""
+    """Paint one object of radius r (in 1/64 px) into canvas (H W 3); touches its box alone."""
     angle, reach = draws.below(TURN), (r * 5 >> 1) + UNIT
     top, left = (max(0, (c - reach) // UNIT) for c in centre)
     bottom, right = (min(n, (c + reach) // UNIT + 1) for c, n in zip(centre, canvas.shape, strict=False))
@@ -213,25 +203,16 @@ def _place(
     dx = (np.arange(left, right, dtype=np.int64) * UNIT + UNIT // 2 - centre[1])[None, :]
     c, s = sine(angle + TURN // 4), sine(angle)
     u, v = (dx * c + dy * s) >> 10, (dy * c - dx * s) >> 10
-    mask = inside(u, v, r)
+    mask, second = inside(u, v, r), _texture(texture, u, v, r, draws)
     box = canvas[top:bottom, left:right]
-    first, second = _two_colours(draws)
-    if texture is None:
-        box[mask] = first
-        return
-    period = max(1, r * draws.between(36, 48) >> 6)
-    phase = draws.below(2 * period)
-    odd = (u + phase) // period
-    if texture == "checks":
-        odd = odd + (v + draws.below(2 * period)) // period
-    box[mask & (odd & 1 == 0)] = first
-    box[mask & (odd & 1 == 1)] = second
+    box[mask & ~second] = colours[0]
+    box[mask & second] = colours[1]
 
 
-def _two_colours(draws: Draws) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    first = second = draws.colour()
-    for _ in range(8):
-        second = draws.colour()
-        if sum(abs(a - b) for a, b in zip(first, second, strict=True)) >= 260:
-            break
-    return first, second
+def _two_colours(draws: Draws) -> tuple[Colour, Colour]:
+    """A light and a dark one, each of any hue."""
+    light, dark = draws.colour(), draws.colour()
+    return (
+        (150 + light[0] * 105 // 255, 150 + light[1] * 105 // 255, 150 + light[2] * 105 // 255),
+        (dark[0] * 105 // 255, dark[1] * 105 // 255, dark[2] * 105 // 255),
+    )

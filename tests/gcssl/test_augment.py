@@ -192,6 +192,15 @@ def test_crops_are_distributed_as_torchvisions() -> None:
     assert (top >= 0).all() and (left >= 0).all() and (top + h <= 60).all() and (left + w <= 100).all()
 
 
+def test_a_crop_reaches_both_ends_and_the_first_attempt_that_fits_counts() -> None:
+    view = draw_view(rng(0), SIMMIM)
+    wide = [1.0, np.log(4 / 3), 0.5, 0.5]  # 12 x 9 of 10 x 10: does not fit
+    for place, expected in ((0.0, 0), (0.49, 0), (0.51, 1), (0.999, 1)):
+        crop = np.array([wide, [0.81, 0.0, place, 1 - place - 1e-6]] + [wide] * 8)
+        top, left, h, w = crop_box(replace(view, crop=crop), SIMMIM, 10, 10)
+        assert (top, left, h, w) == (expected, 1 - expected, 9, 9)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 4000), (4000, 2), (3, 3)])
 def test_crops_of_odd_images_stay_inside(size: tuple[int, int]) -> None:
     width, height = size

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import gcssl.data
 import gcssl.tables
@@ -473,9 +473,17 @@ def test_damaged_files_are_bad_images_with_one_line(tmp_path: Path, monkeypatch:
         decode(tmp_path / "nothing.png")
 
 
-def test_files_that_would_start_a_program_are_refused() -> None:
+def test_a_file_that_would_start_a_program_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "gs"  # Pillow hands PostScript to ghostscript
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     with pytest.raises(BadImage):
         decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    assert not (tmp_path / "started").exists()
 
 
 def test_a_vanished_file_is_a_bad_image(tmp_path: Path) -> None:

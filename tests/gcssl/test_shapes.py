@@ -1,0 +1,65 @@
+"""The generated set: the same bytes on every machine, any size and count, classes that colour and place do not tell."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from gcssl.config import DataConfig
+from gcssl.data import Images, open_data
+from gcssl.errors import UserError
+from gcssl.eval.knn import knn_accuracy
+from gcssl.shapes import CLASSES
+
+HASHES = {
+    ("train", 0, (64, 64)): "8ac244303aa96fd3",
+    ("train", 7, (64, 64)): "91943ade9df8f569",
+    ("test", 0, (64, 64)): "2d19cf78e3fa9690",
+    ("train", 3, (96, 160)): "6c76823e1e2b57b7",
+    ("train", 4, (224, 224)): "c29b0b181629767b",
+}
+
+
+def split(name: str, n: int = 600, size: tuple[int, int] = (64, 64)) -> Images:
+    splits = open_data(DataConfig(path="shapes", shapes_n=n), size)
+    return splits.train if name == "train" else splits.test
+
+
+def pixels(images: Images, count: int | None = None) -> np.ndarray:
+    return np.stack([np.asarray(images.load(i)) for i in range(count or len(images))])  # N H W 3
+
+
+@pytest.mark.parametrize("key", HASHES)
+def test_bytes_are_the_same_on_every_machine(key: tuple[str, int, tuple[int, int]]) -> None:
+    name, i, size = key
+    image = split(name, size=size).load(i)
+    assert image.size == (size[1], size[0]) and image.mode == "RGB"
+    assert hashlib.sha256(image.tobytes()).hexdigest()[:16] == HASHES[key]
+
+
+def test_count_changes_no_image_and_splits_never_meet() -> None:
+    a, b = pixels(split("train", 100), 40), pixels(split("train", 1000), 40)
+    assert np.array_equal(a, b)
+    assert not any(np.array_equal(x, y) for x in pixels(split("test", 100)) for y in a)
+
+
+def test_labels_come_in_equal_parts_and_a_fifth_more_is_for_testing() -> None:
+    train, test = split("train", 200), split("test", 200)
+    assert (len(train), len(test), train.classes) == (200, 40, CLASSES)
+    assert np.bincount(train.labels).tolist() == [20] * 10 and np.bincount(test.labels).tolist() == [4] * 10
+    with pytest.raises(UserError, match="data.shapes_n"):
+        split("train", 3)
+
+
+def test_class_is_hard_to_read_from_colour_or_place() -> None:
+    """kNN on the mean colour, and on where things are, does little better than the chance of 10 %."""
+    train, test = pixels(split("train")), pixels(split("test"))
+    y, z = (torch.from_numpy(split(name).labels) for name in ("train", "test"))
+    for name, feature in (
+        ("colour", lambda x: x.mean((1, 2))),
+        ("place", lambda x: x.reshape(len(x), 8, 8, 8, 8, 3).mean((2, 4, 5)).reshape(len(x), -1)),
+    ):
+        a, b = (torch.from_numpy(feature(x / 255.0)).float() for x in (train, test))
+        top1 = knn_accuracy(a - a.mean(0), y, b - a.mean(0), z, ks=(20,), backend="torch")[20]
+        assert top1 < 22, f"{name}: {top1}"

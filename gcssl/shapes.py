@@ -210,9 +210,10 @@ def _place(
 
 
 def _two_colours(draws: Draws) -> tuple[Colour, Colour]:
-    """A light and a dark one, each of any hue."""
+    """A light and a dark one, each of any hue, in either order."""
     light, dark = draws.colour(), draws.colour()
-    return (
+    pair: tuple[Colour, Colour] = (
         (150 + light[0] * 105 // 255, 150 + light[1] * 105 // 255, 150 + light[2] * 105 // 255),
         (dark[0] * 105 // 255, dark[1] * 105 // 255, dark[2] * 105 // 255),
     )
+    return pair if draws.below(2) else pair[::-1]

@@ -13,11 +13,11 @@ from gcssl.eval.knn import knn_accuracy
 from gcssl.shapes import CLASSES
 
 HASHES = {
-    ("train", 0, (64, 64)): "8ac244303aa96fd3",
-    ("train", 7, (64, 64)): "91943ade9df8f569",
-    ("test", 0, (64, 64)): "2d19cf78e3fa9690",
-    ("train", 3, (96, 160)): "6c76823e1e2b57b7",
-    ("train", 4, (224, 224)): "c29b0b181629767b",
+    ("train", 0, (64, 64)): "82de86b5d881e8e1",
+    ("train", 7, (64, 64)): "9f2cc53e9e52f33b",
+    ("test", 0, (64, 64)): "dcf3e36905eb60d8",
+    ("train", 3, (96, 160)): "aa9a624d81a3b1cf",
+    ("train", 4, (224, 224)): "1080bcee94340619",
 }
 
 
@@ -53,13 +53,16 @@ def test_labels_come_in_equal_parts_and_a_fifth_more_is_for_testing() -> None:
 
 
 def test_class_is_hard_to_read_from_colour_or_place() -> None:
-    """kNN on the mean colour, and on where things are, does little better than the chance of 10 %."""
-    train, test = pixels(split("train")), pixels(split("test"))
+    """kNN on the mean colour, and on where the objects are, does little better than the chance of 10 %."""
+    train, test = pixels(split("train")) / 255.0, pixels(split("test")) / 255.0
     y, z = (torch.from_numpy(split(name).labels) for name in ("train", "test"))
-    for name, feature in (
-        ("colour", lambda x: x.mean((1, 2))),
-        ("place", lambda x: x.reshape(len(x), 8, 8, 8, 8, 3).mean((2, 4, 5)).reshape(len(x), -1)),
-    ):
-        a, b = (torch.from_numpy(feature(x / 255.0)).float() for x in (train, test))
+
+    def place(x: np.ndarray) -> np.ndarray:
+        """Share of each 8 px cell that is far from the image's commonest colour: N 64."""
+        ground = np.median(x.reshape(len(x), -1, 3), axis=1)[:, None, None]
+        return (abs(x - ground).sum(-1) > 0.5).reshape(len(x), 8, 8, 8, 8).mean((2, 4)).reshape(len(x), -1)
+
+    for name, feature in (("colour", lambda x: x.mean((1, 2))), ("place", place)):
+        a, b = (torch.from_numpy(feature(x)).float() for x in (train, test))
         top1 = knn_accuracy(a - a.mean(0), y, b - a.mean(0), z, ks=(20,), backend="torch")[20]
-        assert top1 < 22, f"{name}: {top1}"
+        assert top1 < 20, f"{name}: {top1}"

@@ -222,11 +222,14 @@ class Head(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Linears (1x1 convolutions too) and tables trunc-normal 0.02, biases 0, norms 1/0; convs torch's own."""
-    if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)):
+    """Linears (squeeze-excite too) and tables trunc-normal 0.02, biases 0, norms 1/0; convolutions torch's own."""
+    if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    elif isinstance(module, SqueezeExcite):
+        nn.init.trunc_normal_(module.fc1.weight, std=0.02)
+        nn.init.trunc_normal_(module.fc2.weight, std=0.02)
     elif isinstance(module, RelPosBias):
         nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
     elif isinstance(module, LayerScale):

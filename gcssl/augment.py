@@ -170,9 +170,7 @@ def crop_resize(image: Image.Image, view: View, spec: ViewSpec) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def resize_center_crop(
-    image: Image.Image, size: tuple[int, int], crop_pct: float, interpolation: str
-) -> np.ndarray:
+def resize_center_crop(image: Image.Image, size: tuple[int, int], crop_pct: float, interpolation: str) -> np.ndarray:
     """The evaluation crop: shorter side to size / crop_pct, then the centre: uint8 3 H W.
 
     Equals torchvision's Resize + CenterCrop for square sizes; a non-square size is covered likewise.

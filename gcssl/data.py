@@ -179,9 +179,7 @@ def _images(raw: Raw, name: str, train_classes: list[str] | None) -> Images:
     return Images(raw.reader, labels, classes, name)
 
 
-def _class_ids(
-    raw: Raw, name: str, train_classes: list[str] | None
-) -> tuple[np.ndarray | None, list[str] | None]:
+def _class_ids(raw: Raw, name: str, train_classes: list[str] | None) -> tuple[np.ndarray | None, list[str] | None]:
     """(ids int64 N, class names), those of train when given; (None, None) when a label is missing or -1."""
     if raw.labels is None or any(value is None for value in raw.labels):
         return None, None

@@ -87,9 +87,7 @@ def read_label_file(path: Path, names: list[str]) -> list[str]:
     lines = path.read_text().split("\n")
     lines = [line.strip() for line in lines if line.strip()]
     if len(lines) != len(names):
-        raise UserError(
-            f"data.val_labels: {path} has {len(lines)} lines, expected one for each of {len(names)}"
-        )
+        raise UserError(f"data.val_labels: {path} has {len(lines)} lines, expected one for each of {len(names)}")
     if all(line.isdigit() for line in lines):
         raise UserError(
             f"data.val_labels: {path} holds numbers, whose order is not that of the class names; expected "

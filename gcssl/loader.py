@@ -111,14 +111,10 @@ def run_sizes(train: TrainConfig, n_images: int, world: int) -> Sizes:
     accumulate, global_batch = batch_layout(train, world)
     steps_per_epoch = n_images // global_batch
     if steps_per_epoch == 0:
-        raise UserError(
-            f"train.batch_size: the global batch of {global_batch} exceeds the {n_images} training images"
-        )
+        raise UserError(f"train.batch_size: the global batch of {global_batch} exceeds the {n_images} training images")
     total = train.steps if train.steps is not None else train.epochs * steps_per_epoch
     if total < 1:
-        raise UserError(
-            f"train.steps={train.steps}, train.epochs={train.epochs}: nothing to train; give at least one"
-        )
+        raise UserError(f"train.steps={train.steps}, train.epochs={train.epochs}: nothing to train; give at least one")
     return Sizes(train.batch_size, accumulate, world, global_batch, steps_per_epoch, total)
 
 
@@ -133,9 +129,7 @@ class TrainSet(Dataset[dict[str, Any]]):
 
     def __init__(self, images: Images, make: Make, seed: int) -> None:
         self.images, self.make, self.seed = images, make, seed
-        self.reading: Any = (
-            None  # what each worker reads now, -1 for none: shared memory, set by train_loader
-        )
+        self.reading: Any = None  # what each worker reads now, -1 for none: shared memory, set by train_loader
 
     def __len__(self) -> int:
         return len(self.images)
@@ -217,9 +211,7 @@ def _stack(values: list[Any], key: str) -> Any:
     return torch.from_numpy(np.stack([np.asarray(value) for value in values]))
 
 
-def train_loader(
-    dataset: TrainSet, plan: BatchPlan, workers: int, timeout: int, seed: int = 0
-) -> DataLoader[Any]:
+def train_loader(dataset: TrainSet, plan: BatchPlan, workers: int, timeout: int, seed: int = 0) -> DataLoader[Any]:
     """One loader for the whole rest of the run; a worker that dies or hangs ends it with one line.
 
     `seed` only feeds the workers' unused global generators: nothing that decides about a batch comes from

@@ -57,9 +57,7 @@ def find_tables(cfg: DataConfig, root: Path) -> Found:
         files = [root] if root.is_file() and root.suffix == suffix else sorted(root.rglob(f"*{suffix}"))
         if files:
             shards = _by_split(files, cfg)
-            return {
-                k: partial(_raw, cfg, root, k, partial(opener, cfg, paths)) for k, paths in shards.items()
-            }
+            return {k: partial(_raw, cfg, root, k, partial(opener, cfg, paths)) for k, paths in shards.items()}
     return {}
 
 
@@ -115,9 +113,7 @@ def find_other(cfg: DataConfig, root: Path) -> Found:
     try:
         tables = datasets.load_dataset(str(root), cache_dir=cfg.cache_dir)
     except Exception as error:
-        raise UserError(
-            f"data.path: {root} cannot be opened by the datasets library ({_short(error)})"
-        ) from error
+        raise UserError(f"data.path: {root} cannot be opened by the datasets library ({_short(error)})") from error
     return {name: partial(_raw, cfg, root, name, partial(_same, table)) for name, table in tables.items()}
 
 
@@ -213,9 +209,7 @@ def _arrow(_cfg: DataConfig, files: list[Path]) -> "datasets.Dataset":
     try:
         return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(
-            f"data.path: {files[0].parent} holds no sound Arrow files ({_short(error)})"
-        ) from error
+        raise UserError(f"data.path: {files[0].parent} holds no sound Arrow files ({_short(error)})") from error
 
 
 def _webdataset(cfg: DataConfig, files: list[Path]) -> "datasets.Dataset":
@@ -243,9 +237,7 @@ def _cached(kind: str, cfg: DataConfig, files: list[Path], total: int) -> "datas
         return datasets.load_dataset(kind, data_files=names, split="train", cache_dir=cfg.cache_dir)
     except Exception as error:  # the builders wrap what the readers raise
         cause = error.__cause__ or error
-        raise UserError(
-            f"data.path: {files[0].parent} holds no sound {kind} files ({_short(cause)})"
-        ) from error
+        raise UserError(f"data.path: {files[0].parent} holds no sound {kind} files ({_short(cause)})") from error
 
 
 def _damaged(files: list[Path]) -> Path:

@@ -36,6 +36,7 @@ class JointConfig:
     mask_ratio: float | None = None
     mask_unit: int | None = None
     hidden_dim: int | None = None
+    projector_layers: int | None = None
     out_dim: int | None = None
     temperature: float | None = None
     momentum: float | None = None

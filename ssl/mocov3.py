@@ -26,6 +26,7 @@ from gcssl.ssl.gather import all_gather_no_grad, rank, reducer
 class MoCoV3Config:
     name: str = "mocov3"
     hidden_dim: int = 4096
+    projector_layers: int = 3  # as published: 3 for transformers, 2 for ResNet-50; 2 learns faster in short runs
     out_dim: int = 256
     temperature: float = 0.2
     momentum: float = 0.99  # of the teacher at the start; rises to 1 along a cosine
@@ -80,7 +81,7 @@ def feature_rank(z: Tensor) -> Tensor:
 
 def check_config(cfg: MoCoV3Config) -> None:
     """UserError for a value out of range."""
-    for key in ("hidden_dim", "out_dim"):
+    for key in ("hidden_dim", "projector_layers", "out_dim"):
         if getattr(cfg, key) < 1:
             raise UserError(f"objective.{key}={getattr(cfg, key)} must be at least 1")
     if not cfg.temperature > 0:
@@ -112,7 +113,7 @@ class MoCoV3(nn.Module):
         self.cfg, self.total_steps = cfg, total_steps
         dim: int = encoder.num_features  # type: ignore[assignment]
         self.encoder = encoder
-        self.projector = mlp([dim, cfg.hidden_dim, cfg.hidden_dim, cfg.out_dim], _norm)
+        self.projector = mlp([dim, *[cfg.hidden_dim] * (cfg.projector_layers - 1), cfg.out_dim], _norm)
         self.predictor = mlp([cfg.out_dim, cfg.hidden_dim, cfg.out_dim], _norm)
         self.teacher = momentum_copy(encoder)
         self.momentum_projector = momentum_copy(self.projector)

@@ -44,9 +44,7 @@ def images(n: int, side: int = 32, seed: int = 0) -> Tensor:
 
 def photo(height: int = 90, width: int = 120, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize(
-        (width, height), Image.Resampling.BICUBIC, box=(0, 0, width / 6, height / 6)
-    )
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC, box=(0, 0, width / 6, height / 6))
 
 
 def params(n: int, **changes: object) -> dict[str, Tensor]:
@@ -159,9 +157,7 @@ def test_draws_follow_their_probabilities_and_ranges() -> None:
     assert abs((sigma > 0).mean() - 0.1) < 0.03
     assert sigma[sigma > 0].min() >= 0.1 and sigma.max() <= 2.0
     factors = np.stack([v.factors for v in views])
-    assert np.all(factors[:, :3].min(0) >= [0.6, 0.6, 0.8]) and np.all(
-        factors[:, :3].max(0) <= [1.4, 1.4, 1.2]
-    )
+    assert np.all(factors[:, :3].min(0) >= [0.6, 0.6, 0.8]) and np.all(factors[:, :3].max(0) <= [1.4, 1.4, 1.2])
     assert -0.1 <= factors[:, 3].min() < -0.08 and 0.08 < factors[:, 3].max() <= 0.1
     assert all(sorted(v.order) == [0, 1, 2, 3] for v in views)
 
@@ -219,9 +215,7 @@ def test_crop_resize_equals_torchvision_inside_the_border(interpolation: str) ->
         view = draw_view(rng(0, i), spec)
         box = crop_box(view, spec, image.height, image.width)
         expected = tvf.resized_crop(image, *box, [32, 48], InterpolationMode(interpolation))
-        difference = np.abs(
-            crop_resize(image, view, spec).astype(int) - np.asarray(expected).transpose(2, 0, 1)
-        )
+        difference = np.abs(crop_resize(image, view, spec).astype(int) - np.asarray(expected).transpose(2, 0, 1))
         margin = 3 + int(2 * max(32 / box[2], 48 / box[3]))  # upscaled: the filter's reach in output pixels
         assert difference[:, margin:-margin, margin:-margin].max() <= 1
         whole = tvf.resize(image.crop((box[1], box[0], box[1] + box[3], box[0] + box[2])), [32, 48])

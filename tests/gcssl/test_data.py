@@ -108,12 +108,7 @@ def test_one_tree_of_classes_and_flat_folders(tmp_path: Path) -> None:
     for file in (tmp_path / "b").glob("*/*.png"):
         shutil.move(file, tmp_path / "b" / file.name)
     flat = opened(tmp_path / "b")
-    assert (
-        len(flat.train) == 9
-        and flat.train.labels is None
-        and flat.train.classes is None
-        and flat.test is None
-    )
+    assert len(flat.train) == 9 and flat.train.labels is None and flat.train.classes is None and flat.test is None
     write_tree(tmp_path / "c" / "train", classes=("cat",))
     assert opened(tmp_path / "c").train.labels is None  # one class says nothing
 
@@ -137,9 +132,7 @@ def kaggle(root: Path) -> Path:
     for stem, name in rows:
         (inner / "val" / f"{stem}.png").write_bytes(encoded(COLOURS[name]))
     with (root / "LOC_val_solution.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(
-            [("ImageId", "PredictionString"), *((a, f"{b} 1 2 3 4 ") for a, b in rows)]
-        )
+        csv.writer(file).writerows([("ImageId", "PredictionString"), *((a, f"{b} 1 2 3 4 ") for a, b in rows)])
     return inner
 
 
@@ -279,9 +272,7 @@ def test_columns_are_found_or_asked_for(tmp_path: Path) -> None:
     two.to_parquet(tmp_path / "train.parquet")
     assert "expected one of kind, colour" in refused(tmp_path)
     assert_labels_match_pixels(opened(tmp_path, label_column="kind").train)
-    assert "expected one of the columns image, caption, kind, colour" in refused(
-        tmp_path, image_column="nope"
-    )
+    assert "expected one of the columns image, caption, kind, colour" in refused(tmp_path, image_column="nope")
     assert "expected one of the columns" in refused(tmp_path, label_column="nope")
     pq.write_table(pa.table({"text": ["a"], "n": [1]}), tmp_path / "train.parquet")
     assert "no image column" in refused(tmp_path) and "text, n" in refused(tmp_path)
@@ -289,9 +280,7 @@ def test_columns_are_found_or_asked_for(tmp_path: Path) -> None:
 
 def test_labels_are_read_without_decoding_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table(6).to_parquet(tmp_path / "train.parquet")
-    monkeypatch.setattr(
-        datasets.Image, "decode_example", lambda *_, **__: pytest.fail("an image was decoded")
-    )
+    monkeypatch.setattr(datasets.Image, "decode_example", lambda *_, **__: pytest.fail("an image was decoded"))
     splits = opened(tmp_path)
     assert splits.train.labels is not None and splits.train.labels.tolist() == [0, 1, 2, 0, 1, 2]
     assert_labels_match_pixels(splits.train)
@@ -473,9 +462,7 @@ def test_damaged_files_are_bad_images_with_one_line(tmp_path: Path, monkeypatch:
         decode(tmp_path / "nothing.png")
 
 
-def test_a_file_that_would_start_a_program_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_would_start_a_program_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "gs"  # Pillow hands PostScript to ghostscript
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     program.chmod(0o755)

@@ -54,9 +54,7 @@ class Encoded:
 
 
 def make_images(n: int, labels: bool = True, **kwargs: Any) -> Images:
-    return Images(
-        Encoded(n, **kwargs), np.arange(n) % 3 if labels else None, list("abc") if labels else None, "train"
-    )
+    return Images(Encoded(n, **kwargs), np.arange(n) % 3 if labels else None, list("abc") if labels else None, "train")
 
 
 def draw(rng: np.random.Generator, size: tuple[int, int]) -> tuple[list[tuple[ViewSpec, View]], list[Any]]:
@@ -90,9 +88,7 @@ def assert_equal_batches(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> No
         assert torch.equal(one["index"], two["index"]) and torch.equal(one["position"], two["position"])
         assert all(torch.equal(x, y) for x, y in zip(one["views"], two["views"], strict=True))
         assert torch.equal(one["masks"][0], two["masks"][0]) and one["bad"] == two["bad"]
-        assert all(
-            torch.equal(p[k], q[k]) for p, q in zip(one["params"], two["params"], strict=True) for k in p
-        )
+        assert all(torch.equal(p[k], q[k]) for p, q in zip(one["params"], two["params"], strict=True) for k in p)
 
 
 def test_epoch_order_is_a_permutation_that_seed_and_epoch_alone_decide() -> None:
@@ -115,9 +111,7 @@ def test_global_batches_do_not_depend_on_processes_or_accumulation() -> None:
     reference = list(plan())
     for world, accumulate in ((2, 1), (1, 4), (2, 2), (4, 2)):
         size = 8 // world // accumulate
-        ranks = [
-            list(plan(world=world, accumulate=accumulate, batch_size=size, rank=r)) for r in range(world)
-        ]
+        ranks = [list(plan(world=world, accumulate=accumulate, batch_size=size, rank=r)) for r in range(world)]
         for step, expected in enumerate(reference):
             micro = [ranks[r][step * accumulate + a] for a in range(accumulate) for r in range(world)]
             assert [key for batch in micro for key in batch] == expected
@@ -149,14 +143,8 @@ def test_a_batch_has_the_contracts_shapes() -> None:
     batch = batches(make_images(20), 0, total_steps=1)[0]
     assert batch["index"].dtype == batch["position"].dtype == batch["label"].dtype == torch.int64
     assert batch["position"].tolist() == list(range(8))
-    assert [x.shape for x in batch["views"]] == [(8, 3, 32, 32)] * 2 and batch["views"][
-        0
-    ].dtype == torch.uint8
-    assert (
-        batch["masks"][0].shape == (8, 4, 4)
-        and batch["masks"][0].dtype == torch.bool
-        and batch["masks"][1] is None
-    )
+    assert [x.shape for x in batch["views"]] == [(8, 3, 32, 32)] * 2 and batch["views"][0].dtype == torch.uint8
+    assert batch["masks"][0].shape == (8, 4, 4) and batch["masks"][0].dtype == torch.bool and batch["masks"][1] is None
     assert batch["params"][0]["factors"].shape == (8, 4) and batch["params"][1]["sigma"].shape == (8,)
     assert batch["label"].tolist() == [i % 3 for i in batch["index"].tolist()] and batch["bad"] == []
     assert batches(make_images(20, labels=False), 0, total_steps=1)[0]["label"].tolist() == [-1] * 8
@@ -191,8 +179,7 @@ def test_batch_to_device_normalises_and_keeps_the_rest() -> None:
 
 def test_collate_stacks_other_tensors_and_joins_lists() -> None:
     items: list[dict[str, Any]] = [
-        {"index": i, "x": torch.full((2,), i), "bad": [(i, "f", "r")] * i, "soft": np.float32(i)}
-        for i in range(3)
+        {"index": i, "x": torch.full((2,), i), "bad": [(i, "f", "r")] * i, "soft": np.float32(i)} for i in range(3)
     ]
     out = collate(items)
     assert out["x"].shape == (3, 2) and len(out["bad"]) == 3 and out["soft"].tolist() == [0, 1, 2]
@@ -214,9 +201,7 @@ def test_bad_images_are_replaced_alike_in_every_epoch_and_reported() -> None:
 def test_a_set_of_broken_images_ends_in_one_line() -> None:
     images = make_images(30, broken=tuple(range(30)))
     for workers in (0, 1):
-        with pytest.raises(
-            UserError, match=r"in a row cannot be decoded, the last one folder/\d+.png"
-        ) as caught:
+        with pytest.raises(UserError, match=r"in a row cannot be decoded, the last one folder/\d+.png") as caught:
             batches(images, workers)
         assert "\n" not in str(caught.value)
 
@@ -246,9 +231,7 @@ def test_workers_ignore_the_signals_and_use_one_thread() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         return {"threads": torch.get_num_threads()}
 
-    loader = train_loader(
-        TrainSet(make_images(20), make, 0), plan(n=20, total_steps=2), workers=1, timeout=20
-    )
+    loader = train_loader(TrainSet(make_images(20), make, 0), plan(n=20, total_steps=2), workers=1, timeout=20)
     assert [batch["threads"].tolist() for batch in loader] == [[1] * 8] * 2
 
 

@@ -5,6 +5,7 @@ backbone in this one process (imports cost seconds each), exports the backbone a
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -23,13 +24,14 @@ def main() -> None:
         "--quick", action="store_true", help="few steps: shows that every part works, not what it learns"
     )
     args = parser.parse_args()
+    os.chdir(ROOT)
     out, started = Path(args.out), time.perf_counter()
-    shutil.rmtree(out, ignore_errors=True)
+    clear(out)
     few = ["data.shapes_n=600", "train.epochs=2", "train.warmup_epochs=0", "eval.online_every=1"] if args.quick else []
     command = ["pretrain.py", "configs/pretrain/demo.yaml", f"out={out}", *few]
     heading(1, "pretrain", " ".join([*LAUNCH, *command]))
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *LAUNCH[1:]]
-    if code := subprocess.run([*launcher, *command], cwd=ROOT).returncode:
+    if code := subprocess.run([*launcher, *command]).returncode:
         sys.exit(code)
     results = evaluate(out, args.quick)
     heading(
@@ -40,6 +42,14 @@ def main() -> None:
     export(out)
     print_table(results)
     print(f"everything is in {out} ({(time.perf_counter() - started) / 60:.1f} minutes)")
+
+
+def clear(out: Path) -> None:
+    """Remove an earlier demo, and nothing else."""
+    if out.exists() and any(out.iterdir()):
+        if not (out / "status.json").is_file():
+            sys.exit(f"gcssl: --out {out}: holds something else than a run; give another folder")
+        shutil.rmtree(out)
 
 
 def heading(number: int, what: str, command: str) -> None:

@@ -37,6 +37,7 @@ class JointConfig:
     mask_unit: int | None = None
     hidden_dim: int | None = None
     projector_layers: int | None = None
+    predictor_layers: int | None = None
     out_dim: int | None = None
     temperature: float | None = None
     momentum: float | None = None
@@ -166,8 +167,4 @@ class Joint(nn.Module):
 
     def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """The masked part's original, hidden and reconstructed images."""
-        training = self.training
-        self.eval()
-        shown = self.masked.pictures(self.masked_batch(batch), step)
-        self.train(training)
-        return shown
+        return self.masked.pictures(self.masked_batch(batch), step)

@@ -27,6 +27,7 @@ class MoCoV3Config:
     name: str = "mocov3"
     hidden_dim: int = 4096
     projector_layers: int = 3  # as published: 3 for transformers, 2 for ResNet-50; 2 learns faster in short runs
+    predictor_layers: int = 2  # as published; 0: none, which aligns the views from the first step on in short runs
     out_dim: int = 256
     temperature: float = 0.2
     momentum: float = 0.99  # of the teacher at the start; rises to 1 along a cosine
@@ -84,6 +85,8 @@ def check_config(cfg: MoCoV3Config) -> None:
     for key in ("hidden_dim", "projector_layers", "out_dim"):
         if getattr(cfg, key) < 1:
             raise UserError(f"objective.{key}={getattr(cfg, key)} must be at least 1")
+    if cfg.predictor_layers < 0:
+        raise UserError(f"objective.predictor_layers={cfg.predictor_layers} must be at least 0; 2 is MoCo v3's")
     if not cfg.temperature > 0:
         raise UserError(f"objective.temperature={cfg.temperature} must be above 0; 0.2 is MoCo v3's")
     if not 0 <= cfg.momentum <= 1:
@@ -114,7 +117,8 @@ class MoCoV3(nn.Module):
         dim: int = encoder.num_features  # type: ignore[assignment]
         self.encoder = encoder
         self.projector = mlp([dim, *[cfg.hidden_dim] * (cfg.projector_layers - 1), cfg.out_dim], _norm)
-        self.predictor = mlp([cfg.out_dim, cfg.hidden_dim, cfg.out_dim], _norm)
+        between = [cfg.hidden_dim] * (cfg.predictor_layers - 1)
+        self.predictor = mlp([cfg.out_dim, *between, cfg.out_dim], _norm) if cfg.predictor_layers else nn.Identity()
         self.teacher = momentum_copy(encoder)
         self.momentum_projector = momentum_copy(self.projector)
         specs = [override(replace(s, size=img_size), augment, i) for i, s in enumerate((BYOL_1, BYOL_2))]
@@ -160,10 +164,6 @@ class MoCoV3(nn.Module):
         m = self.momentum(step)
         ema_update(self.teacher, self.encoder, m)
         ema_update(self.momentum_projector, self.projector, m)
-
-    def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """None: nothing is reconstructed."""
-        return {}
 
 
 def _norm(dim: int, affine: bool) -> nn.Module:

@@ -145,7 +145,7 @@ def draw(split: int, i: int, label: int, size: tuple[int, int]) -> np.ndarray:
     for _ in range(2):
         centres.append(_apart(draws, size, centres, side * 420 >> 10))
         radius = side * draws.between(260, 330) >> 10
-        _place(canvas, draws, centres[-1], radius, INSIDE[silhouette], _two_colours(draws), texture)
+        _place(canvas, draws, centres[-1], radius, INSIDE[silhouette], _two_colours(draws, texture == "plain"), texture)
     return canvas
 
 
@@ -209,11 +209,11 @@ def _place(
     box[mask & second] = colours[1]
 
 
-def _two_colours(draws: Draws) -> tuple[Colour, Colour]:
-    """A light and a dark one, each of any hue, in either order."""
+def _two_colours(draws: Draws, either: bool) -> tuple[Colour, Colour]:
+    """A light and a dark one, each of any hue; in either order where only the first will be seen."""
     light, dark = draws.colour(), draws.colour()
     pair: tuple[Colour, Colour] = (
         (150 + light[0] * 105 // 255, 150 + light[1] * 105 // 255, 150 + light[2] * 105 // 255),
         (dark[0] * 105 // 255, dark[1] * 105 // 255, dark[2] * 105 // 255),
     )
-    return pair if draws.below(2) else pair[::-1]
+    return pair[::-1] if either and draws.below(2) else pair

@@ -1,7 +1,7 @@
 """`data.path=shapes`: a generated set whose class is the kind of object, not its colour, place, size or pose.
 
 An image shows two objects of one class, a silhouette with a texture (both silhouettes have the same area), each in
-two colours of its own, on a shaded ground with bits of clutter. Image i of a split is a pure function of the
+light and dark tints of its own, on a shaded ground with bits of clutter. Image i of a split is a pure function of the
 split, i and the size, in integer arithmetic alone, so that it has the same bytes on every machine; drawn when read.
 
 Its difficulty was fixed before any recipe was tuned on it: kNN on an untrained gcvit_nano is right for 15 to 35 %.
@@ -65,9 +65,10 @@ class Draws:
         """Uniform in low..high, both included."""
         return low + self.below(high - low + 1)
 
-    def colour(self) -> Colour:
-        bits = self.next()
-        return bits & 255, bits >> 8 & 255, bits >> 16 & 255
+    def tint(self, level: int, spread: int) -> Colour:
+        """A grey of this level, each channel up to `spread` off."""
+        red, green, blue = (level + self.between(-spread, spread) for _ in range(3))
+        return red, green, blue
 
 
 def _disc(u: np.ndarray, v: np.ndarray, r: int) -> np.ndarray:
@@ -136,7 +137,7 @@ def draw(split: int, i: int, label: int, size: tuple[int, int]) -> np.ndarray:
     side = min(size) * UNIT
     canvas = _ground(draws, height, width)
     for _ in range(draws.between(4, 8)):
-        colours = draws.colour(), draws.colour()
+        colours = draws.tint(draws.between(40, 215), 40), (0, 0, 0)
         _place(
             canvas, draws, _anywhere(draws, size), side * draws.between(20, 50) >> 10, _BITS[draws.below(2)], colours
         )
@@ -176,7 +177,7 @@ def _apart(draws: Draws, size: tuple[int, int], others: list[tuple[int, int]], g
 
 def _ground(draws: Draws, height: int, width: int) -> np.ndarray:
     """A shade from one colour to another across the image: uint8 H W 3."""
-    first, angle = [draws.between(98, 158) for _ in range(3)], draws.below(TURN)
+    first, angle = draws.tint(draws.between(100, 155), 20), draws.below(TURN)
     second = [channel + draws.between(-30, 30) for channel in first]
     c, s = sine(angle + TURN // 4), sine(angle)
     y = np.arange(height, dtype=np.int64)[:, None] * 2 - height + 1
@@ -210,10 +211,6 @@ def _place(
 
 
 def _two_colours(draws: Draws, either: bool) -> tuple[Colour, Colour]:
-    """A light and a dark one, each of any hue; in either order where only the first will be seen."""
-    light, dark = draws.colour(), draws.colour()
-    pair: tuple[Colour, Colour] = (
-        (150 + light[0] * 105 // 255, 150 + light[1] * 105 // 255, 150 + light[2] * 105 // 255),
-        (dark[0] * 105 // 255, dark[1] * 105 // 255, dark[2] * 105 // 255),
-    )
+    """A light and a dark one, slightly tinted; in either order where only the first will be seen."""
+    pair = draws.tint(draws.between(190, 235), 20), draws.tint(draws.between(20, 65), 20)
     return pair[::-1] if either and draws.below(2) else pair

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from gcssl.checkpoint import (
+    list_checkpoints,
     load_checkpoint,
     load_optimizer,
     optimizer_tensors,
@@ -25,6 +27,7 @@ from gcssl.checkpoint import (
 )
 from gcssl.config import PretrainConfig, TrainConfig, load_config
 from gcssl.data import Images, held_out, open_data
+from gcssl.errors import NumericStop, Preempted, UserError
 from gcssl.eval.features import extract
 from gcssl.eval.knn import knn_accuracy
 from gcssl.loader import BatchPlan, Sizes, TrainSet, ViewMaker, batch_to_device, run_sizes, train_loader
@@ -32,18 +35,9 @@ from gcssl.log import RunLog, say
 from gcssl.meter import BadSamples, Meter
 from gcssl.models.build import Backbone, backbone_info, from_config, load_backbone
 from gcssl.optim import cosine, groups_table, lr_at, make_optimizer, param_groups, scaled_lr, set_lr
-from gcssl.runtime import (
-    NumericStop,
-    Preempted,
-    RunFolder,
-    StopSignal,
-    UserError,
-    entry,
-    make_accelerator,
-    rng,
-    seed_torch,
-)
+from gcssl.runtime import RunFolder, StopSignal, entry, make_accelerator, rng, seed_torch
 from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.streams import DROP_PATH, INIT, MODEL
 
 KNN_K = 20  # the k of the online probe
 
@@ -57,6 +51,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
     if not cfg.out:
         raise UserError("out: no run folder given; say out=runs/<name>")
     accelerator = make_accelerator(cfg.train, cfg.runtime)
+    check_objective(cfg)
     backbone = build_pretrain_backbone(cfg)
     objective_class: Any = OBJECTIVES[cfg.objective.name][0]
     images = open_data(cfg.data, backbone.img_size).train
@@ -69,6 +64,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
     objective = objective_class(
         cfg.objective, backbone, cfg.augment, backbone.img_size, sizes.total_steps, sizes.steps_per_epoch
     )
+    probe = online_probe(cfg, images, accelerator, sizes.steps_per_epoch)
     facts = {"data": images.fingerprint}
     with RunFolder(cfg.out, cfg, sizes.global_batch, accelerator, facts) as run:
         say(sizes.describe(cfg.train))
@@ -76,7 +72,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
         groups = param_groups(objective.named_parameters(), cfg.train.weight_decay, undecayed)
         say(groups_table(groups))
         maker = ViewMaker(objective.draw, backbone.img_size, cfg.augment.where)
-        probe = online_probe(cfg, images, accelerator, sizes.steps_per_epoch)
+        dataset = TrainSet(images, maker, cfg.train.seed)
 
         def to_device(batch: dict[str, Any], step: int) -> dict[str, Any]:
             batch = batch_to_device(batch, accelerator.device, backbone.mean, backbone.std, cfg.augment.where)
@@ -85,35 +81,30 @@ def pretrain(cfg: PretrainConfig) -> Path:
                 batch["noise"] = drop_noise(cfg.train.seed, step, shape, batch["position"], accelerator.device)
             return batch
 
-        fit(
-            cfg,
-            accelerator,
-            run,
-            objective,
-            groups,
-            TrainSet(images, maker, cfg.train.seed),
-            sizes,
-            to_device,
-            probe,
-        )
+        fit(cfg, accelerator, run, objective, groups, dataset, sizes, to_device, probe)
         if accelerator.is_main_process:
             save_backbone(cfg, run.path, objective, sizes.total_steps, images.classes)
             say(f"backbone: {run.path / 'backbone.safetensors'}")
     return run.path
 
 
+def check_objective(cfg: PretrainConfig) -> None:
+    """Refuse what the objective refuses before any image is listed: it is built without storage, and dropped."""
+    with torch.device("meta"):
+        backbone = from_config(cfg.model)
+        objective = OBJECTIVES[cfg.objective.name][0](cfg.objective, backbone, cfg.augment, backbone.img_size, 1, 1)
+    if cfg.encoder == "teacher" and not hasattr(objective, "teacher"):
+        raise UserError(f"encoder=teacher: {cfg.objective.name} has no teacher; leave encoder out")
+
+
 def build_pretrain_backbone(cfg: PretrainConfig) -> Backbone:
     """The student before its first step: initialised from the seed, or from `model.weights`."""
     seed_torch(cfg.train.seed, INIT)
-    if cfg.model.weights:
+    if cfg.model.weights and not list_checkpoints(Path(cfg.out)):  # a checkpoint holds all that came from them
         backbone, info = load_backbone(cfg.model.weights, cfg.model, cfg.encoder, exact=True)
         say(f"model.weights: a new run from {cfg.model.weights} (step {info.get('step', 'unknown')})")
         return backbone
     return from_config(cfg.model)
-
-
-# First part of a key after the seed, as those in gcssl.loader: no two uses share numbers.
-INIT, DROP_PATH, MODEL = 201, 202, 203
 
 
 def drop_noise(
@@ -139,14 +130,12 @@ def fit(
     probe: Callable[[int, Any], dict[str, float]] | None = None,
 ) -> None:
     """Train `objective` from the run folder's newest checkpoint, or from the start, to the last step."""
-    if cfg.checkpoint.keep < 2:
-        raise UserError(f"checkpoint.keep={cfg.checkpoint.keep}: expected at least 2, since the newest may be damaged")
     train, lr = cfg.train, scaled_lr(cfg.train, sizes.global_batch)
     warmup = round(train.warmup_epochs * sizes.steps_per_epoch)
     save_steps = max(1, round(cfg.checkpoint.every * sizes.steps_per_epoch))
     objective.to(accelerator.device)
     optimizer = make_optimizer(groups, train)
-    step = resume(run, objective, optimizer, accelerator)
+    run.step = step = resume(run, objective, optimizer, accelerator)
     run.start()  # nothing is left to refuse
     if train.compile:
         objective.encoder.compile()
@@ -175,33 +164,34 @@ def fit(
                 norm = accelerator.clip_grad_norm_(objective.parameters(), train.clip_grad or float("inf"))
                 values = meter.agree(norm, stop.requested)  # the step's one all-reduce and host read
                 if not values.pop("finite"):
-                    raise NumericStop(
-                        f"step {step}: loss {values['loss']}, grad norm {values['grad_norm']}: not finite"
-                    )
-                set_lr(
-                    optimizer,
-                    lr_at(step, sizes.total_steps, warmup, lr, train.min_lr),
-                    decay_at(train, step, sizes),
-                )
+                    measured = f"loss {values['loss']}, grad norm {values['grad_norm']}"
+                    raise NumericStop(f"step {step}: {measured}: not finite")
+                now = lr_at(step, sizes.total_steps, warmup, lr, train.min_lr)
+                set_lr(optimizer, now, decay_at(train, step, sizes))
                 optimizer.step()
                 optimizer.zero_grad()
             if not accelerator.optimizer_step_was_skipped:
                 objective.after_step(step)
-            step += 1
+            run.step = step = step + 1
             if values.pop("bad"):
                 bad.record(meter.take_bad(), accelerator)
             stopping = values.pop("stop") and step < sizes.total_steps
             values |= schedules(objective, optimizer, step, sizes)
             log.step(step, values, sizes.global_batch, meter.take_wait())
-            if step % save_steps == 0 or step == sizes.total_steps or stopping:
-                save(cfg, run, step, objective, optimizer, accelerator, sizes)
+            with log.pause():
+                if step % sizes.steps_per_epoch == 0 or step == sizes.total_steps:
+                    if probe and (found := probe(step, objective)):
+                        log.scalars(step, found)
+                    if log.shows_images and hasattr(objective, "pictures"):
+                        log.images(step, pictures(objective, batch, step))
+                if step % save_steps == 0 or step == sizes.total_steps or stopping:  # last: a resume repeats the others
+                    save(cfg, run, step, objective, optimizer, accelerator, sizes)
             if stopping:
-                raise Preempted(f"stopped at step {step} of {sizes.total_steps}; run the same command again to go on")
-            if step % sizes.steps_per_epoch == 0 or step == sizes.total_steps:
-                if probe and (found := probe(step, objective)):
-                    log.scalars(step, found)
-                log.images(step, pictures(objective, batch, step, accelerator))
+                why = stop.reason or "another process was told to"
+                told = f"stopped at step {step} of {sizes.total_steps} ({why}); run the same command again to go on"
+                raise Preempted(told)
     say(log.summary())
+    accelerator.free_memory()  # another fit with this accelerator must not clip, scale or save what this one trained
 
 
 def decay_at(train: TrainConfig, step: int, sizes: Sizes) -> float:
@@ -221,7 +211,13 @@ def schedules(objective: Any, optimizer: torch.optim.Optimizer, step: int, sizes
 
 def resume(run: RunFolder, objective: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> int:
     """Load the newest checkpoint that verifies; returns the number of optimizer steps already done."""
+    if accelerator.scaler is not None:  # not the scale of an earlier fit
+        accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
     loaded = load_checkpoint(run.path)
+    step = 0 if loaded is None else loaded.step
+    steps = gather_object([step]) if accelerator.num_processes > 1 else [step]
+    if len(set(steps)) > 1:
+        raise UserError(f"out: the processes find other steps in {run.path}: {steps}; give a folder that all share")
     if loaded is None:
         return 0
     objective.load_state_dict(loaded.tensors["model"])
@@ -233,39 +229,39 @@ def resume(run: RunFolder, objective: Any, optimizer: torch.optim.Optimizer, acc
 
 
 def save(
-    cfg: Any,
-    run: RunFolder,
-    step: int,
-    objective: Any,
-    optimizer: Any,
-    accelerator: Accelerator,
-    sizes: Sizes,
+    cfg: Any, run: RunFolder, step: int, objective: Any, optimizer: Any, accelerator: Accelerator, sizes: Sizes
 ) -> None:
-    run.progress(step)
+    """A checkpoint, by the main process; status.json speaks of it once it is there."""
     if not accelerator.is_main_process:
         return
     tensors, optimizer_state = optimizer_tensors(optimizer.optimizer)
-    state: dict[str, Any] = {"optimizer": optimizer_state}
+    default_encoder = getattr(objective, "default_encoder", "student")
+    state: dict[str, Any] = {"optimizer": optimizer_state, "default_encoder": default_encoder}
     if accelerator.scaler is not None:
         state["scaler"] = accelerator.scaler.state_dict()
-    keep_every = cfg.checkpoint.keep_every and cfg.checkpoint.keep_every * sizes.steps_per_epoch
+    keep_every = (cfg.checkpoint.keep_every or 0) * sizes.steps_per_epoch or None
     tensors_by_file = {"model": objective.state_dict(), "optimizer": tensors}
     save_checkpoint(run.path, step, tensors_by_file, state, cfg.checkpoint.keep, keep_every)
+    run.progress(step)
 
 
 def online_probe(
     cfg: PretrainConfig, images: Images, accelerator: Accelerator, steps_per_epoch: int
-) -> Callable[[int, Any], dict[str, float]]:
+) -> Callable[[int, Any], dict[str, float]] | None:
     """kNN of the held-out slice against the rest of train, on the features that evaluation uses."""
     if images.labels is None:
         say("no labels in this data set: the online kNN probe is skipped")
     every = cfg.eval.online_every * steps_per_epoch
+    if images.labels is None or not every:
+        return None
+    rest, held = held_out(images)
+    if not len(held):
+        raise UserError("eval.online_every: with one image a class none can be held out; set eval.online_every=0")
 
     def probe(step: int, objective: Any) -> dict[str, float]:
-        if images.labels is None or every == 0 or step % every:
+        if step % every:
             return {}
         encoder = evaluated_encoder(cfg, objective)
-        rest, held = held_out(images)
         bank, queries = (
             extract(encoder, images, part, accelerator, workers=cfg.data.workers, quiet=True) for part in (rest, held)
         )
@@ -283,10 +279,8 @@ def evaluated_encoder(cfg: PretrainConfig, objective: Any) -> Backbone:
     return objective.teacher if which == "teacher" else objective.encoder
 
 
-def pictures(objective: Any, batch: dict[str, Any], step: int, accelerator: Accelerator) -> dict[str, Tensor]:
+def pictures(objective: Any, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
     """Original, hidden and reconstructed images of this batch, from objectives that reconstruct."""
-    if not accelerator.is_main_process or not hasattr(objective, "pictures"):
-        return {}
     objective.eval()
     with torch.no_grad():
         images = objective.pictures(batch, step)

@@ -4,17 +4,16 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from gcssl.augment import INTERPOLATIONS, ViewSpec, crop_resize, draw_view, normalize
-from gcssl.data import BadImage
-from gcssl.loader import AUGMENT, collate, eval_loader
+from gcssl.loader import AUGMENT, eval_loader
 from gcssl.log import say
 from gcssl.runtime import UserError, rng
 
@@ -36,11 +35,6 @@ class Features:
     y: Tensor  # N int64, -1 where there is no label
     index: Tensor  # N int64, the image's place in its split
     n_bad: int = 0  # images left out because they could not be decoded
-
-    def rows(self, wanted: np.ndarray) -> "Features":
-        """Those whose index is among `wanted`, in the order they have here."""
-        keep = torch.from_numpy(np.isin(self.index.numpy(), wanted))
-        return Features({kind: x[keep] for kind, x in self.x.items()}, self.y[keep], self.index[keep])
 
 
 @dataclass(frozen=True)
@@ -69,15 +63,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def share(n: int, rank: int, world: int) -> range:
-    """The positions of `n` that one process takes: every world-th from its rank on."""
-    return range(rank, n, world)
-
-
 def gather_rows(rows: Tensor, n: int, accelerator: "Accelerator", chunk: int = 16_384) -> Tensor:
-    """The rows of all processes, joined in the order of `share`, on the CPU and on every process.
+    """The rows of all processes, joined in order, on the CPU and on every process.
 
-    rows: this process's rows (len(share(n, rank, world)), ...), on the CPU. They travel in equal slices.
+    rows: those of this process, every world-th of `n` from its rank on, on the CPU. They travel in equal slices.
     """
     world = accelerator.num_processes
     if world == 1:
@@ -99,44 +88,14 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-class _OwnCrops(Dataset[dict[str, Any]]):
-    """Random crops of one epoch, a function of (seed, epoch, index) alone, or whole images squashed."""
-
-    def __init__(self, images: "Images", indices: np.ndarray, crop: Crop) -> None:
-        self.images, self.indices, self.crop = images, indices, crop
-        self.spec = dataclasses.replace(crop.random, size=crop.size) if crop.random is not None else None
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        index = int(self.indices[position])
-        label = -1 if self.images.labels is None else int(self.images.labels[index])
-        try:
-            pixels = self._pixels(self.images.load(index), index)
-        except BadImage:
-            return {
-                "index": index,
-                "image": np.zeros((3, *self.crop.size), np.uint8),
-                "label": label,
-                "ok": False,
-            }
-        return {"index": index, "image": pixels, "label": label, "ok": True}
-
-    def _pixels(self, image: Image.Image, index: int) -> np.ndarray:
-        if self.spec is not None:
-            view = draw_view(rng(self.crop.seed, AUGMENT, self.crop.epoch, index), self.spec)
-            return crop_resize(image, view, self.spec)
-        height, width = self.crop.size
-        squashed = image.resize((width, height), INTERPOLATIONS[self.crop.interpolation])
-        return np.ascontiguousarray(np.asarray(squashed).transpose(2, 0, 1))  # 3 H W
-
-
-def batches(images: "Images", indices: np.ndarray, crop: Crop, batch_size: int, workers: int) -> Any:
-    """{"index" B, "image" B 3 H W uint8, "label" B, "ok" B} over `indices`, in order."""
-    if crop.random is not None or crop.squash:
-        return DataLoader(_OwnCrops(images, indices, crop), batch_size, num_workers=workers, collate_fn=collate)
-    return eval_loader(images, indices, crop.size, crop.crop_pct, crop.interpolation, batch_size, workers)
+def _own_pixels(image: Image.Image, index: int, crop: Crop) -> np.ndarray:
+    """uint8 3 H W: a random crop, a function of (seed, epoch, index) alone, or the whole image squashed."""
+    if crop.random is not None:
+        spec = dataclasses.replace(crop.random, size=crop.size)
+        return crop_resize(image, draw_view(rng(crop.seed, AUGMENT, crop.epoch, index), spec), spec)
+    height, width = crop.size
+    squashed = image.resize((width, height), INTERPOLATIONS[crop.interpolation])
+    return np.ascontiguousarray(np.asarray(squashed).transpose(2, 0, 1))
 
 
 @dataclass
@@ -158,11 +117,13 @@ def forward_all(
     batch_size: int = 256,
     workers: int = 0,
     precision: str = "fp32",
+    timeout: int = 300,
 ) -> Outputs:
     """call(x) -> {name: B D} over every image of `indices` exactly once; float32 on the CPU, everywhere.
 
     A process takes every world-th index and results are joined in index order. x is normalised by
-    model.mean and model.std. Raises UserError when no image could be decoded.
+    model.mean and model.std. timeout: seconds a loader worker may take for one batch. Raises UserError when no
+    image could be decoded, or an output is not finite.
     """
     indices = np.asarray(indices, dtype=np.int64)
     if not len(indices):
@@ -174,7 +135,9 @@ def forward_all(
     with frozen(model), autocast(device, precision):
         if not len(mine):
             parts = {name: [out[:0].float().cpu()] for name, out in call(probe).items()}
-        for batch in batches(images, mine, crop, batch_size, workers) if len(mine) else ():
+        pixels = partial(_own_pixels, crop=crop) if crop.random is not None or crop.squash else None
+        how = (crop.size, crop.crop_pct, crop.interpolation, batch_size, workers, timeout, pixels)
+        for batch in eval_loader(images, mine, *how) if len(mine) else ():
             x = batch["image"].to(device, non_blocking=True).float().div_(255)
             for name, out in call(normalize(x, model.mean, model.std)).items():
                 parts.setdefault(name, []).append(out.float().cpu())
@@ -187,7 +150,22 @@ def forward_all(
     out = Outputs({name: joined(part) for name, part in parts.items()}, joined(labels), joined(good))
     if not out.ok.any():
         raise UserError(f"{images.name}: none of the {len(indices)} images could be decoded; see data.path")
+    for name, x in out.x.items():
+        wild = int((~x.isfinite()).flatten(1).any(1)[out.ok].sum())
+        if wild:
+            raise UserError(
+                f"{images.name}: the backbone's outputs ({name}) are not finite for {wild} of {len(indices)} images; "
+                f"its training diverged or its weights are damaged (precision={precision})"
+            )
     return out
+
+
+def count_bad(out: Outputs, images: "Images", quiet: bool = False) -> int:
+    """How many images of `out` could not be decoded, told in one line."""
+    n_bad = int((~out.ok).sum())
+    if n_bad and not quiet:
+        say(f"{images.name}: {n_bad} of {len(out.ok)} images cannot be decoded and are left out")
+    return n_bad
 
 
 def extract(
@@ -201,6 +179,7 @@ def extract(
     precision: str = "fp32",
     kinds: tuple[str, ...] = ("last",),
     quiet: bool = False,
+    timeout: int = 300,
 ) -> Features:
     """Pooled features of images[indices]; crop None: the backbone's own size, crop and interpolation.
 
@@ -216,10 +195,7 @@ def extract(
             raise UserError(f"features: {', '.join(missing)} asked, this backbone has {', '.join(pooled)}")
         return {kind: pooled[kind] for kind in kinds}
 
-    out = forward_all(backbone, call, images, indices, accelerator, crop, batch_size, workers, precision)
-    ok = out.ok
-    n_bad = int((~ok).sum())
-    if n_bad and not quiet:
-        say(f"{images.name}: {n_bad} of {len(ok)} images cannot be decoded and are left out")
+    out = forward_all(backbone, call, images, indices, accelerator, crop, batch_size, workers, precision, timeout)
+    ok, n_bad = out.ok, count_bad(out, images, quiet)
     index = torch.as_tensor(np.asarray(indices, dtype=np.int64))
     return Features({kind: x[ok] for kind, x in out.x.items()}, out.y[ok], index[ok], n_bad)

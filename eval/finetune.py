@@ -8,6 +8,7 @@ our own grouping by block, and drop path. The last epoch counts; the test split 
 """
 
 import dataclasses
+import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,15 +28,26 @@ from gcssl.config import (
     CheckpointConfig,
     DataConfig,
     LogConfig,
-    ModelConfig,
     RuntimeConfig,
     TrainConfig,
     config_dict,
     load_config,
 )
-from gcssl.data import Images, held_out
-from gcssl.eval.features import Crop, forward_all
-from gcssl.eval.inputs import FRESH, data_of, labels_of, load, model_of, open_splits, run_config, sides
+from gcssl.data import held_out
+from gcssl.eval.features import count_bad, forward_all
+from gcssl.eval.inputs import (
+    Inputs,
+    built_model,
+    check_specs,
+    common_notes,
+    count_classes,
+    data_of,
+    load,
+    model_of,
+    open_splits,
+    result_path,
+    run_config,
+)
 from gcssl.eval.metrics import (
     check_result,
     comparison,
@@ -47,12 +59,11 @@ from gcssl.eval.metrics import (
 )
 from gcssl.loader import Sizes, TrainSet, run_sizes
 from gcssl.log import say
-from gcssl.models.build import Backbone, backbone_info
+from gcssl.models.build import FRESH, AskedModel, Backbone, backbone_info, from_config_on_meta
 from gcssl.optim import groups_table, param_groups
-from gcssl.pretrain import INIT, drop_noise, fit
+from gcssl.pretrain import drop_noise, fit
 from gcssl.runtime import RunFolder, UserError, entry, make_accelerator, seed_torch
-
-MIXUP = 301  # first part of these draws' key, as those in gcssl.loader
+from gcssl.streams import INIT, MIXUP
 
 
 @dataclass
@@ -78,8 +89,9 @@ class FinetuneConfig:
     name: str | None = None  # the run and its result go to eval/<name>/
     out: str = ""  # result folder, needed where backbone is no run folder
     crop_pct: float = 1.0
+    interpolation: str | None = None  # of the test images; None: the backbone's
     finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(name="", img_size=None, drop_path=0.1))
+    model: AskedModel = field(default_factory=lambda: AskedModel(drop_path=0.1))
     data: DataConfig = field(default_factory=lambda: DataConfig(path=""))
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(blr=5e-4, min_lr=1e-6, warmup_epochs=5, clip_grad=5.0)
@@ -144,21 +156,16 @@ class TransformMaker:
 
 def run(cfg: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any]:
     """Fine-tune, or resume the fine-tuning, from cfg.backbone and cfg.compare; writes and returns the result."""
-    if not cfg.backbone:
-        raise UserError("backbone: not given; pass a run folder, a checkpoint, random or none")
-    if cfg.finetune.augment not in ("none", "light", "full"):
-        raise UserError(f"finetune.augment={cfg.finetune.augment}: expected none, light or full")
+    check_specs(cfg.backbone, cfg.compare)
+    if cfg.compare not in (None, *FRESH):
+        raise UserError(f"compare={cfg.compare}: fine-tuning compares with {' or '.join(FRESH)}")
+    if mixes(cfg.finetune) and cfg.train.batch_size % 2:
+        raise UserError(f"train.batch_size={cfg.train.batch_size}: mixup pairs images, expected an even number")
     run_cfg = run_config(cfg.backbone)
-    if not cfg.out and run_cfg is None:
-        raise UserError(f"out: needed because backbone={cfg.backbone} is no run folder; pass out=<folder>")
-    folder = (Path(cfg.out) if cfg.out else Path(cfg.backbone) / "eval") / (cfg.name or "finetune")
-    path = folder / "finetune.json" if cfg.name else folder.parent / "finetune.json"
-    settings = settings_of(config_dict(cfg))
+    path, settings = result_path(cfg, "finetune", run_cfg), settings_of(config_dict(cfg))
+    folder = path.parent if cfg.name else path.parent / "finetune"
     check_result(path, settings)
-    plain = dataclasses.replace(cfg.model, drop_path=0.0, grad_checkpointing=False)
-    model = model_of(dataclasses.replace(cfg, model=plain), run_cfg)  # type: ignore[arg-type]
-    keep = {"drop_path": cfg.model.drop_path, "grad_checkpointing": cfg.model.grad_checkpointing}
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(model, **keep), data=data_of(cfg, run_cfg))  # type: ignore[arg-type]
+    cfg = of_backbone(cfg, run_cfg)
     ours = finetune(cfg, accelerator, folder, cfg.backbone)
     result = {**ours["metrics"], **ours["notes"]}
     if cfg.compare:
@@ -168,57 +175,71 @@ def run(cfg: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any]:
         write_result(path, result, settings)
     for line in result_table(result, cfg.backbone, cfg.compare):
         say(line)
-    say(f"finetune: {result['n_test']} test images, written to {path}")
+    say(f"finetune: {result['n_test']} test images, {result['seconds']:.1f} s, written to {path}")
     return result
+
+
+def of_backbone(cfg: FinetuneConfig, run: dict[str, Any] | None) -> FinetuneConfig:
+    """cfg with the data and the model that cfg.backbone stands for, all keys filled in, as config.yaml keeps it."""
+    rates = {"drop_path": cfg.model.drop_path, "grad_checkpointing": cfg.model.grad_checkpointing}
+    plain = dataclasses.replace(cfg.model, drop_path=0.0, grad_checkpointing=False)
+    model = model_of(dataclasses.replace(cfg, model=plain), run)
+    data = data_of(cfg, run)
+    if cfg.backbone not in FRESH:
+        backbone, info = load(cfg.backbone, model, cfg.encoder)
+        model = built_model(info, list(backbone.img_size))
+    if cfg.compare:
+        from_config_on_meta(model)  # refuses what has no name to build it by
+    return dataclasses.replace(cfg, model=dataclasses.replace(model, **rates), data=data)  # type: ignore[arg-type]
 
 
 def finetune(cfg: FinetuneConfig, accelerator: Accelerator, folder: Path, spec: str) -> dict[str, Any]:
     """One run from backbone `spec` in `folder`: {"metrics", "notes", "correct", "index"} of the test images."""
-    train, test, test_name = open_splits(cfg.data, sides(cfg.model.img_size or 224))
-    if cfg.finetune.holdout:
-        rest, held = held_out(train)
-        train, test, test_name = train.select(rest), train.select(held), "held-out slice of train"
-    n_classes = max(len(images.classes or ()) or int(labels_of(images).max()) + 1 for images in (train, test))
-    seed_torch(cfg.train.seed, INIT)
-    backbone, info = load(spec, cfg.model, cfg.encoder)
-    backbone.reset_classifier(n_classes)
+    begin = time.perf_counter()
+    inputs = open_run(cfg, accelerator, spec)
+    train, backbone = inputs.train, inputs.backbone
     objective = Classifier(backbone, cfg.finetune)
     sizes = run_sizes(cfg.train, len(train), accelerator.num_processes)
-    facts = {"data": train.fingerprint, "backbone": spec}
+    facts: dict[str, Any] = {"data": train.fingerprint, "backbone": spec}
+    if mixes(cfg.finetune):
+        facts["train.batch_size"] = sizes.batch_size  # the images that are mixed with each other
     with RunFolder(folder, cfg, sizes.global_batch, accelerator, facts) as run_folder:
         say(f"fine-tuning {spec}: {sizes.describe(cfg.train)}")
         groups = layer_groups(cfg, backbone, spec)
         say(groups_table(groups))
         maker = TransformMaker(cfg.finetune, backbone.img_size, backbone.mean, backbone.std)
-        place = partial(to_device, cfg=cfg, accelerator=accelerator, backbone=backbone, sizes=sizes, classes=n_classes)
-        fit(
-            cfg,
-            accelerator,
-            run_folder,
-            objective,
-            groups,
-            TrainSet(train, maker, cfg.train.seed),
-            sizes,
-            place,
+        dataset = TrainSet(train, maker, cfg.train.seed)
+        place = partial(
+            to_device, cfg=cfg, accelerator=accelerator, backbone=backbone, sizes=sizes, classes=inputs.n_classes
         )
+        fit(cfg, accelerator, run_folder, objective, groups, dataset, sizes, place)
         if accelerator.is_main_process:
             averaged = objective.ema.module
-            told = {
-                "step": sizes.total_steps,
-                "objective": "finetune",
-                "encoder": "ema",
-                "class_names": train.classes,
-            }
-            write_backbone(folder, averaged.state_dict(), backbone_info(averaged, **told) | {"crop_pct": cfg.crop_pct})
-        judged = judge(cfg, objective, test, accelerator)
+            told = {"step": sizes.total_steps, "objective": "finetune", "encoder": "ema", "class_names": train.classes}
+            crop = {"crop_pct": cfg.crop_pct, "interpolation": inputs.crop.interpolation}
+            write_backbone(folder, averaged.state_dict(), backbone_info(averaged, **told, **crop))
+        judged = judge(objective, inputs)
     judged["notes"] = {
-        "backbone": spec, "model": info.get("name") or backbone.name, "data": cfg.data.path, "test_split": test_name,
-        "n_test": len(judged["index"]), "classes": n_classes, "epochs": sizes.total_steps / sizes.steps_per_epoch,
-        "steps": sizes.total_steps, "global_batch": sizes.global_batch, "seeds": [cfg.train.seed],
-        "crop": {"size": list(backbone.img_size), "crop_pct": cfg.crop_pct}, "interpolation": "bicubic",
-        "finetune": dataclasses.asdict(cfg.finetune), "blr": cfg.train.blr, "drop_path": cfg.model.drop_path,
+        **common_notes(inputs, cfg.train.precision, cfg.train.seed), **judged["notes"], "protocol": "fine-tuned",
+        "features": "logits", "epochs": sizes.total_steps / sizes.steps_per_epoch, "steps": sizes.total_steps,
+        "global_batch": sizes.global_batch, "finetune": dataclasses.asdict(cfg.finetune), "blr": cfg.train.blr,
+        "drop_path": cfg.model.drop_path, "seconds": round(time.perf_counter() - begin, 2),
     }  # fmt: skip
     return judged
+
+
+def open_run(cfg: FinetuneConfig, accelerator: Accelerator, spec: str) -> Inputs:
+    """The backbone before its first step, with a fresh head for the classes of the data, and the data."""
+    seed_torch(cfg.train.seed, INIT)
+    backbone, info = load(spec, cfg.model, cfg.encoder)
+    train, test, name = open_splits(cfg.data, backbone.img_size)
+    if cfg.finetune.holdout:
+        rest, held = held_out(train)
+        train, test, name = train.select(rest), train.select(held), f"held-out slice of {train.name}"
+    n_classes = count_classes(train, test)
+    seed_torch(cfg.train.seed, INIT, 1)
+    backbone.reset_classifier(n_classes)
+    return Inputs(cfg, spec, backbone, info, train, test, name, n_classes, accelerator)
 
 
 def layer_groups(cfg: FinetuneConfig, backbone: Backbone, spec: str) -> list[dict[str, Any]]:
@@ -232,14 +253,22 @@ def layer_groups(cfg: FinetuneConfig, backbone: Backbone, spec: str) -> list[dic
     return param_groups(named, cfg.train.weight_decay, undecayed, ids, decay)
 
 
+def mixes(options: FinetuneOptions) -> bool:
+    return options.augment == "full" and (options.mixup > 0 or options.cutmix > 0)
+
+
 def to_device(
     batch: dict[str, Any], step: int, *, cfg: FinetuneConfig, accelerator: Accelerator, backbone: Backbone,
     sizes: Sizes, classes: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """The batch on the device with its targets, mixed where the recipe mixes: one mixing coefficient a step."""
+    """The batch on the device with its targets, mixed where the recipe mixes.
+
+    One mixing coefficient a step; partners are those of the micro-batch (the first image with the last), so that
+    train.batch_size, but not the number of processes or micro-batches, is part of what a mixing run computes.
+    """
     options, device = cfg.finetune, accelerator.device
     batch["image"], batch["target"] = batch["image"].to(device), batch["label"].to(device)
-    if options.augment == "full" and (options.mixup > 0 or options.cutmix > 0):
+    if mixes(options):
         seed_torch(cfg.train.seed, MIXUP, step)
         mixup = Mixup(options.mixup, options.cutmix, label_smoothing=options.smoothing, num_classes=classes)
         batch["image"], batch["target"] = mixup(batch["image"], batch["target"])
@@ -249,17 +278,17 @@ def to_device(
     return batch
 
 
-def judge(cfg: FinetuneConfig, objective: Classifier, images: Images, accelerator: Accelerator) -> dict[str, Any]:
+def judge(objective: Classifier, inputs: Inputs) -> dict[str, Any]:
     """Accuracy of the averaged and the raw weights; every image counts once, whatever the number of processes."""
 
     def both(x: Tensor) -> dict[str, Tensor]:
         return {"ema": objective.ema.module(x), "raw": objective.encoder(x)}
 
-    encoder = objective.encoder
-    crop = Crop(encoder.img_size, cfg.crop_pct)
-    precision = "bf16" if cfg.train.precision == "bf16" else "fp32"
+    images, data = inputs.test, inputs.cfg.data
     indices = np.arange(len(images))
-    out = forward_all(encoder, both, images, indices, accelerator, crop, 256, cfg.data.workers, precision)
+    precision = "bf16" if inputs.cfg.train.precision == "bf16" else "fp32"
+    how = (inputs.crop, 256, data.workers, precision, data.timeout)
+    out = forward_all(objective.encoder, both, images, indices, inputs.accelerator, *how)
     correct = {name: topk_correct(logits[out.ok], out.y[out.ok]) for name, logits in out.x.items()}
     metrics = {
         "finetune/top1": percent(correct["ema"][1]),
@@ -268,6 +297,7 @@ def judge(cfg: FinetuneConfig, objective: Classifier, images: Images, accelerato
     }
     return {
         "metrics": metrics,
+        "notes": {"n_test": int(out.ok.sum()), "n_bad": count_bad(out, images)},
         "paired": "finetune/top1",
         "correct": correct["ema"][1],
         "index": torch.from_numpy(indices)[out.ok],

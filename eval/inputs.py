@@ -12,14 +12,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-import yaml
 
-from gcssl.config import DataConfig, ModelConfig, RuntimeConfig, TrainConfig, config_dict, load_config
+from gcssl.config import DataConfig, ModelConfig, RuntimeConfig, TrainConfig, config_dict, load_config, read_yaml
 from gcssl.data import held_out, open_data
 from gcssl.eval.features import PRECISIONS, Crop, Features, extract, frozen
 from gcssl.eval.metrics import check_result, comparison, result_table, settings_of, write_result
 from gcssl.log import say
-from gcssl.models.build import Backbone, backbone_info, build_backbone, load_backbone
+from gcssl.models.build import (
+    FRESH,
+    AskedModel,
+    Backbone,
+    backbone_info,
+    build_backbone,
+    check_exists,
+    from_dict,
+    load_backbone,
+)
 from gcssl.models.convert import load_weights
 from gcssl.runtime import UserError, make_accelerator
 
@@ -30,7 +38,6 @@ if TYPE_CHECKING:
     from gcssl.data import Images
 
 T = TypeVar("T")
-FRESH = ("random", "none")  # backbones that no file holds
 
 
 @dataclass
@@ -42,7 +49,7 @@ class InputConfig:
     encoder: str | None = None  # student | teacher; None: the one the objective's paper evaluates
     name: str | None = None  # results go to eval/<name>/
     out: str = ""  # result folder, needed where backbone is no run folder
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(name="", img_size=None))
+    model: AskedModel = field(default_factory=AskedModel)
     data: DataConfig = field(default_factory=lambda: DataConfig(path=""))
     crop_pct: float | None = None  # side of the centre crop / side of the resized image; None: the backbone's
     interpolation: str | None = None  # None: the backbone's
@@ -100,6 +107,7 @@ class Inputs:
             self.cfg.precision,
             kinds,
             quiet=epoch > 0,
+            timeout=self.cfg.data.timeout,
         )
 
 
@@ -111,11 +119,8 @@ def run_config(spec: str) -> dict[str, Any] | None:
     path = Path(spec) / "config.yaml"
     if spec in FRESH or not path.is_file():
         return None
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+    config = read_yaml(path)
+    if not isinstance(config.get("model"), dict):
         raise UserError(f"{path}: is no config of a run (no model section)")
     return config
 
@@ -126,37 +131,41 @@ def _given(cfg: Any, blank: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value != getattr(blank, key)}
 
 
-def _from_dict(schema: type[T], values: dict[str, Any]) -> T:
-    """A config dataclass from a run's section; keys of other versions are left out."""
-    known = {f.name for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
-    return schema(**{key: value for key, value in values.items() if key in known})
-
-
-def data_of(cfg: InputConfig, run: dict[str, Any] | None) -> DataConfig:
+def data_of(cfg: Any, run: dict[str, Any] | None) -> DataConfig:
     """The data asked for; without data.path, that of the run, with the other data keys given laid over it."""
     if cfg.data.path:
         return cfg.data
     if run is None or not isinstance(run.get("data"), dict):
         raise UserError(f"data.path: not given, and backbone={cfg.backbone} is no run folder; pass data.path=<images>")
-    data = dataclasses.replace(_from_dict(DataConfig, run["data"]), **_given(cfg.data, DataConfig(path="")))
+    data = dataclasses.replace(from_dict(DataConfig, run["data"]), **_given(cfg.data, DataConfig(path="")))
     say(f"data.path not given: the run's own, {data.path}")
     return data
 
 
-def model_of(cfg: InputConfig, run: dict[str, Any] | None) -> ModelConfig:
+def model_of(cfg: Any, run: dict[str, Any] | None) -> ModelConfig:
     """The model asked for; of a run, the run's own at the img_size asked for: other wishes are refused."""
-    asked = _given(cfg.model, ModelConfig(name="", img_size=None))
+    if run is None and cfg.backbone not in FRESH:
+        return cfg.model
+    asked = _given(cfg.model, AskedModel())
     if run is None:
-        blank = ModelConfig() if cfg.backbone in FRESH else ModelConfig(img_size=None)
-        return dataclasses.replace(blank, **asked)
-    model = dataclasses.replace(_from_dict(ModelConfig, run["model"]), drop_path=0.0, weights=None)
+        return dataclasses.replace(ModelConfig(), **asked)
+    model = dataclasses.replace(from_dict(ModelConfig, run["model"]), drop_path=0.0, weights=None)
     for key, value in asked.items():
         if key != "img_size" and value != getattr(model, key):
             raise UserError(f"model.{key}={value}: the run {cfg.backbone} has {getattr(model, key)}; leave it out")
     return dataclasses.replace(model, **asked)
 
 
-def result_path(cfg: InputConfig, task: str, run: dict[str, Any] | None) -> Path:
+def check_specs(backbone: str, compare: str | None) -> None:
+    """UserError for a backbone not given, or a path to nothing: said before anything is opened."""
+    if not backbone:
+        raise UserError("backbone: not given; pass a run folder, a checkpoint, random or none")
+    for spec in (backbone, compare):
+        if spec:
+            check_exists(spec)
+
+
+def result_path(cfg: Any, task: str, run: dict[str, Any] | None) -> Path:
     """<run>/eval/[<name>/]<task>.json, or <out>/[<name>/]<task>.json where out is given."""
     if not cfg.out and run is None:
         raise UserError(f"out: needed because backbone={cfg.backbone} is no run folder; pass out=<folder>")
@@ -190,6 +199,10 @@ def open_splits(data: DataConfig, size: tuple[int, int], only_test: bool = False
     return train.select(rest), train.select(held), f"held-out slice of {train.name}"
 
 
+def count_classes(*splits: "Images") -> int:
+    return max(len(images.classes or ()) or int(labels_of(images).max()) + 1 for images in splits)
+
+
 def labels_of(images: "Images") -> np.ndarray:
     """int64 N; UserError for a split without labels."""
     if images.labels is None:
@@ -198,14 +211,14 @@ def labels_of(images: "Images") -> np.ndarray:
 
 
 def open_inputs(cfg: InputConfig, accelerator: "Accelerator", only_test: bool = False) -> Inputs:
-    """Opens the data, then loads cfg.backbone. UserError in one line for whatever does not fit."""
+    """Loads cfg.backbone, then opens the data. UserError in one line for whatever does not fit."""
     run = run_config(cfg.backbone)
     model, data = model_of(cfg, run), data_of(cfg, run)
-    with accelerator.main_process_first():  # the main process fills the caches
-        train, test, name = open_splits(data, sides(model.img_size or 224), only_test and run is None)
     backbone, info = load(cfg.backbone, model, cfg.encoder)
+    with accelerator.main_process_first():  # the main process fills the caches
+        train, test, name = open_splits(data, backbone.img_size, only_test and run is None)
     cfg = dataclasses.replace(cfg, data=data)
-    n_classes = max(len(images.classes or ()) or int(labels_of(images).max()) + 1 for images in (train, test))
+    n_classes = count_classes(train, test)
     seen = info.get("class_names")
     if seen and train.classes and list(seen) != list(train.classes):
         say(f"{cfg.backbone} was trained on other classes than those of {data.path}")
@@ -248,26 +261,23 @@ def load(spec: str, model: ModelConfig, encoder: str | None) -> tuple[Backbone, 
 
 def other_inputs(inputs: Inputs, spec: str) -> Inputs:
     """The same data for another backbone; random and none are built like the one evaluated."""
-    backbone, info = load(spec, _same_model(inputs, spec), inputs.cfg.encoder)
+    size = list(inputs.crop.size)
+    model = built_model(inputs.info, size) if spec in FRESH else AskedModel(img_size=size)
+    backbone, info = load(spec, model, inputs.cfg.encoder)
     return dataclasses.replace(inputs, spec=spec, backbone=_ready(backbone, inputs.accelerator), info=info)
 
 
-def _same_model(inputs: Inputs, spec: str) -> ModelConfig:
-    """For random and none the model evaluated, at its size; for saved weights nothing but the size."""
-    size = list(inputs.crop.size)
-    if spec not in FRESH:
-        return ModelConfig(img_size=size)
-    args = inputs.info["model_args"]
-    model = ModelConfig(name=inputs.info["name"], img_size=size, in_chans=args["in_chans"])
-    return dataclasses.replace(
-        model, window_ratio=args.get("window_ratio"), bias_resize=args.get("bias_resize", model.bias_resize)
-    )
+def built_model(info: dict[str, Any], img_size: list[int]) -> ModelConfig:
+    """The config that builds the backbone which `info` describes, for img_size [H, W]."""
+    args = info["model_args"]
+    same = {key: args[key] for key in ("in_chans", "window_ratio", "bias_resize") if key in args}
+    return ModelConfig(name=info["name"], img_size=img_size, **same)
 
 
 # ---------------------------------------------------------------------------------------------------- running
 
 
-def common_notes(inputs: Inputs) -> dict[str, Any]:
+def common_notes(inputs: Inputs, precision: str, seed: int) -> dict[str, Any]:
     """What every result says about how it came about."""
     crop, info = inputs.crop, inputs.info
     return {
@@ -286,8 +296,8 @@ def common_notes(inputs: Inputs) -> dict[str, Any]:
         "interpolation": crop.interpolation,
         "mean": [float(v) for v in inputs.backbone.mean],
         "std": [float(v) for v in inputs.backbone.std],
-        "precision": inputs.cfg.precision,
-        "seeds": [inputs.cfg.seed],
+        "precision": precision,
+        "seeds": [seed],
     }
 
 
@@ -303,21 +313,17 @@ def evaluate(
     judge returns {"metrics": {name: percent}, "notes": {...}, "paired": a metric's name,
     "correct": N bool under that metric, "index": N} of the test images.
     """
-    if not cfg.backbone:
-        raise UserError("backbone: not given; pass a run folder, a checkpoint, random or none")
-    if cfg.precision not in PRECISIONS or cfg.batch_size < 1:
-        raise UserError(
-            f"precision is one of {', '.join(PRECISIONS)} and batch_size at least 1, got "
-            f"{cfg.precision} and {cfg.batch_size}"
-        )
+    check_specs(cfg.backbone, cfg.compare)
+    if cfg.batch_size < 1:
+        raise UserError(f"batch_size={cfg.batch_size}: expected at least 1")
     path, settings = result_path(cfg, task, run_config(cfg.backbone)), settings_of(config_dict(cfg))
     check_result(path, settings)
     begin = time.perf_counter()
     inputs = open_inputs(cfg, accelerator, only_test)
+    other = other_inputs(inputs, cfg.compare) if cfg.compare else None  # before any work is done
     ours = judge(inputs, inputs.cfg)
-    result = {**ours["metrics"], **common_notes(inputs), **ours["notes"]}
-    if cfg.compare:
-        other = other_inputs(inputs, cfg.compare)
+    result = {**ours["metrics"], **common_notes(inputs, cfg.precision, cfg.seed), **ours["notes"]}
+    if other is not None:
         result["compare"] = comparison(cfg.compare, ours, judge(other, other.cfg))
     result["seconds"] = round(time.perf_counter() - begin, 2)
     if accelerator.is_main_process:

@@ -23,6 +23,7 @@ from torch.nn.functional import normalize, one_hot
 from gcssl.config import EvalConfig
 from gcssl.eval.features import KINDS, gather_rows
 from gcssl.eval.inputs import InputConfig, Inputs, evaluate, program
+from gcssl.keys import CHOICES
 from gcssl.log import say
 from gcssl.runtime import UserError
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 MARGIN = 32  # candidates beyond k, so that a rounding error in fp32 cannot drop a neighbour unseen
 SCALE = 10**9  # similarities are compared to nine decimals
-BACKENDS = ("auto", "faiss", "torch")
+BACKENDS = CHOICES["eval.backend"]
 
 
 @dataclass
@@ -123,6 +124,17 @@ def _candidates_torch(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Te
     return torch.cat(values), torch.cat(indices)
 
 
+def agrees(index: Any, bank: Tensor, queries: Tensor, k: int) -> bool:
+    """Whether a FAISS index of `bank` (N D) finds what brute force finds: the similarities it claims are those
+    of the neighbours it names, and of the k nearest of each query (M D)."""
+    values, where = (torch.from_numpy(part) for part in index.search(queries.cpu().numpy(), k))  # M k
+    if where.min() < 0 or where.max() >= len(bank):
+        return False
+    named = torch.einsum("md,mkd->mk", queries.cpu().double(), bank.cpu()[where].double()).float()
+    truth = _search_exact(bank, queries, k)[0].float().cpu()
+    return torch.allclose(values, truth, atol=1e-4) and torch.allclose(named, truth, atol=1e-4)
+
+
 class _Faiss:
     """A flat inner-product index, on the GPU when faiss has one there and it passes a ten-query check."""
 
@@ -132,16 +144,12 @@ class _Faiss:
         if getattr(faiss, "get_num_gpus", lambda: 0)() > 0 and bank.is_cuda:
             try:
                 self.resources = faiss.StandardGpuResources()
-                gpu = faiss.index_cpu_to_gpu(self.resources, bank.device.index or 0, self.index)
-                found = torch.from_numpy(gpu.search(queries[:10].cpu().numpy(), k)[0])
-                truth = _search_exact(bank, queries[:10], k)[0].float().cpu()
-                if torch.allclose(found, truth, atol=1e-4):
-                    self.index = gpu
-                    return
-                reason = "its neighbours differ from brute force"
+                self.index = faiss.index_cpu_to_gpu(self.resources, bank.device.index or 0, self.index)
+                right = agrees(self.index, bank, queries[:10], k)
             except Exception as error:  # faiss raises bare RuntimeErrors for a missing kernel or a full GPU
-                reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
-            raise _FaissGpuRefused(reason)
+                raise _FaissGpuRefused(str(error).strip().split("\n")[0][:80] or type(error).__name__) from None
+            if not right:
+                raise _FaissGpuRefused("its neighbours differ from brute force")
 
     def __call__(self, bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values, indices = self.index.search(queries.cpu().numpy(), k)
@@ -215,6 +223,8 @@ def knn_correct(
         raise ValueError(f"a bank of at least one feature and ks of at least 1 expected, got {len(train_x)}, {ks}")
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
+    if max(ks) > len(train_x):
+        say(f"knn: k is capped at the {len(train_x)} images of the bank")
     n_classes = int(max(train_y.max(), test_y.max() if len(test_y) else 0)) + 1
     if not len(test_x):
         return torch.zeros(len(ks), 0, dtype=torch.bool)
@@ -250,8 +260,6 @@ def knn_accuracy(
     Features are L2-normalised; a neighbour votes exp(cosine / temperature); one search serves all ks. A k
     above N uses all N and keeps its key. backend: auto (FAISS where it can be imported) | faiss | torch.
     """
-    if max(ks) > len(train_x):
-        say(f"knn: k is capped at the {len(train_x)} images of the bank")
     correct = knn_correct(train_x, train_y, test_x, test_y, ks, temperature, backend)
     return {k: 100.0 * row.double().mean().item() for k, row in zip(ks, correct, strict=True)}
 
@@ -267,8 +275,6 @@ def judge(inputs: Inputs, cfg: KnnConfig) -> dict[str, Any]:
     accelerator, kind = inputs.accelerator, cfg.features
     bank, test = inputs.features(inputs.train, (kind,)), inputs.features(inputs.test, (kind,))
     ks, n = sorted(set(cfg.ks)), len(bank.y)
-    if max(ks) > n:
-        say(f"knn: k is capped at the {n} images of the bank")
     mine, device = slice(accelerator.process_index, None, accelerator.num_processes), accelerator.device
     correct = knn_correct(
         bank.x[kind].to(device),
@@ -300,8 +306,6 @@ def run(cfg: KnnConfig, accelerator: "Accelerator") -> dict[str, Any]:
         raise UserError(
             f"ks={cfg.ks} and temperature={cfg.temperature}: expected ks of at least 1, temperature above 0"
         )
-    if cfg.eval.backend not in BACKENDS:
-        raise UserError(f"eval.backend: {cfg.eval.backend!r} given, expected one of {', '.join(BACKENDS)}")
     if cfg.eval.backend == "faiss" and _import_faiss() is None:
         raise UserError("eval.backend=faiss: faiss cannot be imported; install faiss-gpu or faiss-cpu, or use torch")
     return evaluate("knn", cfg, accelerator, judge)

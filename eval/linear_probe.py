@@ -287,14 +287,9 @@ def _on_cpu(norm: Standardise) -> Standardise:
 
 
 def _check(cfg: LinearProbeConfig) -> None:
-    if cfg.protocol not in PROTOCOLS:
-        raise UserError(f"protocol: {cfg.protocol!r} given, expected {' or '.join(PROTOCOLS)}")
     for key in ("lrs", "weight_decays", "features"):
         if not getattr(cfg, key):
             raise UserError(f"{key}: an empty list given, expected at least one value")
-    for kind in cfg.features:
-        if kind not in KINDS:
-            raise UserError(f"features: {kind!r} given, expected some of {', '.join(KINDS)}")
     if min(cfg.lrs) <= 0 or min(cfg.weight_decays) < 0:
         raise UserError("lrs must be above 0 and weight_decays not below 0")
     if cfg.head_batch < 1 or (cfg.epochs is not None and cfg.epochs < 1):

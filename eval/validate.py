@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gcssl.eval.features import forward_all
+from gcssl.eval.features import count_bad, forward_all
 from gcssl.eval.inputs import FRESH, InputConfig, Inputs, evaluate, program
 from gcssl.eval.metrics import percent, topk_correct
-from gcssl.log import say
 from gcssl.runtime import UserError
 
 if TYPE_CHECKING:
@@ -59,10 +58,9 @@ def judge(inputs: Inputs, cfg: ValidateConfig) -> dict[str, Any]:
         cfg.batch_size,
         cfg.data.workers,
         cfg.precision,
+        cfg.data.timeout,
     )
-    n_bad = int((~out.ok).sum())
-    if n_bad:
-        say(f"{images.name}: {n_bad} of {len(images)} images cannot be decoded and are left out")
+    n_bad = count_bad(out, images)
     top = topk_correct(out.x["logits"][out.ok], out.y[out.ok], (1, 5))
     notes = {"protocol": "own head", "features": "logits", "n_test": int(out.ok.sum()), "n_bad": n_bad}
     return {

@@ -172,12 +172,8 @@ def config_dict(config: Any) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config), default=str)))
 
 
-def dump_config(config: Any) -> str:
-    """The config as yaml that load_config reads back to an equal config."""
-    return to_yaml(config_dict(config))
-
-
 def to_yaml(content: dict[str, Any]) -> str:
+    """The result of config_dict as yaml that load_config reads back to an equal config."""
     return OmegaConf.to_yaml(OmegaConf.create(content))
 
 

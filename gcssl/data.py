@@ -8,7 +8,9 @@ import contextlib
 import hashlib
 import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -86,10 +88,15 @@ class _Selected:
         return self.reader.where(int(self.indices[i]))
 
 
-@dataclass
 class Splits:
-    train: Images
-    test: Images | None  # labelled in the classes of train, or None
+    """Training images, and the test split (labelled in their classes, or None), opened when it is asked for."""
+
+    def __init__(self, train: Images, open_test: Callable[[], Images | None]) -> None:
+        self.train, self._open_test = train, open_test
+
+    @cached_property
+    def test(self) -> Images | None:
+        return self._open_test()
 
 
 def open_data(cfg: DataConfig, img_size: tuple[int, int] = (64, 64), only_test: bool = False) -> Splits:
@@ -103,16 +110,18 @@ def open_data(cfg: DataConfig, img_size: tuple[int, int] = (64, 64), only_test: 
         train = _images(shapes_split("train", cfg.shapes_n, img_size), "train", None)
         n_test = max(len(CLASSES), cfg.shapes_n // 5)
         test = _images(shapes_split("test", n_test, img_size), "test", train.classes)
-        return Splits(test if only_test else train, test)
+        return Splits(test if only_test else train, lambda: test)
     found = _find(cfg)
+    if cfg.val_split is not None and cfg.val_split not in found:
+        raise UserError(f"data.val_split: given {cfg.val_split}, expected one of {', '.join(found)}")
     if only_test:
         alone = _test(cfg, found, None)
         if alone is None:
             raise UserError(f"data.val_split: no labelled test split in {cfg.path}: {', '.join(found)}")
-        return Splits(alone, alone)
+        return Splits(alone, lambda: alone)
     name = _train_name(cfg, found)
     train = _images(_open(cfg, found, name), name, None)
-    return Splits(train, _test(cfg, found, train))
+    return Splits(train, lambda: _test(cfg, found, train))
 
 
 def _find(cfg: DataConfig) -> Found:
@@ -149,8 +158,6 @@ def _train_name(cfg: DataConfig, found: Found) -> str:
 
 def _test(cfg: DataConfig, found: Found, train: Images | None) -> Images | None:
     """The first candidate that is labelled; None when train is unlabelled, as then nothing can be judged."""
-    if cfg.val_split is not None and cfg.val_split not in found:
-        raise UserError(f"data.val_split: given {cfg.val_split}, expected one of {', '.join(found)}")
     if train is not None and train.classes is None:
         return None
     rank = {name: i for i, name in enumerate(TEST_NAMES)}

@@ -30,7 +30,7 @@ def outcome(error: BaseException | None) -> tuple[str, int, str]:
     if isinstance(error, NumericStop):
         return "failed", 78, text
     if isinstance(error, KeyboardInterrupt):
-        return "failed", 130, "interrupted from the keyboard"
+        return "failed", 1, "interrupted from the keyboard"
     return "failed", 1, f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

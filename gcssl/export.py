@@ -24,7 +24,7 @@ from gcssl.checkpoint import write_tensors
 from gcssl.config import ModelConfig, load_config
 from gcssl.errors import UserError
 from gcssl.log import say
-from gcssl.models.build import Backbone, Saved, backbone_info, load_backbone, rebuild, recognise
+from gcssl.models.build import AskedModel, Backbone, Saved, backbone_info, load_backbone, rebuild, recognise
 from gcssl.models.convert import load_weights
 from gcssl.models.gcvit import GCViT
 from gcssl.models.timm_backbone import timm_cfg
@@ -43,14 +43,12 @@ class ExportConfig:
     format: str = "timm"
     out: str = ""  # a new folder (timm) or a new .pt file (torch)
     encoder: str | None = None
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=AskedModel)
     allow_env: bool = False
 
 
 def export(cfg: ExportConfig) -> Path:
     """Writes the export and returns its path. UserError when something is there already or outputs differ."""
-    if cfg.format not in ("timm", "torch"):
-        raise UserError(f"format={cfg.format}: expected timm or torch")
     if not cfg.backbone or not cfg.out:
         raise UserError("expected backbone=<run folder, checkpoint or file> and out=<what to write>")
     out = Path(cfg.out)

@@ -25,7 +25,32 @@ CHOICES = {
     "train.lr_rule": ("linear", "sqrt", "none"),
     "train.precision": ("fp32", "bf16", "fp16"),
     "eval.backend": ("auto", "faiss", "torch"),
+    "finetune.augment": ("none", "light", "full"),
     "log.trackers": ("tensorboard",),
+}
+
+# Numbers: the smallest and the largest legal value (None: no bound), and how many of them a list has (None: any).
+RANGES: dict[str, tuple[float, float | None, int | None]] = {
+    "model.drop_path": (0, 0.99, None),
+    "model.in_chans": (3, 3, None),  # images are RGB
+    "model.window_ratio": (1, None, 4),
+    "data.workers": (0, None, None),
+    "data.max_bad": (0, 1, None),
+    "data.timeout": (0, None, None),
+    "data.shapes_n": (1, None, None),
+    "train.betas": (0, 0.999999, 2),
+    "train.clip_grad": (0, None, None),
+    "train.lr_base": (1, None, None),
+    "train.max_hours": (0, None, None),
+    "train.warmup_epochs": (0, None, None),
+    "eval.online_every": (0, None, None),
+    "runtime.timeout": (1, None, None),
+    "log.every": (1, None, None),
+    "checkpoint.every": (0, None, None),
+    "checkpoint.keep": (2, None, None),  # the newest one may be damaged
+    "checkpoint.keep_every": (0, None, None),
+    "finetune.scale": (0, 1, 2),
+    "scale": (0, 1, 2),  # of the linear probe
 }
 
 
@@ -137,7 +162,7 @@ def _unknown(key: str, value: Any, known: dict[str, Leaf]) -> str:
 
 
 def check_result(key: str, value: Any, leaf: Leaf) -> None:
-    """What no type says: choices, numbers that are finite, an image size."""
+    """What no type says: choices, numbers that are finite and in their range, an image size."""
     values = value if isinstance(value, list) else [value]
     bad = any(isinstance(number, float) and not math.isfinite(number) for number in values)
     expected = "a finite number" if bad else leaf.expected()
@@ -147,9 +172,19 @@ def check_result(key: str, value: Any, leaf: Leaf) -> None:
         sides = [side for side in values if isinstance(side, int) and not isinstance(side, bool) and side > 0]
         bad = len(sides) != (2 if isinstance(value, list) else 1) or len(sides) != len(values)
         expected = "a side in pixels (64) or [height,width] ([64,96])"
+    if not bad and value is not None and key in RANGES:
+        low, high, length = RANGES[key]
+        bad = any(v < low or (high is not None and v > high) for v in values)
+        bad = bad or (length is not None and len(values) != length)
+        expected = _range_name(low, high, length)
     if bad:
         near = nearest(str(value), leaf.choices)
         raise UserError(f"{key}: given {show(value)}, expected {expected}{near}")
+
+
+def _range_name(low: float, high: float | None, length: int | None) -> str:
+    bounds = f"at least {low:g}" if high is None else f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    return bounds if length is None else f"a list of {length} numbers, each {bounds}"
 
 
 def show(value: Any) -> str:

@@ -9,6 +9,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,15 @@ from gcssl.config import TrainConfig
 from gcssl.data import BadImage, Images
 from gcssl.optim import scaled_lr
 from gcssl.runtime import UserError, batch_layout, rng
+from gcssl.streams import AUGMENT, ORDER, REPLACE
 
-# First part of every key after the seed, so that no two uses share numbers.
-ORDER, AUGMENT, REPLACE = 101, 102, 103
 REPLACEMENTS = 20  # bad images in a row before the set is called broken
 
 Key = tuple[int, int, int]  # epoch, image, position in the global batch
 Drawn = tuple[list[tuple[ViewSpec, View]], list[np.ndarray | None]]
 Draw = Callable[[np.random.Generator, tuple[int, int]], Drawn]
 Make = Callable[[Image.Image, int | None, tuple[int, ...]], dict[str, Any]]
+Pixels = Callable[[Image.Image, int], np.ndarray]  # decoded image, its index -> uint8 3 H W
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -172,10 +173,6 @@ class ViewMaker:
     img_size: tuple[int, int]
     where: str = "device"
 
-    def __post_init__(self) -> None:
-        if self.where not in ("device", "worker"):
-            raise UserError(f"augment.where: given {self.where}, expected device or worker")
-
     def __call__(self, image: Image.Image, _label: int | None, key: tuple[int, ...]) -> dict[str, Any]:
         drawn, masks = self.draw(rng(*key), self.img_size)
         views = [crop_resize(image, view, spec) for spec, view in drawn]
@@ -211,13 +208,8 @@ def _stack(values: list[Any], key: str) -> Any:
     return torch.from_numpy(np.stack([np.asarray(value) for value in values]))
 
 
-def train_loader(dataset: TrainSet, plan: BatchPlan, workers: int, timeout: int, seed: int = 0) -> DataLoader[Any]:
-    """One loader for the whole rest of the run; a worker that dies or hangs ends it with one line.
-
-    `seed` only feeds the workers' unused global generators: nothing that decides about a batch comes from
-    them.
-    """
-    generator = torch.Generator().manual_seed(seed)
+def train_loader(dataset: TrainSet, plan: BatchPlan, workers: int, timeout: int) -> DataLoader[Any]:
+    """One loader for the whole rest of the run; a worker that dies or hangs ends it with one line."""
     return _Loader(
         dataset,
         batch_sampler=plan,
@@ -228,7 +220,7 @@ def train_loader(dataset: TrainSet, plan: BatchPlan, workers: int, timeout: int,
         multiprocessing_context=_context() if workers else None,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=2 if workers else None,
-        generator=generator,
+        generator=torch.Generator().manual_seed(0),  # torch draws from it; nothing of a batch comes from there
     )
 
 
@@ -281,12 +273,12 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
+@dataclass
 class _EvalSet(Dataset[dict[str, Any]]):
-    def __init__(
-        self, images: Images, indices: np.ndarray, size: tuple[int, int], crop_pct: float, interpolation: str
-    ) -> None:
-        self.images, self.indices = images, np.asarray(indices, np.int64)
-        self.size, self.crop_pct, self.interpolation = size, crop_pct, interpolation
+    images: Images
+    indices: np.ndarray
+    size: tuple[int, int]
+    pixels: Pixels
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -295,10 +287,14 @@ class _EvalSet(Dataset[dict[str, Any]]):
         index = int(self.indices[i])
         label = -1 if self.images.labels is None else int(self.images.labels[index])
         try:
-            pixels = resize_center_crop(self.images.load(index), self.size, self.crop_pct, self.interpolation)
+            pixels, ok = self.pixels(self.images.load(index), index), True
         except BadImage:
-            return {"index": index, "image": np.zeros((3, *self.size), np.uint8), "label": label, "ok": False}
-        return {"index": index, "image": pixels, "label": label, "ok": True}
+            pixels, ok = np.zeros((3, *self.size), np.uint8), False
+        return {"index": index, "image": pixels, "label": label, "ok": ok}
+
+
+def _centre(image: Image.Image, _index: int, **crop: Any) -> np.ndarray:
+    return resize_center_crop(image, **crop)
 
 
 def eval_loader(
@@ -310,13 +306,18 @@ def eval_loader(
     batch_size: int,
     workers: int,
     timeout: int = 300,
+    pixels: Pixels | None = None,
 ) -> DataLoader[Any]:
     """Images at `indices`, in order, by the evaluation crop: {index B, image uint8 B 3 H W, label B, ok B}.
 
-    An image that cannot be decoded comes as zeros with ok False; label is -1 where there is none.
+    pixels: makes the input (3, *size) from (image, index) in place of the centre crop. timeout: seconds that a
+    worker may take for one batch. An image that cannot be decoded comes as zeros with ok False; label is -1
+    where there is none.
     """
+    if pixels is None:
+        pixels = partial(_centre, size=size, crop_pct=crop_pct, interpolation=interpolation)
     return _Loader(
-        _EvalSet(images, indices, size, crop_pct, interpolation),
+        _EvalSet(images, np.asarray(indices, np.int64), size, pixels),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=collate,

@@ -4,7 +4,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -65,6 +66,19 @@ class RunLog:
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=start_step, unit="step", file=sys.stderr, dynamic_ncols=True)
 
+    @property
+    def shows_images(self) -> bool:
+        return self._board is not None
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is done inside (evaluations, checkpoints) counts neither in images/s nor in the time left."""
+        start = time.monotonic()
+        yield
+        spent = time.monotonic() - start
+        self._since += spent
+        self._begun += spent
+
     def step(self, step: int, metrics: dict[str, float], n_images: int, data_wait: float = 0.0) -> None:
         """After optimizer step number `step` (the first is 1).
 
@@ -108,7 +122,7 @@ class RunLog:
         self._board.flush()
 
     def summary(self) -> str:
-        """One line: steps and images done, images/s, share of the time spent waiting for data."""
+        """One line: steps and images done, images/s, share of the time of the steps spent waiting for data."""
         seconds = max(time.monotonic() - self._begun, 1e-9)
         return (
             f"{self._last_step - self.start_step} steps, {self._images_all} images in {seconds:.1f} s: "

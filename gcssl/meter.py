@@ -1,5 +1,6 @@
 """What a step measures and what the processes must agree on: losses, a finite check, a wish to stop, bad files."""
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from gcssl.errors import is_main_process
+from gcssl.files import atomic_write
 from gcssl.log import say
 from gcssl.runtime import UserError
 
@@ -84,7 +87,17 @@ class BadSamples:
         self.path, self.n_images, self.max_bad = folder / "bad_samples.jsonl", n_images, max_bad
         self.seen: set[int] = set()
         if self.path.exists():
-            self.seen = {json.loads(line)["index"] for line in self.path.read_text().splitlines()}
+            self._read()
+
+    def _read(self) -> None:
+        """What an earlier start listed; a line that a kill left half written is dropped."""
+        text, sound = self.path.read_text(errors="replace"), ""
+        for line in text.splitlines(keepends=True):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                self.seen.add(int(json.loads(line)["index"]))
+                sound += line.rstrip("\n") + "\n"
+        if sound != text and is_main_process():
+            atomic_write(self.path, sound)
 
     def record(self, bad: list[BadSample], accelerator: Accelerator) -> None:
         """Called by every process together, whichever of them met the files."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FREE_KEYS = (
     "data.workers",
     "data.timeout",
+    "data.max_bad",
     "log.",
     "checkpoint.",
     "runtime.",
@@ -84,7 +85,7 @@ class RunFolder:
         self.facts = {**({} if global_batch is None else {"global_batch": global_batch}), **(facts or {})}
         self.is_main = is_main_process() if accelerator is None else accelerator.is_main_process
         self.resumed = False  # the folder holds steps of this run already
-        self.step = 0  # last step told to progress()
+        self.step = 0  # optimizer steps done
         self._begun = ""  # when this start began; also tells its status from that of an earlier start
         self._started = False
         self._lock: int | None = None
@@ -119,13 +120,13 @@ class RunFolder:
             print(f"gcssl: {self.path}/status.json: cannot be written: {failure}", file=sys.stderr)
         self._release()
 
-    def progress(self, step: int, **more: Any) -> None:
+    def progress(self, step: int) -> None:
         """Tell status.json that the run goes on and where it is. Main process; the others do nothing."""
         if not self._started:
             self.start()
         self.step = step
         if self.is_main:
-            self._write("running", step=step, **more)
+            self._write("running", step=step)
 
     def _open(self) -> None:
         try:

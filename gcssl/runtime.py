@@ -55,7 +55,7 @@ def _report(error: BaseException, code: int, reason: str) -> None:
     if not is_main_process():
         time.sleep(8)  # an error that all have is told by the main process; the launcher then ends this one
         who = f" (process {os.environ['RANK']})"
-    if code == 1:
+    if code == 1 and not isinstance(error, KeyboardInterrupt):
         traceback.print_exception(error)
     else:
         print(f"gcssl: {reason}{who}", file=sys.stderr, flush=True)

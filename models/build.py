@@ -1,23 +1,23 @@
 """Backbones by name, and back from what runs, exports, timm and NVlabs wrote."""
 
-import json
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import yaml
 
 from gcssl.checkpoint import load_checkpoint, read_backbone
 from gcssl.checkpoint import read_checkpoint as read_step
-from gcssl.config import ModelConfig
+from gcssl.config import ModelConfig, read_yaml
 from gcssl.errors import UserError
-from gcssl.models.convert import State, describe, from_nvlabs, is_nvlabs, load_weights, read_state
+from gcssl.models.convert import State, describe, from_nvlabs, is_nvlabs, load_weights, read_json, read_state
 from gcssl.models.gcvit import GCViT
 from gcssl.models.timm_backbone import TimmBackbone, is_model, known_models, nearest, register_variants
 
 Backbone = GCViT | TimmBackbone
+T = TypeVar("T")
 
 _TINY: dict[str, Any] = {"embed_dim": 64, "num_heads": [2, 4, 8, 16], "mlp_ratio": 3.0, "layer_scale": None}
 _WIDE: dict[str, Any] = {"mlp_ratio": 2.0, "layer_scale": 1e-5}
@@ -39,12 +39,9 @@ BACKBONES: dict[str, dict[str, Any]] = {
 for _name in list(BACKBONES)[1:]:  # the same weights with bias tables for larger images
     BACKBONES |= {f"{_name}_{size}": {**BACKBONES[_name], "img_size": size} for size in (384, 512)}
 
-FULL_CROP = (
-    "gcvit_xxtiny",
-    "gcvit_tiny",
-    "gcvit_base",
-    "gcvit_large",
-)  # NVIDIA's releases judged without a border
+FRESH = ("random", "none")  # backbones that no file holds
+CLASS_KEYS = ("embed_dim", "depths", "num_heads", "mlp_ratio", "layer_scale")  # what tells two variants apart
+FULL_CROP = ("gcvit_xxtiny", "gcvit_tiny", "gcvit_base", "gcvit_large")  # NVIDIA's releases judged without a border
 
 
 def register_with_timm() -> None:
@@ -91,8 +88,8 @@ def build_backbone(
 def from_config(model: ModelConfig) -> Backbone:
     """Fresh weights from the caller's random state."""
     return build_backbone(
-        model.name, model.img_size, 0, model.drop_path, model.window_ratio, model.bias_resize, model.in_chans,
-        model.grad_checkpointing,
+        model.name, model.img_size, 0, model.drop_path, model.window_ratio, model.bias_resize or "bicubic",
+        model.in_chans, model.grad_checkpointing,
     )  # fmt: skip
 
 
@@ -124,6 +121,21 @@ def backbone_info(backbone: Backbone, **extra: Any) -> dict[str, Any]:
 
 
 @dataclass
+class AskedModel(ModelConfig):
+    """What is asked of a saved backbone: a key left empty asks for nothing."""
+
+    name: str = ""
+    img_size: Any = None
+    bias_resize: str | None = None  # type: ignore[assignment]
+
+
+def from_dict(schema: type[T], values: dict[str, Any]) -> T:
+    """A config dataclass from a run's section; keys of other versions are left out."""
+    known = {f.name for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    return schema(**{key: value for key, value in values.items() if key in known})
+
+
+@dataclass
 class Saved:
     """Weights as they were found: timm's key layout, and what is known of them."""
 
@@ -134,18 +146,20 @@ class Saved:
 
 
 def load_backbone(
-    spec: str, model: ModelConfig, encoder: str | None = None, exact: bool = False
+    spec: str, model: ModelConfig | None = None, encoder: str | None = None, exact: bool = False
 ) -> tuple[Backbone, dict[str, Any]]:
     """The backbone that `spec` names, and its description (backbone_info's keys).
 
     spec: a run folder (finished or not), one of its checkpoints, an exported folder or file, a timm or NVlabs
     checkpoint, "random" (untrained, seed 0 whatever the caller's random state) or "none" (untrained, from the
-    caller's random state). For saved weights `model` must agree or stay at its defaults; drop_path and
-    grad_checkpointing are always taken from it, and img_size when it is set (bias tables are then resized).
+    caller's random state). For saved weights `model` is an AskedModel, and what it asks for must agree; None,
+    or a ModelConfig left at its defaults, asks for nothing. drop_path and grad_checkpointing are always taken
+    from it, and img_size when it is set (bias tables are then resized).
     exact: build what `model` says, img_size and window_ratio included, and load the weights into that, as a
     new run does.
     """
-    if spec in ("random", "none"):
+    if spec in FRESH:
+        model = model or ModelConfig()
         if spec == "none":
             backbone = from_config(model)
         else:
@@ -156,6 +170,8 @@ def load_backbone(
     if encoder not in (None, "student", "teacher"):
         raise UserError(f"encoder={encoder}: expected student or teacher")
     saved = read_saved(Path(spec), encoder)
+    if model is None or model == ModelConfig() and not exact:
+        model = AskedModel()
     if exact:
         backbone = from_config(model)
     else:
@@ -163,48 +179,50 @@ def load_backbone(
         backbone = rebuild(saved, model)
     notes = load_weights(backbone, saved.state, saved.args.get("img_size"), spec)
     described = {k: v for k, v in saved.info.items() if k not in backbone_info(backbone) or v is not None}
-    current = (
-        "name",
-        "model_args",
-        "img_size",
-        "windows",
-        "num_classes",
-        "channels",
-        "num_features",
-        "stride",
-    )
+    current = ("name", "model_args", "img_size", "windows", "num_classes", "channels", "num_features", "stride")
     info = {**backbone_info(backbone), **{k: v for k, v in described.items() if k not in current}}
     return backbone, {**info, "source": spec, "notes": notes}
 
 
+def check_exists(spec: str) -> None:
+    """UserError where `spec` is a path to nothing: said before anything large is opened."""
+    if spec not in FRESH and not spec.startswith("timm:") and not Path(spec).exists():
+        raise UserError(f"{spec}: no such run, checkpoint or file; expected one of these, or random, or none")
+
+
 def read_saved(path: Path, encoder: str | None) -> Saved:
     """Finds weights and description behind a path. UserError when there are none."""
-    if not path.exists():
-        raise UserError(f"{path}: no such run, checkpoint or file; expected one of these, or random, or none")
+    check_exists(str(path))
     if path.is_file():
         return read_weights_file(path)
     if (path / "backbone.json").is_file():
         state, info = read_backbone(path)
         held = info.get("encoder")
         if encoder in (None, held):
-            return Saved(state, info["name"], info["model_args"], info)
+            return _described(state, info, path / "backbone.json")
         if not (path / "checkpoints").is_dir():
             raise UserError(f"{path}: holds the {held} encoder, encoder={encoder} was asked for")
     if (path / "config.json").is_file():
-        info = json.loads((path / "config.json").read_text()).get("gcssl")
-        if info is None:
+        exported = read_json(path / "config.json").get("gcssl")
+        if exported is None:
             return read_weights_file(path / "model.safetensors")
-        return Saved(read_state(path), info["name"], info["model_args"], info)
+        return _described(read_state(path), exported, path / "config.json")
     return read_run(path, encoder)
+
+
+def _described(state: State, info: Any, where: Path) -> Saved:
+    if not isinstance(info, dict) or not info.get("name") or not isinstance(info.get("model_args"), dict):
+        raise UserError(f"{where}: does not say which model the weights are of (name and model_args)")
+    return Saved(state, info["name"], info["model_args"], info)
 
 
 def read_weights_file(path: Path) -> Saved:
     """An exported torch file, with its json beside it, or a timm or NVlabs checkpoint."""
     beside = path.with_suffix(".json")
     state = read_state(path)
-    described = json.loads(beside.read_text()) if beside.is_file() else {}
+    described = read_json(beside) if beside.is_file() else {}
     if "model_args" in described:
-        return Saved(state, described["name"], described["model_args"], described)
+        return _described(state, described, beside)
     nvlabs = is_nvlabs(state)
     state = from_nvlabs(state) if nvlabs else state
     args = describe(state)
@@ -223,9 +241,11 @@ def read_weights_file(path: Path) -> Saved:
 
 def recognise(args: dict[str, Any]) -> str:
     """The variant with this width, depths, heads, MLP ratio and layer scale; "gcvit" when there is none."""
-    keys = ("embed_dim", "depths", "num_heads", "mlp_ratio", "layer_scale")
-    same = [n for n, a in BACKBONES.items() if "img_size" not in a and all(a[k] == args[k] for k in keys)]
-    return same[0] if same else "gcvit"
+    return next((n for n, a in BACKBONES.items() if "img_size" not in a and _same_class(a, args)), "gcvit")
+
+
+def _same_class(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return all(k in a and k in b and a[k] == b[k] for k in CLASS_KEYS)
 
 
 def read_run(path: Path, encoder: str | None) -> Saved:
@@ -234,7 +254,9 @@ def read_run(path: Path, encoder: str | None) -> Saved:
     run = path if (path / "config.yaml").is_file() else path.parent.parent
     if loaded is None or not (run / "config.yaml").is_file():
         raise UserError(f"{path}: neither a run folder with a backbone or a checkpoint, nor an exported backbone")
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    config = read_yaml(run / "config.yaml")
+    if not isinstance(config.get("model"), dict):
+        raise UserError(f"{run / 'config.yaml'}: is no config of a run (no model section)")
     tensors = loaded.tensors["model"]
     default = loaded.state.get("default_encoder", "student")
     which = encoder or config.get("encoder") or default
@@ -242,7 +264,7 @@ def read_run(path: Path, encoder: str | None) -> Saved:
     state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     if not state:
         raise UserError(f"{path}: its checkpoint holds no {which} encoder")
-    built = from_config_on_meta(ModelConfig(**config["model"]))
+    built = from_config_on_meta(from_dict(ModelConfig, config["model"]))
     objective = (config.get("objective") or {}).get("name")
     head = state.get("head.fc.weight")
     args = {**built.model_args, "num_classes": 0 if head is None else head.shape[0]}
@@ -256,10 +278,11 @@ def from_config_on_meta(model: ModelConfig) -> Backbone:
 
 
 def agree(spec: str, saved: Saved, model: ModelConfig) -> None:
-    """UserError when `model` asks for another model than the saved one; its defaults ask for nothing."""
-    default = ModelConfig()
-    same_class = saved.name is not None and BACKBONES.get(model.name, {}).get("depths") == saved.args.get("depths")
-    if saved.name is not None and model.name not in (default.name, saved.name) and not same_class:
+    """UserError when `model` asks for another model than the saved one."""
+    if saved.name is None and not model.name:
+        raise UserError(f"{spec}: not a GC ViT, nor does it say what it is; pass model.name=<a model of timm>")
+    same_class = model.name in ("", saved.name) or _same_class(BACKBONES.get(model.name, {}), saved.args)
+    if saved.name is not None and not same_class:
         raise UserError(f"{spec} holds {saved.name}, model.name={model.name} was asked for; leave model.name out")
     ratio = saved.args.get("window_ratio")
     if model.window_ratio is not None and ratio is not None and list(model.window_ratio) != list(ratio):
@@ -267,16 +290,15 @@ def agree(spec: str, saved: Saved, model: ModelConfig) -> None:
 
 
 def rebuild(saved: Saved, model: ModelConfig | None = None) -> Backbone:
-    """The saved backbone's architecture with fresh weights, for model.img_size when that is set."""
+    """The saved backbone's architecture with fresh weights, at the size and resizing that `model` asks for."""
+    model = model or AskedModel()
     if saved.name is None:  # weights of a timm model: only the config says which
-        return from_config(model or ModelConfig())
-    args = dict(saved.args)
-    if model is not None:
-        args |= {"drop_path": model.drop_path, "grad_checkpointing": model.grad_checkpointing}
-        if model.img_size not in (None, ModelConfig().img_size):
-            args["img_size"] = model.img_size
-        if "embed_dim" in args and model.bias_resize != ModelConfig().bias_resize:
-            args["bias_resize"] = model.bias_resize
+        return from_config(model)
+    args = {**saved.args, "drop_path": model.drop_path, "grad_checkpointing": model.grad_checkpointing}
+    if model.img_size is not None:
+        args["img_size"] = model.img_size
+    if "embed_dim" in args and model.bias_resize is not None:
+        args["bias_resize"] = model.bias_resize
     if "embed_dim" not in args:
         return TimmBackbone(saved.name, **args)
     backbone = GCViT(**args)

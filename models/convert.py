@@ -13,12 +13,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gcssl.errors import UserError
 from gcssl.models.gcvit import GCViT
-from gcssl.models.windows import query_levels, relative_index, resize_table
+from gcssl.models.windows import query_levels, resize_table
 
 TABLE = "attn.rel_pos.relative_position_bias_table"
 FOLDER_FILES = ("backbone.safetensors", "model.safetensors")
@@ -42,18 +41,32 @@ def read_file(path: Path) -> Any:
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError,
-        Exception,
-    ) as error:  # torch raises many kinds; none of them is worth a traceback
-        if isinstance(error, OSError | MemoryError):
-            raise
+    except MemoryError:
+        raise
+    except Exception as error:  # torch raises many kinds; none of them is worth a traceback
         raise UserError(f"{path}: {refusal(error)}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A description beside weights; UserError for one that is damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({_one_line(error)}); restore it or move it away") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a description of the weights beside it, got a {type(content).__name__}")
+    return content
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def refusal(error: Exception) -> str:
     """One line for a file that could not be read; names the pickled object that was refused, if any."""
     text = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return f"cannot be read ({_one_line(error)})"
     found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class|operand)[:\s]+`?([\w.]+)", text)
     if found:
         name = next(g for g in found.groups() if g)
@@ -92,7 +105,7 @@ def saved_img_size(source: str | Path | Mapping[str, Any]) -> list[int] | None:
     beside = [path / "backbone.json", path / "config.json", path.with_suffix(".json")]
     for file in beside:
         if file.is_file():
-            size = json.loads(file.read_text()).get("model_args", {}).get("img_size")
+            size = (read_json(file).get("model_args") or {}).get("img_size")
             return [size, size] if isinstance(size, int) else size
     return None
 
@@ -138,38 +151,6 @@ def _timm_name(key: str) -> str:
 
 def _unit_name(name: str, unit: Mapping[str, str]) -> str:
     return f"conv_block.{unit[name]}" if name in unit else name
-
-
-def to_nvlabs(state: Mapping[str, Tensor]) -> State:
-    """timm's names and shapes -> NVlabs', with the index buffers that its strict loading expects."""
-    out = {}
-    for key, value in state.items():
-        name = _nvlabs_name(key)
-        out[name] = value[:, :, 0, 0] if ".se." in key else value
-        if key.endswith(TABLE):
-            side = table_side(value.shape[0])
-            if side is None:
-                raise UserError(f"{key}: NVlabs' layout has square windows only")
-            index = relative_index(side, side, value.device).view(side**2, side**2)
-            out[name.replace("_bias_table", "_index")] = index
-    return out
-
-
-def _nvlabs_name(key: str) -> str:
-    if key.startswith("stem.conv1."):
-        return key.replace("stem.conv1", "patch_embed.proj")
-    for name, nv in _UNIT.items():
-        key = re.sub(rf"(\.conv_block|\.conv\d+)\.{re.escape(name)}\.", rf"\1.{nv}.", key)
-    key = key.replace(".conv_block.", ".")
-    if m := re.fullmatch(r"stem\.down\.(.+)", key):
-        return f"patch_embed.conv_down.{m[1]}"
-    if m := re.fullmatch(r"stages\.(\d+)\.downsample\.(.+)", key):
-        return f"levels.{int(m[1]) - 1}.downsample.{m[2]}"
-    if m := re.fullmatch(r"stages\.(\d+)\.global_block\.blocks\.conv(\d+)\.(.+)", key):
-        return f"levels.{m[1]}.q_global_gen.to_q_global.{int(m[2]) - 1}.{m[3]}"
-    if m := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.(.+)", key):
-        return f"levels.{m[1]}.blocks.{m[2]}.{_BLOCK.get(m[3], m[3])}"
-    return re.sub(r"^head\.fc\.", "head.", re.sub(r"^stages\.3\.norm\.", "norm.", key))
 
 
 # ---- what a state dict is

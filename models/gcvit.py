@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gcssl.augment import IMAGENET_MEAN, IMAGENET_STD
 from gcssl.errors import UserError
 from gcssl.models.windows import RelPosBias, check_size, pair, query_levels
 
 WINDOW_RATIO = (32, 32, 16, 32)  # a stage's window has side / ratio tokens a side
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 # ---- attention

@@ -110,6 +110,25 @@ class TimmBackbone(nn.Module):
         maps = self._maps(x, self.levels[-2:])
         return {"last": last, "stages34": torch.cat([m.mean((2, 3)) for m in maps], 1)}
 
+    def freeze_unused(self) -> list[str]:
+        """Freezes, and names, what forward_features leaves without a gradient (the norm and layers of a head).
+
+        For objectives that use nothing else: DistributedDataParallel stops on parameters without a gradient.
+        """
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        if not named or named[0][1].is_meta:  # only tried out
+            return []
+        modes = [(module, module.training) for module in self.modules()]
+        device = named[0][1].device
+        features = self.eval().forward_features(torch.zeros(1, self.model_args["in_chans"], *self.img_size).to(device))
+        used = torch.autograd.grad(features.sum(), [p for _, p in named], allow_unused=True)
+        for module, mode in modes:
+            module.training = mode
+        unused = [(n, p) for (n, p), gradient in zip(named, used, strict=True) if gradient is None]
+        for _, parameter in unused:
+            parameter.requires_grad_(False)
+        return [name for name, _ in unused]
+
     def no_weight_decay(self) -> set[str]:
         names = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
         return {f"model.{name}" for name in names}

@@ -118,6 +118,7 @@ class Joint(nn.Module):
         self.draw = JointDraw(view.draw, masked.draw, cfg.share)
         lend(masked, "encoder")
         self.encoder: Any = lend(view, "encoder")
+        self.encoder.requires_grad_(True)  # the masked part froze what it does not use; the view part does
         self.teacher = lend(view, "teacher")
         self.masked: Any = masked
         self.view: Any = view  # after teacher, so that its train() has the last word and keeps that in eval mode

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gcssl.augment import SIMMIM, View, ViewSpec, draw_view, override
 from gcssl.config import AugmentConfig
+from gcssl.log import say
 from gcssl.models.decoders import PixelHead
 from gcssl.models.gcvit import GCViT
 from gcssl.models.heads import at_least_fp32
@@ -83,6 +84,8 @@ class SimMIM(nn.Module):
         if isinstance(encoder, GCViT):
             self.mask_token = nn.Parameter(torch.empty(encoder.channels[0]))
             nn.init.trunc_normal_(self.mask_token, std=0.02)
+        elif unused := encoder.freeze_unused():  # type: ignore[operator]
+            say(f"simmim uses the encoder's last map alone, so these stay as they are: {', '.join(unused)}")
         self.draw = MaskedDraw(override(replace(SIMMIM, size=img_size), augment, 0), unit, cfg.mask_ratio)
 
     def features(self, batch: dict[str, Any]) -> Tensor:
@@ -104,13 +107,10 @@ class SimMIM(nn.Module):
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         """original, hidden (what the encoder sees), reconstructed (prediction in the hidden units): n 3 H W,
-        0..1.
+        0..1. The caller has put the module in eval mode.
         """
         few = {key: [part[:N_PICTURES] for part in batch[key][:1]] for key in ("views", "masks")}
-        training = self.training
-        self.eval()
         pred = at_least_fp32(self.head(self.features(few)))
-        self.train(training)
         x, mask = few["views"][0], few["masks"][0]
         mean, std = (x.new_tensor(v).view(1, -1, 1, 1) for v in (self.encoder.mean, self.encoder.std))
         hidden = upsample_mask(mask, *x.shape[-2:]).unsqueeze(1)  # n 1 H W

@@ -1,19 +1,27 @@
 """The story: a run trains, stops, goes on bit for bit, refuses what cannot work, and leaves what its folder says."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import gcssl.pretrain as program
 from gcssl.config import PretrainConfig, load_config
-from gcssl.pretrain import pretrain
+from gcssl.errors import Preempted, UserError
+from gcssl.pretrain import build_pretrain_backbone, pretrain
 from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.ssl.simmim import SimMIM
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -49,6 +57,36 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+TIMING = ("images_per_s", "data_wait")
+
+
+def told(folder: Path) -> list[dict]:
+    """metrics.jsonl without what a clock measured."""
+    return [{name: value for name, value in line.items() if name not in TIMING} for line in lines(folder)]
+
+
+def update(start: dict[str, torch.Tensor], folder: Path) -> torch.Tensor:
+    """What training changed in the backbone, as one vector."""
+    end = load_file(folder / "backbone.safetensors")
+    return torch.cat([(end[name] - start[name]).flatten() for name in sorted(end)])
+
+
+def agreement(a: torch.Tensor, b: torch.Tensor) -> float:
+    return torch.cosine_similarity(a.double(), b.double(), dim=0).item()
+
+
+def write_images(root: Path, count: int, classes: int, broken: int = 0) -> Path:
+    """`count` images of noise in `classes` folders (0: none); the first `broken` are no images."""
+    for i in range(count):
+        folder = root / f"class{i % classes}" if classes else root
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (9, 9, 3), np.uint8)
+        Image.fromarray(pixels).resize((72, 72)).save(folder / f"{i:02d}.png")
+        if i < broken:
+            (folder / f"{i:02d}.png").write_text("no image")
+    return root
+
+
 def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not path.exists():
@@ -70,30 +108,77 @@ def test_killed_run_resumes_bit_for_bit(objective: str, tmp_path: Path) -> None:
     pretrain(config(objective, cut, "train.steps=6"))
     assert_same(weights(tmp_path / "whole", 6), weights(cut, 6))
     assert (tmp_path / "whole/backbone.safetensors").read_bytes() == (cut / "backbone.safetensors").read_bytes()
-    timing = ("images_per_s", "data_wait")
-    whole, resumed = (
-        [{k: v for k, v in line.items() if k not in timing} for line in lines(folder)]
-        for folder in (tmp_path / "whole", cut)
-    )
-    assert whole == resumed
+    assert told(tmp_path / "whole") == told(cut)
+
+
+EPOCHS = ["data.shapes_n=32", "train.batch_size=32", "train.steps=3", "eval.online_every=1", "model.drop_path=0.2"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three epochs of one step with drop path, probe and pictures."""
+    return pretrain(config("simmim", tmp_path_factory.mktemp("whole"), *EPOCHS))
+
+
+def test_a_run_stopped_by_the_clock_loses_nothing(whole: Path, tmp_path: Path) -> None:
+    """Neither the probe and the pictures of the epoch at whose end it stopped, nor a bit of the weights."""
+    with pytest.raises(Preempted, match="step 1 of 3 .train.max_hours=0 are over"):
+        pretrain(config("simmim", tmp_path, *EPOCHS, "train.max_hours=0"))
+    state = json.loads((tmp_path / "checkpoints/step_00000001/state.json").read_text())
+    assert state["default_encoder"] == "student"
+    pretrain(config("simmim", tmp_path, *EPOCHS))
+    assert_same(weights(whole, 3), weights(tmp_path, 3))
+    assert told(whole) == told(tmp_path)
+    assert [line["step"] for line in lines(tmp_path) if "online_knn/top1@20" in line] == [1, 2, 3]
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Images("reconstructed")] == [1, 2, 3]
+
+
+def test_accumulation_and_a_resume_in_another_layout_change_nothing(whole: Path, tmp_path: Path) -> None:
+    """Step 1 as 16 x 2, the rest as 8 x 4, against 32 x 1."""
+    with pytest.raises(Preempted):
+        pretrain(config("simmim", tmp_path, *EPOCHS, "train.batch_size=16", "train.accumulate=2", "train.max_hours=0"))
+    cfg = config("simmim", tmp_path, *EPOCHS, "train.batch_size=8", "train.global_batch=32")
+    pretrain(cfg)
+    for one, other in zip(lines(whole), lines(tmp_path), strict=True):
+        for name in one.keys() & {"loss", "grad_norm", "lr", "wd", "epoch"}:
+            assert one[name] == pytest.approx(other[name], rel=1e-3), f"step {one['step']} {name}"
+    start = build_pretrain_backbone(config("simmim", tmp_path / "none", *EPOCHS)).state_dict()
+    assert agreement(update(start, whole), update(start, tmp_path)) > 0.99
 
 
 def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    """The second time under `accelerate launch`, as the recipes say it, which must not warn of anything."""
     out = tmp_path / "run"
-    process = subprocess.Popen(
-        command("simmim", out, "train.steps=400", "checkpoint.every=1000"), cwd=ROOT,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    argv = command("simmim", out, "train.steps=16", "checkpoint.every=1000")
+    process = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for(out / "metrics.jsonl", process)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=120)
     status = json.loads((out / "status.json").read_text())
     assert (process.returncode, status["state"], status["exit_code"]) == (75, "preempted", 75), stderr
-    assert 0 < status["step"] < 400 and (out / f"checkpoints/step_{status['step']:08d}").is_dir()
+    assert "SIGTERM" in status["reason"]
+    assert 0 < status["step"] < 16 and (out / f"checkpoints/step_{status['step']:08d}").is_dir()
     assert "run the same command again" in stderr and "Traceback" not in stderr
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "-q"]
+    launch += ["--config_file", "configs/accelerate/one.yaml", *argv[1:]]
+    again = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert all(line.startswith("step ") for line in again.stderr.splitlines()), again.stderr
+    assert f"resumed from step_{status['step']:08d}" in again.stdout
+    assert [line["step"] for line in lines(out)] == list(range(1, 17))
 
 
-def test_run_folder_holds_what_it_promises(tmp_path: Path) -> None:
+def test_run_folder_holds_what_it_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoken: list[tuple[int, int]] = []  # (step about to be saved, step that status.json speaks of)
+
+    def spying(folder: Path, step: int, *rest) -> Path:
+        spoken.append((step, json.loads((folder / "status.json").read_text())["step"]))
+        return save_checkpoint(folder, step, *rest)
+
+    save_checkpoint = program.save_checkpoint
+    monkeypatch.setattr(program, "save_checkpoint", spying)
     out = pretrain(config("joint", tmp_path / "a", "train.steps=3", "eval.online_every=1"))
     for name in (
         "config.yaml",
@@ -105,6 +190,7 @@ def test_run_folder_holds_what_it_promises(tmp_path: Path) -> None:
     ):
         assert (out / name).exists(), name
     assert json.loads((out / "status.json").read_text())["state"] == "finished"
+    assert spoken == [(1, 0), (2, 1), (3, 2)]  # never of a checkpoint that is not there yet
     steps = [line for line in lines(out) if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3]
     wanted = {
@@ -138,11 +224,14 @@ def test_a_new_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
         load_file(pretrain(second) / "backbone.safetensors"),
     )
     assert_same(start, end)  # one step at lr 0 leaves them where they began
+    shutil.rmtree(first)
+    pretrain(second)  # its checkpoint holds all that it needs
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     process = subprocess.run(
-        command("simmim", tmp_path / "a", "train.steps=6", "train.blr=1e30", "train.lr_rule=none"), cwd=ROOT, capture_output=True, text=True,
+        command("simmim", tmp_path / "a", "train.steps=6", "train.blr=1e30", "train.lr_rule=none"),
+        cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     status = json.loads((tmp_path / "a/status.json").read_text())
     assert (process.returncode, status["state"], status["exit_code"]) == (78, "failed", 78), process.stderr
@@ -151,18 +240,72 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         assert all(torch.isfinite(v).all() for v in load_file(folder / "model.safetensors").values()), folder
 
 
+def test_unlabelled_images_pretrain_without_a_probe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, make_accelerator = [], program.make_accelerator
+    monkeypatch.setattr(program, "make_accelerator", lambda *cfg: made.append(make_accelerator(*cfg)) or made[-1])
+    monkeypatch.setattr(SimMIM, "pictures", lambda *_: pytest.fail("nobody looks at them"))
+    data = write_images(tmp_path / "data", 16, classes=0)
+    more = [f"data.path={data}", "train.steps=1", "eval.online_every=1", "log.trackers=[]"]
+    out = pretrain(config("simmim", tmp_path / "run", *more))
+    assert "no labels" in capsys.readouterr().out
+    assert [line["step"] for line in lines(out)] == [1] and "online_knn/top1@20" not in lines(out)[0]
+    assert made[0]._models == made[0]._optimizers == []  # the next fit with it begins with nothing
+
+
+def test_bad_images_are_listed_and_too_many_stop_the_run(tmp_path: Path) -> None:
+    data, out = write_images(tmp_path / "data", 24, classes=2, broken=2), tmp_path / "run"
+    more = [f"data.path={data}", "train.batch_size=8", "train.steps=6"]
+    with pytest.raises(UserError, match="data.max_bad=0.05: 2 of 24 images cannot be decoded"):
+        pretrain(config("simmim", out, *more, "data.max_bad=0.05"))
+    assert json.loads((out / "status.json").read_text())["state"] == "refused"
+    with (out / "bad_samples.jsonl").open("a") as file:
+        file.write('{"index": 7, "pa')  # as a kill may leave it
+    pretrain(config("simmim", out, *more, "data.max_bad=0.2"))
+    bad = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
+    assert sorted(Path(one["path"]).name for one in bad) == ["00.png", "01.png"]
+    assert all(one["reason"] and "\n" not in one["reason"] for one in bad)
+
+
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """The whole program under torchrun on two gloo processes: the same losses, kNN and weights as one process."""
-    argv = ["train.steps=3", "eval.online_every=1", "train.global_batch=16", "model.drop_path=0.2"]
-    pretrain(config("joint", tmp_path / "one", *argv))
+    """The whole program under torchrun on two gloo processes: the losses, kNN, weights and bad images of one."""
+    data = write_images(tmp_path / "data", 48, classes=4, broken=2)
+    argv = [f"data.path={data}", "data.max_bad=0.1", "train.steps=3", "eval.online_every=1"]
+    argv += ["train.global_batch=16", "model.drop_path=0.2"]
+    cfg = config("joint", tmp_path / "one", *argv)
+    pretrain(cfg)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     two = command("joint", tmp_path / "two", *argv, "train.batch_size=8", "data.workers=0")
     done = subprocess.run([*torchrun, *two[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "two/env.json").read_text())["processes"] == 2
     for one, both in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
-        for name in one.keys() - {"images_per_s", "data_wait"}:
+        for name in one.keys() - set(TIMING):
             assert one[name] == pytest.approx(both[name], rel=1e-3, abs=1e-5), f"step {one['step']} {name}"
-    a, b = (load_file(tmp_path / n / "backbone.safetensors") for n in ("one", "two"))
-    worst = max((a[name] - b[name]).abs().max().item() for name in a)
-    assert worst < 2e-4  # three AdamW steps of up to 6e-5 each: rounding decides the sign of tiny gradients
+    listed = [sorted((tmp_path / n / "bad_samples.jsonl").read_text().splitlines()) for n in ("one", "two")]
+    assert listed[0] == listed[1] and len(listed[0]) == 2
+    start = build_pretrain_backbone(config("joint", tmp_path / "none", *argv)).state_dict()
+    moved = update(start, tmp_path / "one")
+    assert agreement(moved, update(start, tmp_path / "two")) > 0.99
+    pretrain(config("joint", tmp_path / "half", *argv, "train.batch_size=8", "train.global_batch=8"))
+    assert agreement(moved, update(start, tmp_path / "half")) < 0.9  # what half of each batch would have taught
+
+
+def test_processes_that_share_no_folder_are_refused(whole: Path, tmp_path: Path) -> None:
+    """One process finds a checkpoint, the other does not: each would go its own way."""
+    shutil.copytree(whole, tmp_path / "run0")
+    program_of_one = (
+        "import os, sys; from gcssl.pretrain import main; from gcssl.runtime import entry\n"
+        "sys.argv[-1] += os.environ['RANK']; entry(main)\n"
+    )
+    (tmp_path / "own.py").write_text(program_of_one)
+    argv = command("simmim", tmp_path / "run", *EPOCHS, "train.batch_size=16", "data.workers=0")[2:]
+    argv = [*(one for one in argv if not one.startswith("out=")), f"out={tmp_path / 'run'}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "own.py"), *argv], cwd=ROOT, capture_output=True, text=True, env=env
+    )
+    assert done.returncode != 0 and "[3, 0]; give a folder that all share" in done.stderr, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""The wheel holds the whole program: installed elsewhere, it pretrains two steps and evaluates, without the checkout."""
+"""The wheel holds the whole program: installed elsewhere, it pretrains and evaluates without the checkout."""
 
 import os
 import subprocess
@@ -26,7 +26,8 @@ def test_installed_wheel_pretrains_and_evaluates(tmp_path: Path) -> None:
     python = venv / "bin/python"
     call(sys.executable, "-m", "pip", "-q", "--python", python, "install", "--no-deps", wheel, cwd=tmp_path)
     packages = call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
-    # The other packages are borrowed. A .pth line adds the folder alone: its own .pth (our editable install) is not read.
+    # The other packages are borrowed. A .pth line adds the folder alone: its own .pth (our editable install) is
+    # not read.
     (Path(packages) / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     assert str(venv) in call(python, "-c", "import gcssl; print(gcssl.__file__)", cwd=tmp_path)
     find = "import gcssl.configs as c; print(list(c.__path__)[0])"

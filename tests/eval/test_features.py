@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from gcssl.augment import IMAGENET_MEAN, IMAGENET_STD, ViewSpec, normalize, resi
 from gcssl.config import DataConfig
 from gcssl.data import open_data
 from gcssl.errors import UserError
-from gcssl.eval.features import KINDS, Crop, extract, share
+from gcssl.eval.features import KINDS, Crop, extract
 from gcssl.models.build import build_backbone
 
 SIZE = (64, 64)
@@ -97,18 +98,35 @@ def test_bf16_is_close_to_fp32_and_other_precisions_are_refused(folder: Path, ac
         extract(model, images, np.arange(6), accelerator, precision="fp16")
 
 
+def test_outputs_that_are_not_finite_are_refused(folder: Path, accelerator: Accelerator) -> None:
+    images, model = open_data(DataConfig(path=str(folder)), SIZE).train, nano()
+    with torch.no_grad():
+        model.stages[-1].norm.bias[3] = float("nan")
+    with pytest.raises(UserError, match=r"\(last\) are not finite for 6 of 6 images") as error:
+        extract(model, images, np.arange(6), accelerator)
+    assert "\n" not in str(error.value)
+
+
+class Stuck:
+    """A split whose images take three seconds each."""
+
+    labels, classes, name = None, None, "stuck"
+
+    def load(self, _: int) -> None:
+        time.sleep(3)
+
+
+@pytest.mark.parametrize("crop", [Crop(SIZE), Crop(SIZE, random=ViewSpec())])
+def test_a_worker_that_hangs_ends_an_evaluation_after_data_timeout(crop: Crop, accelerator: Accelerator) -> None:
+    with pytest.raises(UserError, match="timed out after 1 seconds"):
+        extract(nano(), Stuck(), np.arange(2), accelerator, crop, workers=1, timeout=1)
+
+
 def test_a_squashed_crop_shows_the_whole_image(folder: Path, accelerator: Accelerator) -> None:
     images = open_data(DataConfig(path=str(folder)), SIZE).train
     whole = extract(nano(), images, np.arange(3), accelerator, Crop(SIZE, squash=True))
     centre = extract(nano(), images, np.arange(3), accelerator, Crop(SIZE))
     assert ((whole.x["last"] - centre.x["last"]).abs().amax(1) > 1e-4).all()
-
-
-def test_shares_cover_every_position_once() -> None:
-    for n in (0, 1, 5, 12):
-        for world in (1, 2, 3):
-            taken = sorted(i for rank in range(world) for i in share(n, rank, world))
-            assert taken == list(range(n))
 
 
 WORKER = """

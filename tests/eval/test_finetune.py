@@ -1,7 +1,11 @@
 """Fine-tuning: a full run with resume, the recipe's parts, and a result that `validate` finds again."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from gcssl.checkpoint import write_backbone
 from gcssl.config import load_config
+from gcssl.errors import UserError
 from gcssl.eval import finetune, validate
 from gcssl.eval.finetune import Classifier, FinetuneConfig, FinetuneOptions, TransformMaker, layer_groups
-from gcssl.models.build import build_backbone
-from gcssl.runtime import Preempted
+from gcssl.models.build import backbone_info, build_backbone, load_backbone
+from gcssl.runtime import Preempted, make_accelerator
 
 SMALL = ["model.name=gcvit_nano", "model.img_size=64", "train.batch_size=16", "train.epochs=2", "train.warmup_epochs=1",
          "data.workers=0", "finetune.ema_decay=0.9"]  # fmt: skip
@@ -33,6 +39,8 @@ def test_each_augmentation_runs_and_is_reported(augment: str, folder: Path, tmp_
     written = json.loads((tmp_path / "finetune.json").read_text())
     assert {"finetune/top1", "finetune/top5", "finetune/top1_raw"} <= written.keys()
     assert (result["n_test"], written["classes"], written["finetune"]["augment"]) == (27, 3, augment)
+    for key in ("protocol", "features", "n_bad", "test_fingerprint", "seconds", "interpolation", "crop", "seeds"):
+        assert key in written, key
     for name in ("config.yaml", "status.json", "metrics.jsonl", "checkpoints", "backbone.safetensors"):
         assert (tmp_path / "finetune" / name).exists(), name
 
@@ -44,7 +52,7 @@ def test_workers_do_not_change_a_bit(folder: Path, tmp_path: Path, accelerator) 
     assert a == b
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path, accelerator, monkeypatch) -> None:
+def test_a_stopped_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path, accelerator) -> None:
     finetune.run(config(folder, tmp_path / "whole", "model.drop_path=0.2"), accelerator)
     cut = config(folder, tmp_path / "cut", "model.drop_path=0.2", "train.max_hours=0.0")
     with pytest.raises(Preempted, match="step 1 of 8"):
@@ -60,6 +68,122 @@ def test_validate_finds_the_fine_tuned_accuracy_again(folder: Path, tmp_path: Pa
     again = validate.run(load_config(validate.ValidateConfig, argv), accelerator)
     top1 = next(value for name, value in again.items() if name.endswith("/top1"))
     assert top1 == pytest.approx(result["finetune/top1"])
+
+
+def saved(path: Path, **kw: Any) -> Path:
+    """An exported encoder; not the architecture and size that configs have by default."""
+    torch.manual_seed(1)
+    model = build_backbone("gcvit_nano", 96, window_ratio=[16, 16, 16, 32])
+    write_backbone(path, model.state_dict(), {**backbone_info(model), **kw})
+    return path
+
+
+def test_random_is_compared_at_the_architecture_of_the_backbone_given(
+    folder: Path, tmp_path: Path, accelerator
+) -> None:
+    spec = saved(tmp_path / "m", interpolation="bilinear")
+    argv = [f"backbone={spec}", "compare=random", f"data.path={folder}", f"out={tmp_path / 'out'}", *SMALL[2:]]
+    result = finetune.run(load_config(FinetuneConfig, [*argv, "train.steps=1"]), accelerator)
+    assert result["crop"]["size"] == [96, 96] and result["interpolation"] == "bilinear"
+    for run in (tmp_path / "out/finetune", tmp_path / "out/finetune/random"):
+        described = json.loads((run / "backbone.json").read_text())
+        assert described["img_size"] == [96, 96] and described["model_args"]["window_ratio"] == [16, 16, 16, 32]
+        for product in ("backbone.json", "backbone.safetensors"):
+            (run / product).unlink()
+        again, _ = load_backbone(str(run))  # from its checkpoint, by what config.yaml says
+        assert again.img_size == (96, 96) and again.window_ratio == (16, 16, 16, 32)
+    argv = [f"backbone={spec}", f"data.path={folder}", f"out={tmp_path / 'b'}", *SMALL, "train.steps=1"]
+    assert finetune.run(load_config(FinetuneConfig, argv), accelerator)["crop"]["size"] == [64, 64]  # SMALL asks for it
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["compare=/abs/x"], "/abs/x"),
+        (["compare=radnom"], "radnom: no such run"),
+        (["compare=SAVED"], "compares with random or none"),
+        (["name=../x"], "expected one word"),
+        (["backbone=/nowhere"], "/nowhere: no such run"),
+        (["train.batch_size=15"], "train.batch_size=15: mixup pairs images"),
+    ],
+)
+def test_refusals_come_before_the_data_is_opened(
+    wrong: list[str], message: str, tmp_path: Path, accelerator, monkeypatch
+) -> None:
+    monkeypatch.setattr("gcssl.eval.inputs.open_data", lambda *_, **__: pytest.fail("the data was opened"))
+    wrong = [key.replace("SAVED", str(saved(tmp_path / "m"))) for key in wrong]
+    with pytest.raises(UserError, match=message) as error:
+        finetune.run(config(tmp_path, tmp_path / "out", *wrong), accelerator)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_choices_are_checked_with_the_keys(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="finetune.augment: given ful, expected one of none, light, full"):
+        config(tmp_path, tmp_path, "finetune.augment=ful")
+
+
+def test_undecodable_test_images_are_counted_and_told(broken_folder: Path, tmp_path: Path, accelerator, capsys) -> None:
+    result = finetune.run(config(broken_folder, tmp_path, "train.steps=1", "data.max_bad=0.5"), accelerator)
+    assert (result["n_test"], result["n_bad"]) == (26, 1)
+    assert "1 of 27 images cannot be decoded" in capsys.readouterr().out
+
+
+def test_a_mixing_run_keeps_its_micro_batch(folder: Path, tmp_path: Path, accelerator) -> None:
+    """Mixup's partners are those of the micro-batch, so 8 + 8 mixes other images than 16."""
+    short = ["train.global_batch=16", "train.max_hours=0.0"]
+    for augment in ("full", "light"):
+        out = tmp_path / augment
+        with pytest.raises(Preempted):
+            finetune.run(config(folder, out, f"finetune.augment={augment}", *short), accelerator)
+        other = config(folder, out, f"finetune.augment={augment}", "train.global_batch=16", "train.batch_size=8")
+        if augment == "full":
+            with pytest.raises(UserError, match="train.batch_size: 16 -> 8"):
+                finetune.run(other, make_accelerator(other.train, other.runtime))
+        else:
+            finetune.run(other, make_accelerator(other.train, other.runtime))
+
+
+WORKER = """
+import sys
+from gcssl.runtime import quiet_libraries
+quiet_libraries()
+import torch
+from gcssl.config import load_config
+from gcssl.eval import finetune
+from gcssl.runtime import make_accelerator
+
+torch.set_num_threads(1)
+cfg = load_config(finetune.FinetuneConfig, sys.argv[1:])
+accelerator = make_accelerator(cfg.train, cfg.runtime)
+finetune.run(cfg, accelerator)
+print("world", accelerator.num_processes)
+"""
+
+
+@pytest.mark.parametrize("augment", ["light", "full"])
+def test_two_processes_give_what_one_gives(augment: str, broken_folder: Path, tmp_path: Path) -> None:
+    """With mixing, one process needs the same micro-batches: two accumulated."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    keys = ["backbone=none", f"data.path={broken_folder}", *SMALL, "model.drop_path=0.2", "train.steps=3",
+            "train.global_batch=16", "data.max_bad=0.5", f"finetune.augment={augment}", "train.warmup_epochs=0",
+            "train.blr=0.02"]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    for world, command, batch in (("1", [sys.executable], 16 if augment == "light" else 8), ("2", torchrun, 8)):
+        command = [*command, str(tmp_path / "worker.py"), *keys, f"train.batch_size={batch}", f"out={tmp_path / world}"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert f"world {world}" in done.stdout
+    one, two = (load_file(tmp_path / world / "finetune/checkpoints/step_00000003/model.safetensors") for world in "12")
+    for name, value in one.items():
+        torch.testing.assert_close(
+            two[name], value, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    a, b = ([json.loads(line) for line in (tmp_path / w / "finetune/metrics.jsonl").open()] for w in "12")
+    assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-4)
+    a, b = (json.loads((tmp_path / world / "finetune.json").read_text()) for world in "12")
+    assert (a["n_test"], a["n_bad"]) == (b["n_test"], b["n_bad"]) == (26, 1)
+    assert a["finetune/top1"] == pytest.approx(b["finetune/top1"], abs=4.0)  # one image
 
 
 def test_judged_weights_are_the_average_and_it_moves_from_the_start() -> None:

@@ -5,17 +5,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from gcssl.checkpoint import write_backbone
-from gcssl.config import DataConfig, ModelConfig, PretrainConfig, dump_config
+from gcssl.config import DataConfig, ModelConfig, PretrainConfig, config_dict, to_yaml
 from gcssl.errors import UserError
-from gcssl.eval.knn import KnnConfig, _threads, knn_accuracy, knn_correct, run, search
+from gcssl.eval.knn import KnnConfig, _threads, agrees, knn_accuracy, knn_correct, run, search
 from gcssl.models.build import backbone_info, build_backbone
 
 BACKENDS = ("faiss", "torch")
@@ -62,9 +64,9 @@ def test_temperature_weights_the_votes() -> None:
 
 def test_both_backends_find_the_same_neighbours_with_many_ties() -> None:
     g = torch.Generator().manual_seed(3)
-    few = torch.nn.functional.normalize(torch.randn(6, 16, generator=g), dim=1)
+    few = normalize(torch.randn(6, 16, generator=g), dim=1)
     bank = few[torch.randint(6, (900,), generator=g)]  # about 150 copies of each vector, far more than k + margin
-    queries = torch.cat([few, torch.nn.functional.normalize(torch.randn(10, 16, generator=g), dim=1)])
+    queries = torch.cat([few, normalize(torch.randn(10, 16, generator=g), dim=1)])
     results = [search(bank, queries, 20, backend) for backend in BACKENDS]
     assert torch.equal(results[0][1], results[1][1])
     assert torch.equal(results[0][0], results[1][0])
@@ -76,7 +78,7 @@ def test_both_backends_find_the_same_neighbours_with_many_ties() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_collapsed_features_give_the_first_images_of_the_bank(backend: str) -> None:
-    bank = torch.nn.functional.normalize(torch.ones(300, 8), dim=1)
+    bank = normalize(torch.ones(300, 8), dim=1)
     _, index = search(bank, bank[:5], 12, backend)
     assert index.tolist() == [list(range(12))] * 5
 
@@ -84,8 +86,8 @@ def test_collapsed_features_give_the_first_images_of_the_bank(backend: str) -> N
 def test_nearly_collapsed_features_are_ordered_in_float64() -> None:
     """An untrained network: all cosines lie within 1e-5 of 1, where fp32 cannot order them."""
     g = torch.Generator().manual_seed(4)
-    bank = torch.nn.functional.normalize(1 + 2e-3 * torch.randn(3000, 32, generator=g), dim=1)
-    queries = torch.nn.functional.normalize(1 + 2e-3 * torch.randn(20, 32, generator=g), dim=1)
+    bank = normalize(1 + 2e-3 * torch.randn(3000, 32, generator=g), dim=1)
+    queries = normalize(1 + 2e-3 * torch.randn(20, 32, generator=g), dim=1)
     sims = (queries.double() @ bank.double().T).mul(1e9).round()
     want = torch.stack([torch.tensor(sorted(range(3000), key=lambda i: (-r[i].item(), i))[:50]) for r in sims])
     for backend in BACKENDS:
@@ -151,10 +153,65 @@ def test_wrong_arguments_name_the_choices() -> None:
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_a_bank_on_the_gpu_gives_the_same_neighbours(backend: str) -> None:
     (x, _), (qx, _) = clusters(20_000, 21, dim=256), clusters(500, 22, dim=256)
-    bank, queries = torch.nn.functional.normalize(x, dim=1), torch.nn.functional.normalize(qx, dim=1)
+    bank, queries = normalize(x, dim=1), normalize(qx, dim=1)
     want = search(bank, queries, 200, "torch")
     got = search(bank.cuda(), queries.cuda(), 200, backend)
     assert torch.equal(got[1].cpu(), want[1])
+
+
+class Lying:
+    """An index that moves neighbours or similarities, as a broken GPU kernel would."""
+
+    def __init__(self, index: Any, lie: str) -> None:
+        self.index, self.lie = index, lie
+
+    def search(self, queries: Any, k: int) -> Any:
+        values, where = self.index.search(queries, k)
+        if self.lie == "neighbours":
+            where = where[:, ::-1].copy()
+        elif self.lie == "missed":  # the best one is left out
+            values, where = (part[:, 1:] for part in self.index.search(queries, k + 1))
+        elif self.lie == "similarities":
+            values = values + 1e-2
+        elif self.lie == "nothing found":
+            where = where - 10**6
+        elif self.lie == "error":
+            raise RuntimeError("CUDA error 209\nno kernel image")
+        return values, where
+
+
+@pytest.mark.parametrize("lie", ["", "neighbours", "missed", "similarities", "nothing found"])
+def test_an_index_is_checked_against_brute_force(lie: str) -> None:
+    import faiss
+
+    bank, queries = (normalize(clusters(n, seed)[0], dim=1) for n, seed in ((200, 31), (10, 32)))
+    index = faiss.IndexFlatIP(bank.shape[1])
+    index.add(bank.numpy())
+    assert agrees(Lying(index, lie), bank, queries, 20) == (lie == "")
+
+
+class OnGpu(torch.Tensor):
+    """A bank that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(("lie", "reason"), [("missed", "differ from brute force"), ("error", "CUDA error 209")])
+def test_a_gpu_index_that_fails_its_check_is_not_used_and_that_is_said(
+    lie: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import faiss
+
+    broken = SimpleNamespace(
+        IndexFlatIP=faiss.IndexFlatIP, get_num_gpus=lambda: 1, StandardGpuResources=object,
+        index_cpu_to_gpu=lambda _resources, _device, index: Lying(index, lie),
+    )  # fmt: skip
+    monkeypatch.setattr("gcssl.eval.knn._import_faiss", lambda: broken)
+    bank, queries = (normalize(clusters(n, seed)[0], dim=1) for n, seed in ((200, 31), (30, 32)))
+    got = search(bank.as_subclass(OnGpu), queries, 20, "auto")[1]
+    assert torch.equal(got.as_subclass(torch.Tensor), search(bank, queries, 20, "torch")[1])
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 1 and reason in told[0] and "exact torch search instead" in told[0]
 
 
 def test_importing_knn_loads_no_heavy_library() -> None:
@@ -176,7 +233,7 @@ def make_run(path: Path, folder: Path) -> Path:
     cfg.data = DataConfig(path=str(folder), workers=0)
     model = build_backbone("gcvit_nano", 64, window_ratio=[16, 16, 16, 32])
     path.mkdir()
-    (path / "config.yaml").write_text(dump_config(cfg))
+    (path / "config.yaml").write_text(to_yaml(config_dict(cfg)))
     write_backbone(path, model.state_dict(), backbone_info(model, step=7, objective="simmim", encoder="student"))
     return path
 

@@ -1,6 +1,7 @@
 """The linear probe: the grid equals single heads, the choice sees no test image, the backbone stays."""
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -247,8 +248,6 @@ def test_images_without_labels_are_refused_in_one_line(folder: Path, tmp_path: P
     [
         ({"backbone": ""}, "backbone: not given"),
         ({"out": ""}, "out: needed"),
-        ({"protocol": "fast"}, "cached or augmented"),
-        ({"features": ["first"]}, "last, last4, stages34"),
         ({"lrs": []}, "lrs"),
         ({"lrs": [0.0]}, "above 0"),
         ({"name": "a/b"}, "one word"),
@@ -263,6 +262,47 @@ def test_bad_input_is_one_line_and_writes_nothing(
         run(config(folder, tmp_path, **wrong), accelerator)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("protocol=fast", "protocol: given fast, expected one of cached, augmented"),
+        ("features=[first]", "expected one of last, last4, stages34"),
+        ("precision=fp16", "expected one of fp32, bf16"),
+    ],
+)
+def test_choices_are_checked_with_the_keys(key: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        linear_probe.main([key])
+
+
+@pytest.mark.parametrize("wrong", [{"backbone": "/nowhere"}, {"compare": "/nowhere"}, {"compare": "radnom"}])
+def test_a_path_to_nothing_is_refused_before_the_data_is_opened(
+    wrong: dict[str, str], tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gcssl.eval.inputs.open_data", lambda *_, **__: pytest.fail("the data was opened"))
+    with pytest.raises(UserError, match="no such run, checkpoint or file"):
+        run(config(tmp_path, tmp_path, **wrong), accelerator)
+
+
+def test_a_damaged_comparison_is_refused_before_the_first_evaluation(
+    folder: Path, tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad.pt").write_bytes(b"no weights")
+    monkeypatch.setattr(Inputs, "features", lambda *_, **__: pytest.fail("an evaluation began"))
+    with pytest.raises(UserError, match="bad.pt"):
+        run(config(folder, tmp_path, compare=str(tmp_path / "bad.pt")), accelerator)
+
+
+def test_data_timeout_reaches_the_loader(
+    folder: Path, tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(folder, tmp_path, data=DataConfig(path=str(folder), workers=1, timeout=1))
+    inputs = open_inputs(cfg, accelerator)
+    monkeypatch.setattr(inputs.train, "load", lambda _: time.sleep(3))
+    with pytest.raises(UserError, match="timed out after 1 seconds"):
+        inputs.features(inputs.train, ("last",))
 
 
 def test_make_grid_starts_at_zero() -> None:

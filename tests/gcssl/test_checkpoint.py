@@ -308,7 +308,7 @@ def test_the_optimizer_goes_on_bit_for_bit(tmp_path: Path, name: str) -> None:
     def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 2))
-        return net, make_optimizer(param_groups(net, 0.05), TrainConfig(optimizer=name))
+        return net, make_optimizer(param_groups(net.named_parameters(), 0.05), TrainConfig(optimizer=name))
 
     def train(net: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
         for step in range(first, last):
@@ -338,8 +338,8 @@ def test_the_optimizer_goes_on_bit_for_bit(tmp_path: Path, name: str) -> None:
 
 
 def test_an_optimizer_of_another_model_is_refused() -> None:
-    one = make_optimizer(param_groups(nn.Linear(3, 2), 0.05), TrainConfig())
-    other = make_optimizer(param_groups(nn.Sequential(nn.Linear(3, 2)), 0.05), TrainConfig())
+    one = make_optimizer(param_groups(nn.Linear(3, 2).named_parameters(), 0.05), TrainConfig())
+    other = make_optimizer(param_groups(nn.Sequential(nn.Linear(3, 2)).named_parameters(), 0.05), TrainConfig())
     with pytest.raises(UserError, match="other parameters"):
         load_optimizer(other, *optimizer_tensors(one))
 

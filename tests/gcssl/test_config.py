@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gcssl.config import PretrainConfig, config_dict, diff_configs, dump_config, load_config
+from gcssl.config import PretrainConfig, config_dict, diff_configs, load_config, to_yaml
 from gcssl.errors import UserError
 
 
@@ -177,7 +177,7 @@ def test_dump_and_load_give_the_same_config(tmp_path: Path) -> None:
         "data.path=off",
         "log.trackers=[]",
     )
-    path.write_text(dump_config(given))
+    path.write_text(to_yaml(config_dict(given)))
     assert load(str(path)) == given
     json.dumps(config_dict(given))
 
@@ -193,8 +193,46 @@ def test_diff_names_each_changed_key_once() -> None:
 
 
 def test_the_shared_tables_name_real_keys() -> None:
-    """A choice listed under a key that was renamed would check nothing."""
-    from gcssl.keys import CHOICES, leaves
+    """A choice or a range listed under a key that was renamed would check nothing."""
+    from gcssl.eval.finetune import FinetuneConfig
+    from gcssl.eval.linear_probe import LinearProbeConfig
+    from gcssl.export import ExportConfig
+    from gcssl.keys import CHOICES, RANGES, leaves
 
-    known = leaves(PretrainConfig())
-    assert set(CHOICES) - {"format"} <= set(known)
+    schemas = (PretrainConfig, FinetuneConfig, LinearProbeConfig, ExportConfig)
+    known = {key for schema in schemas for key in leaves(schema())}
+    assert set(CHOICES) | set(RANGES) <= known
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("log.every=0", "at least 1"),
+        ("checkpoint.keep_every=-1", "at least 0"),
+        ("checkpoint.keep=1", "at least 2"),
+        ("model.in_chans=1", "expected 3"),
+        ("data.workers=-1", "at least 0"),
+        ("data.max_bad=2.0", "0 to 1"),
+        ("train.clip_grad=-1.0", "at least 0"),
+        ("train.betas=[0.9]", "a list of 2 numbers"),
+        ("train.betas=[0.9,1.0]", "each 0 to"),
+        ("train.lr_base=0", "at least 1"),
+        ("model.window_ratio=[16]", "a list of 4 numbers"),
+    ],
+)
+def test_a_number_out_of_its_range_is_one_line(argument: str, expected: str) -> None:
+    key, given = argument.split("=")
+    with pytest.raises(UserError) as refused:
+        load("objective.name=pixels", argument)
+    line = str(refused.value)
+    assert line.startswith(f"{key}: given {given[:4]}") and expected in line and "\n" not in line
+    load("objective.name=pixels", "train.clip_grad=0.0", "checkpoint.keep_every=0")  # both: none
+
+
+def test_a_crop_has_two_areas() -> None:
+    from gcssl.eval.finetune import FinetuneConfig
+    from gcssl.eval.linear_probe import LinearProbeConfig
+
+    for schema, key in ((FinetuneConfig, "finetune.scale"), (LinearProbeConfig, "scale")):
+        with pytest.raises(UserError, match=f"^{key}: given .0.5., expected a list of 2 numbers"):
+            load_config(schema, [f"{key}=[0.5]"])

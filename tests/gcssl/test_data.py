@@ -65,7 +65,7 @@ def assert_labels_match_pixels(images: Images | None) -> None:
 def refused(path: Path | str, **changes: object) -> str:
     start = time.time()
     with pytest.raises(UserError) as caught:
-        opened(path, **changes)
+        _ = opened(path, **changes).test
     text = str(caught.value)
     assert "\n" not in text and text.startswith("data.") and time.time() - start < 10
     return text
@@ -159,6 +159,15 @@ def test_a_flat_val_without_or_with_wrong_labels_is_refused(tmp_path: Path) -> N
     assert "class yak of split val" in refused(inner, val_labels=str(labels))
     (tmp_path / "some.csv").write_text("ImageId,PredictionString\nILSVRC_val_1,dog 1 2 3 4\n")
     assert "no row for 2 of 3" in refused(inner, val_labels=str(tmp_path / "some.csv"))
+
+
+def test_a_test_split_that_cannot_be_opened_hinders_no_pretraining(tmp_path: Path) -> None:
+    splits = opened(kaggle(tmp_path / "flat"))  # a flat val/ without its label file
+    assert len(splits.train) == 9
+    (tmp_path / "flat/LOC_val_solution.csv").unlink()
+    write_tree(tmp_path / "other/train", classes=("ant", "dog"))
+    write_tree(tmp_path / "other/val")
+    assert len(opened(tmp_path / "other").train) == 6
 
 
 def test_a_class_that_train_lacks_is_refused(tmp_path: Path) -> None:

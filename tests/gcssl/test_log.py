@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,17 @@ def test_records_every_n_steps_and_the_last(tmp_path: Path) -> None:
     assert steps_of(tmp_path) == [2, 4, 5]
     record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert record["loss"] == 0.5 and record["images_per_s"] > 0 and 0 <= record["data_wait"]
+
+
+def test_pauses_count_in_no_speed(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 2, 0, 1, (), enabled=True) as log:
+        for step in (1, 2):
+            log.step(step, {"loss": 1.0}, 1000)
+            with log.pause():
+                time.sleep(0.3)
+        told = log.summary()
+    speeds = [json.loads(line)["images_per_s"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert min(speeds) > 1000 / 0.3 and float(told.split("images in ")[1].split(" s:")[0]) < 0.3
 
 
 def test_a_resume_drops_what_came_after_it_and_half_a_line(tmp_path: Path) -> None:

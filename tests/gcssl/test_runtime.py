@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from gcssl.config import PretrainConfig, RuntimeConfig, TrainConfig, config_dict
+from gcssl.config import DataConfig, PretrainConfig, RuntimeConfig, TrainConfig, config_dict
 from gcssl.runtime import (
     NumericStop,
     Preempted,
@@ -33,7 +33,7 @@ from gcssl.runtime import (
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def leave(error: Exception | None, folder: Path) -> tuple[int, str]:
+def leave(error: BaseException | None, folder: Path) -> tuple[int, str]:
     """Exit code and stderr of a program whose main ends with `error`; in a fork, which is quick."""
 
     def main(_: list[str]) -> None:
@@ -93,6 +93,10 @@ def test_entry_maps_errors_to_exit_codes(tmp_path: Path, error: Exception | None
     assert ("Traceback" in told) == (code == 1) and (code == 1 or len(told.splitlines()) == bool(line))
 
 
+def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
+    assert leave(KeyboardInterrupt(), tmp_path) == (1, "gcssl: interrupted from the keyboard\n")
+
+
 def test_another_process_speaks_only_when_the_main_one_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,7 +110,7 @@ def test_outcomes() -> None:
     assert outcome(UserError("a\n b")) == ("refused", 2, "a b")
     assert outcome(Preempted("p"))[:2] == ("preempted", 75)
     assert outcome(NumericStop("n"))[:2] == ("failed", 78)
-    assert outcome(KeyboardInterrupt())[:2] == ("failed", 130)
+    assert outcome(KeyboardInterrupt())[:2] == ("failed", 1)
     assert outcome(OSError("o")) == ("failed", 1, "OSError: o")
 
 
@@ -156,6 +160,13 @@ def test_the_same_command_continues(tmp_path: Path) -> None:
         run.start()
     environment = json.loads((tmp_path / "env.json").read_text())
     assert len(environment["earlier"]) == 1 and "earlier" not in environment["earlier"][0]
+
+
+def test_the_share_of_bad_images_may_be_raised(tmp_path: Path) -> None:
+    """As the run's own message says."""
+    used(tmp_path, config())
+    with RunFolder(tmp_path, PretrainConfig(data=DataConfig(max_bad=0.5))) as run:
+        assert run.resumed
 
 
 def test_another_config_is_refused_and_nothing_is_written(tmp_path: Path) -> None:

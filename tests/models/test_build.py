@@ -10,12 +10,12 @@ from torch import Tensor
 
 import gcssl
 from gcssl.checkpoint import save_checkpoint, write_backbone
-from gcssl.config import ModelConfig
+from gcssl.config import AugmentConfig, ModelConfig
 from gcssl.errors import UserError
-from gcssl.models.build import BACKBONES, backbone_info, build_backbone, load_backbone
-from gcssl.models.convert import to_nvlabs
+from gcssl.models.build import BACKBONES, AskedModel, Saved, agree, backbone_info, build_backbone, load_backbone
 from gcssl.models.gcvit import GCViT
 from gcssl.models.timm_backbone import TimmBackbone
+from gcssl.ssl.simmim import SimMIM, SimMIMConfig
 
 CONFIG = ModelConfig()
 
@@ -164,7 +164,75 @@ def test_finished_runs(tmp_path: Path) -> None:
         load_backbone(str(tmp_path / "run"), ModelConfig(name="gcvit_xxtiny"), exact=True)
 
 
-def test_raw_checkpoints_say_what_they_are(tmp_path: Path) -> None:
+def test_what_is_asked_is_done_or_refused_and_what_is_not_asked_is_the_saved_ones_own(tmp_path: Path) -> None:
+    saved = nano(1, img_size=96, bias_resize="crop")
+    write_backbone(tmp_path, saved.state_dict(), backbone_info(saved))
+    for nothing in (None, AskedModel(), ModelConfig()):
+        backbone, _ = load_backbone(str(tmp_path), nothing)
+        assert backbone.img_size == (96, 96) and backbone.model_args["bias_resize"] == "crop"
+    backbone, _ = load_backbone(str(tmp_path), AskedModel(img_size=64, bias_resize="bicubic"))  # ModelConfig's defaults
+    assert backbone.img_size == (64, 64) and backbone.model_args["bias_resize"] == "bicubic"
+    assert load_backbone(str(tmp_path), AskedModel(name="gcvit_nano"))[0].img_size == (96, 96)
+
+
+def test_variants_of_equal_depth_are_not_taken_for_each_other() -> None:
+    with torch.device("meta"):  # tiny, small, base and large have the same depths
+        tiny, nano_ = build_backbone("gcvit_tiny"), build_backbone("gcvit_nano")
+    for model in (tiny, nano_):
+        saved = Saved({}, model.name, model.model_args, {})
+        agree("x", saved, AskedModel(name=model.name))
+        for other in BACKBONES.keys() - {model.name, f"{model.name}_384", f"{model.name}_512"}:
+            with pytest.raises(UserError, match=f"model.name={other} was asked for"):
+                agree("x", saved, AskedModel(name=other))
+    agree("x", Saved({}, "gcvit_tiny", tiny.model_args, {}), AskedModel(name="gcvit_tiny_384"))
+
+
+def test_a_run_of_another_version_loads(tmp_path: Path) -> None:
+    student, _ = run_folder(tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("name: gcvit_nano", "name: gcvit_nano\n  new_key: 3"))
+    assert same(load_backbone(str(tmp_path / "run"))[0].state_dict(), student.state_dict())
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"name": "gcvit_nano"}', "\xff"])
+def test_damaged_descriptions_are_one_line(content: str, tmp_path: Path) -> None:
+    model = nano()
+    write_backbone(tmp_path / "run", model.state_dict(), backbone_info(model))
+    run_folder(tmp_path / "cut")
+    (tmp_path / "timm").mkdir()
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    raw = content.encode("latin-1")
+    for name in ("run/backbone.json", "cut/config.yaml", "timm/config.json", "a.json"):
+        (tmp_path / name).write_bytes(raw)
+    for name in ("run", "cut", "timm", *(["a.pt"] if content != "{}" and "name" not in content else [])):
+        with pytest.raises(UserError) as error:
+            load_backbone(str(tmp_path / name))
+        assert "\n" not in str(error.value) and name.removesuffix("pt") in str(error.value)
+
+
+def test_what_forward_features_leaves_out_can_be_frozen() -> None:
+    model = build_backbone("convnext_atto", 64, drop_path=0.1).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert model.freeze_unused() == ["head.norm.weight", "head.norm.bias"]
+    assert model.training and same(before, model.state_dict())
+    model.forward_features(torch.randn(2, 3, 64, 64)).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None) == ("head.norm" not in name), name
+    assert build_backbone("resnet18", 64).freeze_unused() == []
+    with torch.device("meta"):
+        assert build_backbone("convnext_atto", 64).freeze_unused() == []
+
+
+def test_simmim_trains_every_parameter_that_it_leaves_trainable(capsys: pytest.CaptureFixture[str]) -> None:
+    """What DistributedDataParallel asks of a model."""
+    objective = SimMIM(SimMIMConfig(), build_backbone("convnext_atto", 64), AugmentConfig(), (64, 64), 1, 1)
+    assert "head.norm.weight, head.norm.bias" in capsys.readouterr().out
+    batch = {"views": [torch.randn(2, 3, 64, 64)], "masks": [torch.rand(2, 8, 8) > 0.5]}
+    objective(batch, 0)["loss"].backward()
+    assert [n for n, p in objective.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_raw_checkpoints_say_what_they_are(tmp_path: Path, to_nvlabs) -> None:
     model = build_backbone("gcvit_xxtiny", img_size=96, num_classes=3, window_ratio=[16, 16, 16, 32])
     torch.save({"state_dict": model.state_dict()}, tmp_path / "timm.pth")
     torch.save({"state_dict": to_nvlabs(model.state_dict())}, tmp_path / "nvlabs.pth.tar")

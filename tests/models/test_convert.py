@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gcssl.errors import UserError
 from gcssl.models.build import build_backbone
-from gcssl.models.convert import describe, from_nvlabs, load_weights, read_state, to_nvlabs
+from gcssl.models.convert import describe, from_nvlabs, load_weights, read_state
 from gcssl.models.gcvit import GCViT
 
 NANO = {"embed_dim": 32, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8)}
@@ -38,7 +38,7 @@ def test_timms_weights_load() -> None:
 
 
 @pytest.mark.parametrize("layer_scale", [None, 1e-5])
-def test_nvlabs_layout_goes_both_ways(layer_scale: float | None) -> None:
+def test_nvlabs_layout_goes_both_ways(layer_scale: float | None, to_nvlabs) -> None:
     source, target = nano(layer_scale=layer_scale), nano(1, layer_scale=layer_scale)
     theirs = to_nvlabs(source.state_dict())
     assert same(from_nvlabs(theirs), source.state_dict())
@@ -46,7 +46,7 @@ def test_nvlabs_layout_goes_both_ways(layer_scale: float | None) -> None:
     assert same(target.state_dict(), source.state_dict())
 
 
-def test_nvlabs_names_are_those_of_the_release() -> None:
+def test_nvlabs_names_are_those_of_the_release(to_nvlabs) -> None:
     """The rules as written down from the released files, not as computed by the code under test."""
     names = nano(layer_scale=0.1).state_dict()
     state = {k: torch.full_like(v, i) for i, (k, v) in enumerate(names.items())}
@@ -77,7 +77,7 @@ def test_nvlabs_names_are_those_of_the_release() -> None:
     assert index.shape == (16, 16) and index[0, 0] == 24 and index[0, 15] == 0 and index[15, 0] == 48
 
 
-def test_the_layout_of_june_2022_is_refused() -> None:
+def test_the_layout_of_june_2022_is_refused(to_nvlabs) -> None:
     theirs = to_nvlabs(nano().state_dict())
     old = {k.replace("q_global_gen.to_q_global", "to_q_global"): v for k, v in theirs.items()}
     with pytest.raises(UserError, match="June 2022"):
@@ -222,5 +222,10 @@ def test_damaged_and_foreign_files(name: str, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no such file"):
         read_state(tmp_path / "missing.pth")
+    unreadable = tmp_path / f"unreadable{path.suffix}"
+    unreadable.symlink_to("/proc/self/mem")  # reading its first byte is an input/output error, for root too
+    if unreadable.is_file():
+        with pytest.raises(UserError, match="unreadable.*cannot be read|unreadable.*not a readable"):
+            read_state(unreadable)
     with pytest.raises(UserError, match="holds no weights"):
         read_state({"epoch": 3})

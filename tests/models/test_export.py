@@ -91,7 +91,6 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="already there"):
             export(ExportConfig(str(tmp_path / "run"), kind, str(tmp_path / out)))
     for cfg, reason in (
-        (ExportConfig("random", "onnx", "x"), "timm or torch"),
         (ExportConfig("random", "torch", "x"), "ends in .pt"),
         (ExportConfig("", "timm", "x"), "expected backbone="),
     ):

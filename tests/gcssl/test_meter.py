@@ -1,0 +1,61 @@
+"""One step's scalars over micro-batches, and the list of bad files, also across a resume."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gcssl.config import RuntimeConfig, TrainConfig
+from gcssl.errors import UserError
+from gcssl.meter import BadSamples, Meter
+from gcssl.runtime import make_accelerator
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return make_accelerator(TrainConfig(), RuntimeConfig())
+
+
+def test_means_over_micro_batches_and_flags(accelerator) -> None:
+    meter = Meter(accelerator)
+    for micro, loss in enumerate((1.0, 3.0)):
+        assert meter.micro == micro
+        meter.add({"loss": torch.tensor(loss), "accuracy": torch.tensor(0.5), "_parts": {"private": 1}})
+    values = meter.agree(torch.tensor(2.0), stop=False)
+    expected = {"loss": 2.0, "accuracy": 0.5, "grad_norm": 2.0, "finite": True, "stop": False, "bad": False}
+    assert values == expected and meter.micro == 0
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (1.0, float("inf"))])
+def test_what_is_not_finite_stop_and_bad_are_told(accelerator, loss: float, norm: float) -> None:
+    meter = Meter(accelerator)
+    for value in (1.0, loss):
+        meter.add({"loss": torch.tensor(value)})
+    meter.bad.append((0, "a.png", "broken"))
+    values = meter.agree(torch.tensor(norm), stop=True)
+    assert (values["finite"], values["stop"], values["bad"]) == (False, True, True)
+    assert meter.take_bad() == [(0, "a.png", "broken")] and meter.bad == []
+
+
+def listed(folder: Path) -> list[int]:
+    return [json.loads(line)["index"] for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
+
+
+def test_each_bad_file_is_listed_once(accelerator, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = BadSamples(tmp_path, 100, 0.03)
+    bad.record([(5, "e.png", "broken"), (2, "b.png", "broken"), (5, "e.png", "broken")], accelerator)
+    assert listed(tmp_path) == [2, 5] and "b.png (broken)" in capsys.readouterr().out
+    again = BadSamples(tmp_path, 100, 0.03)  # a resume
+    again.record([(5, "e.png", "broken"), (7, "g.png", "broken")], accelerator)
+    assert listed(tmp_path) == [2, 5, 7] and capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="data.max_bad=0.03: 4 of 100"):
+        again.record([(9, "i.png", "broken")], accelerator)
+
+
+def test_a_half_written_line_is_dropped(accelerator, tmp_path: Path) -> None:
+    BadSamples(tmp_path, 100, 1.0).record([(2, "b.png", "broken")], accelerator)
+    with (tmp_path / "bad_samples.jsonl").open("a") as file:
+        file.write('{"index": 3, "pa')
+    BadSamples(tmp_path, 100, 1.0).record([(3, "c.png", "broken")], accelerator)
+    assert listed(tmp_path) == [2, 3]

@@ -1,0 +1,73 @@
+"""Every yaml in configs/ loads with its schema, and every recipe builds and fits the processes that it names."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from gcssl.config import PretrainConfig, load_config
+from gcssl.eval.finetune import FinetuneConfig
+from gcssl.eval.knn import KnnConfig
+from gcssl.eval.linear_probe import LinearProbeConfig
+from gcssl.eval.validate import ValidateConfig
+from gcssl.loader import ViewMaker, batch_to_device, collate, run_sizes
+from gcssl.models.build import BACKBONES, from_config
+from gcssl.ssl.objectives import OBJECTIVES
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted((ROOT / "configs/pretrain").glob("*.yaml"))
+EVALUATIONS = {
+    "knn": KnnConfig, "linear_probe": LinearProbeConfig, "validate": ValidateConfig, "finetune_demo": FinetuneConfig,
+}  # fmt: skip
+IMAGES = {"shapes": 10_000, "/data/imagenet": 1_281_167, "/data/cifar10": 50_000}
+
+
+def load(path: Path, *argv: str) -> PretrainConfig:
+    return load_config(PretrainConfig, [str(path), *argv], {name: schema for name, (_, schema) in OBJECTIVES.items()})
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_loads_builds_and_fits_its_processes(path: Path) -> None:
+    head = path.read_text().splitlines()[0]
+    launch = re.search(r"--config_file (\S+) pretrain.py (\S+)(?: data.path=(\S+))?", head)
+    assert launch and launch[2] == f"configs/pretrain/{path.name}", head
+    world = yaml.safe_load((ROOT / launch[1]).read_text())["num_processes"]
+    cfg = load(path)
+    assert cfg.model.name in BACKBONES
+    objective_class = OBJECTIVES[cfg.objective.name][0]
+    n_images = cfg.data.shapes_n if cfg.data.path == "shapes" and not launch[3] else IMAGES[launch[3]]
+    sizes = run_sizes(cfg.train, n_images, world)
+    assert not (objective_class.couples_batch and sizes.accumulate > 1), sizes
+
+    tiny = ["model.name=gcvit_nano", "model.img_size=64"]
+    tiny += ["objective.hidden_dim=16"] if hasattr(cfg.objective, "hidden_dim") else []
+    cfg = load(path, *tiny)
+    encoder = from_config(cfg.model)
+    objective = objective_class(cfg.objective, encoder, cfg.augment, (64, 64), 4, 2)
+    make = ViewMaker(objective.draw, (64, 64), cfg.augment.where)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8))
+    batch = collate([make(noise, None, (0, i)) for i in range(2)])
+    batch = batch_to_device(batch, "cpu", encoder.mean, encoder.std, cfg.augment.where)
+    assert torch.isfinite(objective(batch, 0)["loss"])
+
+
+def test_every_evaluation_yaml_loads() -> None:
+    found = {path.stem: path for path in (ROOT / "configs/eval").glob("*.yaml")}
+    assert found.keys() == EVALUATIONS.keys()
+    for name, path in found.items():
+        cfg = load_config(EVALUATIONS[name], [str(path)])
+        told = yaml.safe_load(path.read_text())
+        assert all(getattr(cfg, key) == value for key, value in told.items() if not isinstance(value, dict)), path
+
+
+def test_every_launcher_yaml_leaves_precision_and_compilation_to_the_run() -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for path in (ROOT / "configs/accelerate").glob("*.yaml"):
+        cfg = load_config_from_file(str(path))
+        assert cfg.mixed_precision == "no" and cfg.to_dict().get("dynamo_config", {}) == {}, path
+        assert path.name in path.read_text().splitlines()[0] + path.read_text().splitlines()[1]

@@ -27,13 +27,15 @@ def main() -> None:
     os.chdir(ROOT)
     out, started = Path(args.out), time.perf_counter()
     clear(out)
+    precision = f"train.precision={'bf16' if has_bf16() else 'fp32'}"
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores()))  # accelerate launch would take one
     few = ["data.shapes_n=600", "train.epochs=2", "train.warmup_epochs=0", "eval.online_every=1"] if args.quick else []
-    command = ["pretrain.py", "configs/pretrain/demo.yaml", f"out={out}", *few]
+    command = ["pretrain.py", "configs/pretrain/demo.yaml", f"out={out}", precision, *few]
     heading(1, "pretrain", " ".join([*LAUNCH, *command]))
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *LAUNCH[1:]]
     if code := subprocess.run([*launcher, *command]).returncode:
         sys.exit(code)
-    results = evaluate(out, args.quick)
+    results = evaluate(out, precision, args.quick)
     heading(
         5,
         "export to timm, and reload it there",
@@ -56,7 +58,17 @@ def heading(number: int, what: str, command: str) -> None:
     print(f"\n[{number}/5] {what}\n      {command}", flush=True)
 
 
-def evaluate(out: Path, quick: bool) -> dict[str, Any]:
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def has_bf16() -> bool:
+    """Is bf16 arithmetic fast here: on a GPU, or on a CPU that has instructions for it."""
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return shutil.which("nvidia-smi") is not None or "avx512_bf16" in cpu or "amx_bf16" in cpu
+
+
+def evaluate(out: Path, precision: str, quick: bool) -> dict[str, Any]:
     """The three evaluations, each beside an untrained backbone: {metric: value, ..., "compare": {...}}."""
     from gcssl.config import load_config
     from gcssl.eval import finetune, knn, linear_probe
@@ -64,7 +76,7 @@ def evaluate(out: Path, quick: bool) -> dict[str, Any]:
 
     quiet_libraries()
     tune = ["configs/eval/finetune_demo.yaml"]
-    few = ["train.epochs=2", "train.warmup_epochs=0"] if quick else []
+    few = [precision, *(["train.epochs=2", "train.warmup_epochs=0"] if quick else [])]
     jobs: list[tuple[Any, type, list[str], list[str]]] = [
         (knn, knn.KnnConfig, [], []),
         (linear_probe, linear_probe.LinearProbeConfig, [], []),

@@ -17,7 +17,7 @@ $(VENV)/.installed: setup.py
 	@echo "installing gcssl and its dependencies into $(VENV) (about 2 minutes)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "gcssl needs Python >= 3.11; give one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	@$(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(PY) -m pip install -qq --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 demo: setup  ## pretrain, evaluate and export a small GC ViT on generated images, in a few minutes

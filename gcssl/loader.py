@@ -5,6 +5,7 @@ view is f(seed, epoch, image, view). No worker holds state, so any worker count 
 batches.
 """
 
+import atexit
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
@@ -234,6 +235,8 @@ class _Loader(DataLoader[Any]):
                 "q", [-1] * self.num_workers, lock=False
             )
         iterator = super().__iter__()
+        if self.num_workers:
+            atexit.register(_end_workers)  # last in, first out: before those who would wait for them
         while True:
             try:
                 batch = next(iterator)
@@ -256,6 +259,12 @@ class _Loader(DataLoader[Any]):
         files = [dataset.images.where(index) for index in dataset.reading if index >= 0]
         doing = f"workers were reading {', '.join(files)}" if files else "no worker was reading a file"
         return f"{reason[:200]}; {doing} (data.workers={self.num_workers}, data.timeout={self.timeout:g} s)"
+
+
+def _end_workers() -> None:
+    """At exit: a worker whose batches nobody will ask for ignores SIGTERM, and would be waited for without end."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def _can_fork() -> bool:

@@ -5,6 +5,8 @@ import io
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -251,3 +253,16 @@ def test_a_maker_and_a_set_can_be_pickled() -> None:
     dataset = TrainSet(make_images(8), ViewMaker(draw, SIZE), seed=0)
     copy = pickle.loads(pickle.dumps(dataset))
     assert np.array_equal(copy[(0, 3, 0)]["views"][0], dataset[(0, 3, 0)]["views"][0])
+
+
+def test_an_abandoned_loader_does_not_hold_up_the_exit() -> None:
+    """Workers ignore SIGTERM, which is all that Python sends them at exit before it waits for them."""
+    code = (
+        "from gcssl.config import DataConfig; from gcssl.data import open_data; from gcssl.loader import eval_loader\n"
+        "images = open_data(DataConfig(path='shapes', shapes_n=200), (64, 64)).train\n"
+        "batches = iter(eval_loader(images, range(200), (64, 64), 1.0, 'bicubic', 4, 2))\n"
+        "next(batches)\n"
+        "keep = [batches]; keep.append(keep)\n"
+        "import sys; sys.modules['kept'] = keep\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

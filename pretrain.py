@@ -129,10 +129,7 @@ def fit(
     to_device: Callable[[dict[str, Any], int], dict[str, Any]],
     probe: Callable[[int, Any], dict[str, float]] | None = None,
 ) -> None:
-    """Train `objective` from the run folder's newest checkpoint, or from the start, to the last step.
-
-    Longer than other functions, so that one optimizer step reads from top to bottom in one place.
-    """
+    """Train from the newest checkpoint, or the start, to the last step; long, so that a step reads in one place."""
     train, lr = cfg.train, scaled_lr(cfg.train, sizes.global_batch)
     warmup = round(train.warmup_epochs * sizes.steps_per_epoch)
     save_steps = max(1, round(cfg.checkpoint.every * sizes.steps_per_epoch))

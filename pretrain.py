@@ -54,7 +54,8 @@ def pretrain(cfg: PretrainConfig) -> Path:
     check_objective(cfg)
     backbone = build_pretrain_backbone(cfg)
     objective_class: Any = OBJECTIVES[cfg.objective.name][0]
-    images = open_data(cfg.data, backbone.img_size).train
+    with accelerator.main_process_first():  # the main process fills the caches
+        images = open_data(cfg.data, backbone.img_size).train
     sizes = run_sizes(cfg.train, len(images), accelerator.num_processes)
     if objective_class.couples_batch and sizes.accumulate > 1:
         raise UserError(
@@ -262,9 +263,8 @@ def online_probe(
         if step % every:
             return {}
         encoder = evaluated_encoder(cfg, objective)
-        bank, queries = (
-            extract(encoder, images, part, accelerator, workers=cfg.data.workers, quiet=True) for part in (rest, held)
-        )
+        how: dict[str, Any] = {"workers": cfg.data.workers, "timeout": cfg.data.timeout, "quiet": True}
+        bank, queries = (extract(encoder, images, part, accelerator, **how) for part in (rest, held))
         top1 = knn_accuracy(bank.x["last"], bank.y, queries.x["last"], queries.y, (KNN_K,), backend=cfg.eval.backend)
         value = next(iter(top1.values()))
         say(f"step {step}: online knn/top1@{KNN_K} {value:.1f} on {len(held)} held-out training images")

@@ -20,7 +20,7 @@ setup(
         "datasets>=5.0",
         "omegaconf>=2.3",
         "safetensors>=0.5",
-        "pillow>=11",
+        "pillow>=11,<13",  # 13 refuses to posterize to 0 bits, which timm's RandAugment asks for
         "numpy>=2.0",
         "tensorboard>=2.18",
         "tqdm>=4.66",

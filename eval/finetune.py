@@ -232,7 +232,8 @@ def open_run(cfg: FinetuneConfig, accelerator: Accelerator, spec: str) -> Inputs
     """The backbone before its first step, with a fresh head for the classes of the data, and the data."""
     seed_torch(cfg.train.seed, INIT)
     backbone, info = load(spec, cfg.model, cfg.encoder)
-    train, test, name = open_splits(cfg.data, backbone.img_size)
+    with accelerator.main_process_first():  # the main process fills the caches
+        train, test, name = open_splits(cfg.data, backbone.img_size)
     if cfg.finetune.holdout:
         rest, held = held_out(train)
         train, test, name = train.select(rest), train.select(held), f"held-out slice of {train.name}"

@@ -263,6 +263,7 @@ class _Loader(DataLoader[Any]):
 
 def _end_workers() -> None:
     """At exit: a worker whose batches nobody will ask for ignores SIGTERM, and would be waited for without end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker is killed
     for process in multiprocessing.active_children():
         process.kill()
 

@@ -4,7 +4,7 @@ An image shows two objects of one class, a silhouette with a texture (both silho
 light and dark tints of its own, on a shaded ground with bits of clutter. Image i of a split is a pure function of the
 split, i and the size, in integer arithmetic alone, so that it has the same bytes on every machine; drawn when read.
 
-Its difficulty was fixed before any recipe was tuned on it: kNN on an untrained gcvit_nano is right for 15 to 35 %.
+kNN on an untrained gcvit_nano is right for 15 to 35 % (docs/LOG.md: how the set was chosen).
 """
 
 from collections.abc import Callable

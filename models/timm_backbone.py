@@ -17,7 +17,11 @@ from gcssl.models.windows import check_size, pair
 
 
 class TimmBackbone(nn.Module):
-    """A timm model: B 3 H W -> features. It takes no token mask and draws its own drop path noise."""
+    """A timm model: B 3 H W -> features. It takes no token mask.
+
+    It draws its own drop path noise, seeded by the step and the process: a resume is exact, but with drop path another
+    process layout is another run.
+    """
 
     n_noise = 0
     model: Any

@@ -97,15 +97,16 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> Non
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_killed_run_resumes_bit_for_bit(objective: str, tmp_path: Path) -> None:
-    """6 steps == 3 and more + kill -9 + the rest, with two workers, weights, optimizer, teacher and metrics."""
-    pretrain(config(objective, tmp_path / "whole", "train.steps=6", "data.workers=0"))
+    """6 steps == 3 and more + kill -9 + the rest, two workers, drop path: weights, optimizer, teacher and metrics."""
+    args = ["train.steps=6", "model.drop_path=0.2"]
+    pretrain(config(objective, tmp_path / "whole", *args, "data.workers=0"))
     cut = tmp_path / "cut"
-    process = subprocess.Popen(command(objective, cut, "train.steps=6"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(objective, cut, *args), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for(cut / "checkpoints/step_00000003", process)
     process.kill()
     process.wait()
     assert not (cut / "backbone.safetensors").exists()
-    pretrain(config(objective, cut, "train.steps=6"))
+    pretrain(config(objective, cut, *args))
     assert_same(weights(tmp_path / "whole", 6), weights(cut, 6))
     assert (tmp_path / "whole/backbone.safetensors").read_bytes() == (cut / "backbone.safetensors").read_bytes()
     assert told(tmp_path / "whole") == told(cut)

@@ -228,3 +228,10 @@ def test_transform_is_a_function_of_the_key() -> None:
     assert torch.equal(a, maker(image, 0, (0, 1, 2))["image"])
     assert not torch.equal(a, maker(image, 0, (0, 1, 3))["image"])
     assert a.shape == (3, 64, 64)
+
+
+def test_no_draw_of_the_full_transform_fails() -> None:
+    """RandAugment's rarest magnitudes included: its strongest posterize came to be refused by Pillow 13."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
+    maker = TransformMaker(FinetuneOptions(augment="full"), (8, 8), (0.5,) * 3, (0.5,) * 3)
+    assert all(maker(image, 0, (0, 1, i))["image"].isfinite().all() for i in range(3000))

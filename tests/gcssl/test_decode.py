@@ -1,0 +1,124 @@
+"""Every colour mode decodes to true RGB; a damaged or hostile file is a bad image with one line."""
+
+import io
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import EpsImagePlugin, Image
+
+from gcssl.data import BadImage, decode
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def first(data: bytes) -> tuple[int, ...]:
+    image = decode(data)
+    assert image.mode == "RGB"
+    return image.getpixel((0, 0))  # type: ignore[return-value]
+
+
+def test_sixteen_bit_and_float_images_keep_their_range() -> None:
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    grey = np.asarray(decode(saved(Image.fromarray(ramp), "png")))
+    assert np.abs(grey[..., 0].astype(int) - np.arange(256).reshape(16, 16)).max() <= 1
+    assert np.array_equal(grey[..., 0], grey[..., 2])
+    tiff = np.asarray(decode(saved(Image.fromarray(ramp.astype(np.int32)), "tiff")))
+    assert np.array_equal(tiff, grey)
+    for scale in (1.0, 255.0, 65535.0):
+        floats = Image.fromarray((np.arange(256).reshape(16, 16) / 255 * scale).astype(np.float32))
+        assert np.abs(np.asarray(decode(saved(floats, "tiff")))[..., 0].astype(int) - grey[..., 0]).max() <= 1
+    for bad in (np.nan, -5.0, 1e9):
+        with pytest.raises(BadImage, match="expected 0..65535"):
+            decode(saved(Image.fromarray(np.array([[0.0, bad]], np.float32)), "tiff"))
+
+
+def test_colour_modes() -> None:
+    red = Image.new("RGB", (8, 8), (200, 30, 40))
+    assert first(saved(red, "png")) == (200, 30, 40)
+    assert first(saved(red.convert("P", palette=Image.Palette.ADAPTIVE), "png")) == (200, 30, 40)
+    assert np.abs(np.array(first(saved(red.convert("CMYK"), "jpeg", quality=95))) - [200, 30, 40]).max() < 8
+    assert first(saved(red.convert("L"), "png")) == (82,) * 3
+    assert first(saved(Image.new("1", (8, 8), 1), "png")) == (255,) * 3
+
+
+def test_transparency_is_laid_on_white() -> None:
+    assert first(saved(Image.new("RGBA", (8, 8), (200, 0, 0, 0)), "png")) == (255, 255, 255)
+    assert first(saved(Image.new("RGBA", (8, 8), (0, 0, 0, 128)), "png")) == (127, 127, 127)
+    assert first(saved(Image.new("LA", (8, 8), (0, 0)), "png")) == (255, 255, 255)
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([9, 9, 9, 200, 30, 40])
+    assert first(saved(palette, "png", transparency=1)) == (255, 255, 255)
+    assert first(saved(palette, "png", transparency=0)) == (200, 30, 40)
+    assert first(saved(Image.new("RGB", (8, 8), (1, 2, 3)), "png", transparency=(1, 2, 3))) == (255, 255, 255)
+
+
+def test_exif_turns_and_gifs_show_their_first_frame() -> None:
+    image = Image.new("RGB", (16, 8), (0, 0, 255))
+    image.paste((255, 0, 0), (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    turned = decode(saved(image, "png", exif=exif))
+    assert turned.size == (8, 16) and turned.getpixel((4, 2)) == (255, 0, 0)
+    frames = [Image.new("RGB", (8, 8), c) for c in ((200, 0, 0), (0, 200, 0))]
+    assert first(saved(frames[0], "gif", save_all=True, append_images=frames[1:])) == (200, 0, 0)
+
+
+def bomb() -> bytes:
+    """A PNG of 20000 x 20000 black pixels in a few hundred kB."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(10**6)))
+        + chunk(b"IEND", b"")
+    )
+
+
+def test_damaged_files_are_bad_images_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    jpeg, png = saved(noise, "jpeg"), saved(noise, "png")
+    flipped = bytearray(png)
+    flipped[len(png) // 2] ^= 255
+    cases = [
+        b"",
+        b"\x00" * 100,
+        b"<html>\n</html>",
+        jpeg[: len(jpeg) // 2],
+        png[: len(png) // 2],
+        bytes(flipped),
+        bomb(),
+    ]
+    for data in cases:
+        with pytest.raises(BadImage) as caught:
+            decode(data)
+        assert str(caught.value) and "\n" not in str(caught.value)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # what some libraries do
+    start = time.time()
+    with pytest.raises(BadImage, match="20000x20000"):
+        decode(bomb())
+    assert time.time() - start < 1
+    with pytest.raises(BadImage, match="No such file"):
+        decode(tmp_path / "nothing.png")
+
+
+def test_a_file_that_would_start_a_program_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "gs"  # Pillow hands PostScript to ghostscript
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    with pytest.raises(BadImage):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    assert not (tmp_path / "started").exists()

@@ -1,0 +1,259 @@
+"""The run folder: who may use it, what it binds, what status.json says of a run's end."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from gcssl.config import DataConfig, PretrainConfig, TrainConfig, config_dict
+from gcssl.runtime import NumericStop, Preempted, RunFolder, UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def config(**train: object) -> PretrainConfig:
+    return PretrainConfig(train=TrainConfig(**train))  # type: ignore[arg-type]
+
+
+def status(folder: Path) -> dict[str, object]:
+    content = json.loads((folder / "status.json").read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+def used(folder: Path, cfg: PretrainConfig, global_batch: int | None = None) -> None:
+    """A run of two steps, preempted."""
+    with pytest.raises(Preempted), RunFolder(folder, cfg, global_batch) as run:
+        run.start()
+        (folder / "metrics.jsonl").write_text('{"step": 2}\n')
+        run.progress(2)
+        raise Preempted("SIGTERM")
+
+
+def test_a_run_that_ends_leaves_config_environment_and_status(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "a"
+    cfg = config(epochs=3)
+    with RunFolder(folder, cfg, 256) as run:
+        assert not run.resumed
+        run.start()
+        assert status(folder)["state"] == "running"
+        run.progress(5)
+        assert status(folder)["step"] == 5
+    end = status(folder)
+    assert (end["state"], end["step"], end["exit_code"], end["reason"]) == ("finished", 5, 0, "")
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == config_dict(cfg)
+    environment = json.loads((folder / "env.json").read_text())
+    assert environment["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert environment["argv"] == sys.argv and environment["hardware"]["cpus"] >= 1
+    assert environment["facts"] == {"global_batch": 256} and "commit" in environment
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "code"),
+    [
+        (UserError("too many bad images"), "refused", 2),
+        (Preempted("SIGTERM"), "preempted", 75),
+        (NumericStop("loss is nan"), "failed", 78),
+        (RuntimeError("out of memory"), "failed", 1),
+    ],
+)
+def test_status_tells_how_a_run_ended(tmp_path: Path, error: Exception, state: str, code: int) -> None:
+    with pytest.raises(type(error)), RunFolder(tmp_path, config()) as run:
+        run.progress(4)
+        raise error
+    end = status(tmp_path)
+    assert (end["state"], end["exit_code"], end["step"]) == (state, code, 4)
+    assert str(error) in str(end["reason"])
+
+
+def test_the_same_command_continues(tmp_path: Path) -> None:
+    used(tmp_path, config())
+    with RunFolder(tmp_path, config()) as run:
+        assert run.resumed and run.step == 2
+        run.start()
+    environment = json.loads((tmp_path / "env.json").read_text())
+    assert len(environment["earlier"]) == 1 and "earlier" not in environment["earlier"][0]
+
+
+def test_the_share_of_bad_images_may_be_raised(tmp_path: Path) -> None:
+    """As the run's own message says."""
+    used(tmp_path, config())
+    with RunFolder(tmp_path, PretrainConfig(data=DataConfig(max_bad=0.5))) as run:
+        assert run.resumed
+
+
+def test_another_config_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    used(tmp_path, config())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"}
+    with pytest.raises(UserError) as refused, RunFolder(tmp_path, config(epochs=7, blr=0.5)):
+        pytest.fail("entered")
+    assert "train.epochs: 100 -> 7; train.blr: 0.00015 -> 0.5" in str(refused.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"} == before
+
+
+def test_a_refusal_before_the_start_leaves_the_old_status(tmp_path: Path) -> None:
+    used(tmp_path, config())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"}
+    with pytest.raises(UserError), RunFolder(tmp_path, config()):
+        raise UserError("data.path: gone")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"} == before
+
+
+def test_a_refused_first_start_does_not_bind_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError), RunFolder(tmp_path, config()):
+        raise UserError("data.path: no such folder")
+    assert status(tmp_path)["state"] == "refused"
+    with RunFolder(tmp_path, config(epochs=7)) as run:
+        assert not run.resumed
+
+
+def test_free_keys_may_change_and_the_batch_where_the_global_one_stays(tmp_path: Path) -> None:
+    old = config(batch_size=8, accumulate=1)
+    used(tmp_path, old, 8)
+    new = config(batch_size=4, accumulate=2, max_hours=1.0)
+    new.data.workers, new.data.timeout, new.log.every, new.checkpoint.keep = 0, 9, 1, 5
+    new.runtime.timeout, new.out = 60, "elsewhere"
+    with RunFolder(tmp_path, new, 8) as run:
+        assert run.resumed
+    with pytest.raises(UserError, match="global_batch: 8 -> 16"), RunFolder(tmp_path, new, 16):
+        pass
+    with pytest.raises(UserError, match="train.batch_size: 4 -> 8"), RunFolder(tmp_path, old):
+        pass  # no global batch is told, so that the keys themselves must agree
+
+
+def test_other_facts_are_refused(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, config(), facts={"data": "abc"}) as run:
+        run.start()
+        (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with (
+        pytest.raises(UserError, match="data: abc -> xyz"),
+        RunFolder(tmp_path, config(), facts={"data": "xyz"}),
+    ):
+        pass
+
+
+def test_folders_that_cannot_be_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="out: no folder given"):
+        RunFolder("", config())
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match="out: .*file/a cannot be written to"),
+        RunFolder(tmp_path / "file" / "a", {}),
+    ):
+        pass
+    (tmp_path / "backbone.safetensors").write_bytes(b"x")
+    with (
+        pytest.raises(UserError, match="backbone.safetensors but no config.yaml"),
+        RunFolder(tmp_path, config()),
+    ):
+        pass
+    assert status_absent(tmp_path)
+
+
+def status_absent(folder: Path) -> bool:
+    return not (folder / "status.json").exists() and not (folder / "config.yaml").exists()
+
+
+HOLD = """
+import os, sys, time
+from gcssl.runtime import RunFolder
+with RunFolder(sys.argv[1], {}) as run:
+    run.start()
+    if os.fork() == 0:  # like a loader worker, which outlives a killed run for some seconds
+        time.sleep(30)
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_in_use_is_refused_and_a_killed_run_frees_it(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError) as refused, RunFolder(tmp_path, {}):
+            pass
+        assert f"in use by process {holder.pid} on {os.uname().nodename}" in str(refused.value)
+        holder.kill()
+        holder.wait()
+        with RunFolder(tmp_path, {}):
+            assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
+
+
+def test_the_lock_is_freed_when_the_run_ends(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, {}):
+        pass
+    with open(tmp_path / ".lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+TWO = """
+import json, sys
+from pathlib import Path
+from gcssl.config import TrainConfig, RuntimeConfig
+from gcssl.runtime import RunFolder, UserError, make_accelerator
+accelerator = make_accelerator(TrainConfig(), RuntimeConfig(timeout=60))
+told = [accelerator.num_processes]
+with RunFolder(sys.argv[1], {"a": 1}, 8, accelerator) as run:
+    told.append(run.resumed)
+    run.progress(3)
+    if accelerator.is_main_process:
+        (run.path / "metrics.jsonl").write_text("{}\\n")
+accelerator.wait_for_everyone()
+with RunFolder(sys.argv[1], {"a": 1}, 8, accelerator) as run:
+    told += [run.resumed, run.step]
+accelerator.wait_for_everyone()
+try:
+    with RunFolder(sys.argv[1], {"a": 2}, 8, accelerator):
+        told.append("entered")
+except UserError as error:
+    told.append("a: 1 -> 2" in str(error))
+accelerator.wait_for_everyone()
+try:
+    with RunFolder(sys.argv[2], {}, 8, accelerator) as run:
+        run.progress(1)
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            raise UserError("only here")
+        __import__("time").sleep(2)
+        raise RuntimeError("connection closed by peer")
+except (UserError, RuntimeError):
+    pass
+Path(sys.argv[3] + str(accelerator.process_index)).write_text(json.dumps(told))
+accelerator.end_training()
+"""
+
+
+def test_two_processes_agree_on_the_folder(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    folders = [str(tmp_path / name) for name in ("run", "lost", "told")]
+    done = subprocess.run(
+        [sys.executable, *command, *folders],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"told{rank}").read_text()) == [2, False, True, 3, True]
+    assert status(tmp_path / "run")["state"] == "finished"
+    lost = status(tmp_path / "lost")  # the reason is that of the process that failed first
+    assert (lost["state"], lost["reason"]) == ("refused", "process 1: only here")

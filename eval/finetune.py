@@ -51,6 +51,7 @@ from gcssl.eval.inputs import (
 from gcssl.eval.metrics import (
     check_result,
     comparison,
+    packed,
     percent,
     result_table,
     settings_of,
@@ -167,7 +168,7 @@ def run(cfg: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any]:
     check_result(path, settings)
     cfg = of_backbone(cfg, run_cfg)
     ours = finetune(cfg, accelerator, folder, cfg.backbone)
-    result = {**ours["metrics"], **ours["notes"]}
+    result = {**ours["metrics"], **ours["notes"], "correct": packed(ours, ours["n"])}
     if cfg.compare:
         theirs = finetune(cfg, accelerator, folder / cfg.compare, cfg.compare)
         result["compare"] = comparison(cfg.compare, ours, theirs)
@@ -194,7 +195,7 @@ def of_backbone(cfg: FinetuneConfig, run: dict[str, Any] | None) -> FinetuneConf
 
 
 def finetune(cfg: FinetuneConfig, accelerator: Accelerator, folder: Path, spec: str) -> dict[str, Any]:
-    """One run from backbone `spec` in `folder`: {"metrics", "notes", "correct", "index"} of the test images."""
+    """One run from backbone `spec` in `folder`: {"metrics", "notes", "correct", "index", "n"} of the test images."""
     begin = time.perf_counter()
     inputs = open_run(cfg, accelerator, spec)
     train, backbone = inputs.train, inputs.backbone
@@ -300,6 +301,7 @@ def judge(objective: Classifier, inputs: Inputs) -> dict[str, Any]:
         "metrics": metrics,
         "notes": {"n_test": int(out.ok.sum()), "n_bad": count_bad(out, images)},
         "paired": "finetune/top1",
+        "n": len(images),
         "correct": correct["ema"][1],
         "index": torch.from_numpy(indices)[out.ok],
     }

@@ -16,7 +16,7 @@ import torch
 from gcssl.config import DataConfig, ModelConfig, RuntimeConfig, TrainConfig, config_dict, load_config, read_yaml
 from gcssl.data import held_out, open_data
 from gcssl.eval.features import PRECISIONS, Crop, Features, extract, frozen
-from gcssl.eval.metrics import check_result, comparison, result_table, settings_of, write_result
+from gcssl.eval.metrics import check_result, comparison, packed, result_table, settings_of, write_result
 from gcssl.log import say
 from gcssl.models.build import (
     FRESH,
@@ -323,6 +323,7 @@ def evaluate(
     other = other_inputs(inputs, cfg.compare) if cfg.compare else None  # before any work is done
     ours = judge(inputs, inputs.cfg)
     result = {**ours["metrics"], **common_notes(inputs, cfg.precision, cfg.seed), **ours["notes"]}
+    result["correct"] = packed(ours, len(inputs.test))
     if other is not None:
         result["compare"] = comparison(cfg.compare, ours, judge(other, other.cfg))
     result["seconds"] = round(time.perf_counter() - begin, 2)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,6 +66,23 @@ def comparison(spec: str, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[
     if torch.equal(ours["index"], theirs["index"]):
         out["mcnemar"] = {"metric": ours["paired"], **mcnemar(ours["correct"], theirs["correct"])}
     return out
+
+
+def packed(judged: dict[str, Any], n: int) -> dict[str, Any]:
+    """The value of a result's key "correct": which of the test split's n images were right, for gcssl.eval.compare.
+
+    judged: as an evaluation's judge returns it. One bit an image, first image in the highest bit of the first byte,
+    as hexadecimal digits; an image that could not be decoded counts as wrong.
+    """
+    correct = torch.zeros(n, dtype=torch.bool)
+    correct[judged["index"]] = judged["correct"]
+    return {"metric": judged["paired"], "n": n, "bits": np.packbits(correct.numpy()).tobytes().hex()}
+
+
+def unpacked(correct: dict[str, Any]) -> Tensor:
+    """The bool vector that `packed` wrote."""
+    data = np.frombuffer(bytes.fromhex(correct["bits"]), dtype=np.uint8)
+    return torch.from_numpy(np.unpackbits(data, count=correct["n"]).astype(bool))
 
 
 def settings_of(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

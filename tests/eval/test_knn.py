@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from gcssl.checkpoint import write_backbone
 from gcssl.config import DataConfig, ModelConfig, PretrainConfig, config_dict, to_yaml
 from gcssl.errors import UserError
+from gcssl.eval.compare import compare
 from gcssl.eval.knn import KnnConfig, _threads, agrees, knn_accuracy, knn_correct, run, search
 from gcssl.models.build import backbone_info, build_backbone
 
@@ -249,6 +250,9 @@ def test_a_run_is_judged_on_its_own_data_and_keeps_the_result(
     data, model = DataConfig(path=str(folder), workers=0), ModelConfig(window_ratio=[16, 16, 16, 32])
     other = run(KnnConfig("random", out=str(tmp_path), ks=[5], data=data, model=model), accelerator)
     assert other["knn/top1@5"] == result["compare"]["knn/top1@5"]  # random takes the shape of the run
+    paired = compare(path / "eval/knn.json", tmp_path / "knn.json")
+    assert (paired["a"], paired["b"]) == pytest.approx((result["knn/top1@5"], other["knn/top1@5"]))
+    assert paired["p"] == result["compare"]["mcnemar"]["p"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,50 @@
+"""Two results on the same test images side by side, with McNemar's paired test.
+
+python -m gcssl.eval.compare runs/a/eval/finetune.json runs/supervised/eval/finetune.json
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from gcssl.errors import UserError
+from gcssl.eval.metrics import mcnemar, percent, table, unpacked
+from gcssl.runtime import entry
+
+
+def compare(first: Path, second: Path) -> dict[str, float | int]:
+    """Top-1 in percent of both result files and McNemar's test of their difference; UserError unless both are of
+    the same test images."""
+    a, b = read(first), read(second)
+    if a["test_fingerprint"] != b["test_fingerprint"]:
+        raise UserError(f"{second}: judged on other images ({b['test_split']}) than {first} ({a['test_split']})")
+    correct_a, correct_b = unpacked(a["correct"]), unpacked(b["correct"])
+    return {"a": percent(correct_a), "b": percent(correct_b), **mcnemar(correct_a, correct_b)}
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text())
+        if {"correct", "test_split", "test_fingerprint"} <= result.keys():
+            return result
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: no result of an evaluation: {error}") from None
+    raise UserError(f"{path}: does not say which images were right; evaluate again with this version")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) != 2:
+        raise UserError(f"given {len(argv)} files, expected two results: <run>/eval/<task>.json of each")
+    first, second = Path(argv[0]), Path(argv[1])
+    found = compare(first, second)
+    rows: list[list[object]] = [
+        ["", "top-1", "right here alone"],
+        [first, found["a"], found["only_a"]],
+        [second, found["b"], found["only_b"]],
+    ]
+    sys.stdout.write("\n".join(table(rows)) + f"\nMcNemar's exact test: p = {found['p']:.2g}\n")
+
+
+if __name__ == "__main__":
+    entry(main)

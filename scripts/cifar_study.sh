@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python=${PYTHON:-.venv/bin/python} data=${DATA:?the folder with train-*.parquet and test-*.parquet} out=${OUT:-runs/cifar}
 step=$1 start=$2
-declare -A epochs=([mocov3]=24 [joint]=15 [simmim]=60)  # equal time, not equal epochs
+declare -A epochs=([mocov3]=24 [joint]=15 [simmim]=36)  # equal time, not equal epochs
 
 finetune() {  # NAME EPOCHS AUGMENT LR DROP_PATH more...
     local from=("backbone=$out/$start")

@@ -1,6 +1,6 @@
 """Two results on the same test images side by side, with McNemar's paired test.
 
-python -m gcssl.eval.compare runs/a/eval/finetune.json runs/supervised/eval/finetune.json
+python -m gcssl.eval.compare runs/a/eval/finetune.json runs/supervised/finetune.json
 """
 
 import json

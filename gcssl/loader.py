@@ -6,6 +6,7 @@ batches.
 """
 
 import atexit
+import contextlib
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
@@ -234,9 +235,9 @@ class _Loader(DataLoader[Any]):
             dataset.reading = multiprocessing.get_context("fork" if _can_fork() else "spawn").Array(
                 "q", [-1] * self.num_workers, lock=False
             )
-        iterator = super().__iter__()
+        iterator: Any = super().__iter__()
         if self.num_workers:
-            atexit.register(_end_workers)  # last in, first out: before those who would wait for them
+            atexit.register(_end_workers, iterator._workers)  # last in, first out: before those who would wait for them
         while True:
             try:
                 batch = next(iterator)
@@ -261,11 +262,12 @@ class _Loader(DataLoader[Any]):
         return f"{reason[:200]}; {doing} (data.workers={self.num_workers}, data.timeout={self.timeout:g} s)"
 
 
-def _end_workers() -> None:
+def _end_workers(workers: list[Any]) -> None:
     """At exit: a worker whose batches nobody will ask for ignores SIGTERM, and would be waited for without end."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker is killed
-    for process in multiprocessing.active_children():
-        process.kill()
+    for worker in workers:
+        with contextlib.suppress(ValueError):  # closed already
+            worker.kill()
 
 
 def _can_fork() -> bool:

@@ -225,13 +225,14 @@ def set_deterministic(on: bool) -> None:
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGUSR1 into a flag that the loop reads between two steps; also train.max_hours.
+    """Turns SIGTERM, SIGUSR1 and the first Ctrl-C into a flag that the loop reads between two steps; also
+    train.max_hours. A second Ctrl-C ends the run at once.
 
     The handlers only set the flag. `requested` is this process's own view: the caller reduces it over
     processes.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self, max_hours: float | None = None) -> None:
         self.reason = ""
@@ -240,7 +241,9 @@ class StopSignal:
         self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
+        self.reason = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @property
     def requested(self) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+MARK = ".demo"  # in a folder that a demo made
 LAUNCH = ["accelerate", "launch", "-q", "--config_file", "configs/accelerate/one.yaml"]
 
 
@@ -47,11 +48,13 @@ def main() -> None:
 
 
 def clear(out: Path) -> None:
-    """Remove an earlier demo, and nothing else."""
+    """Remove an earlier demo, and nothing else; leaves the mark by which the next demo knows this one."""
     if out.exists() and any(out.iterdir()):
-        if not (out / "status.json").is_file():
-            sys.exit(f"gcssl: --out {out}: holds something else than a run; give another folder")
+        if not (out / MARK).is_file():
+            sys.exit(f"gcssl: --out {out}: holds something else than a demo; give another folder, or remove it")
         shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).touch()
 
 
 def heading(number: int, what: str, command: str) -> None:

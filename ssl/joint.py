@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gcssl.augment import View, ViewSpec
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
+from gcssl.models.gcvit import GCViT
 from gcssl.ssl.gather import all_reduce_mean
 from gcssl.ssl.mocov3 import MoCoV3, MoCoV3Config, PairDraw
 from gcssl.ssl.simmim import MaskedDraw, SimMIM, SimMIMConfig
@@ -110,6 +111,8 @@ class Joint(nn.Module):
         # Of the overrides, the masked crop takes those that speak of the images, not of the view pair.
         plain = AugmentConfig(ratio=augment.ratio, flip_p=augment.flip_p, interpolation=augment.interpolation)
         rest = (img_size, total_steps, steps_per_epoch)
+        if cfg.share and not isinstance(encoder, GCViT):
+            raise UserError(f"objective.share=true: needs GC ViT, whose pooling is the mean; given {encoder.name}")
         view_class, view_schema = VIEW[cfg.view]
         masked_class, masked_schema = MASKED[cfg.masked]
         view = view_class(part_config(cfg, view_schema), encoder, augment, *rest)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class Encoded:
 
     def read(self, i: int) -> bytes:
         if i == self.deadly and self.fate == "hang":
-            time.sleep(60)
+            time.sleep(8)
         if i == self.deadly and self.fate == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         pixels = np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8)
@@ -255,14 +256,21 @@ def test_a_maker_and_a_set_can_be_pickled() -> None:
     assert np.array_equal(copy[(0, 3, 0)]["views"][0], dataset[(0, 3, 0)]["views"][0])
 
 
-def test_an_abandoned_loader_does_not_hold_up_the_exit() -> None:
-    """Workers ignore SIGTERM, which is all that Python sends them at exit before it waits for them."""
+def test_an_abandoned_loader_does_not_hold_up_the_exit(tmp_path: Path) -> None:
+    """Workers ignore SIGTERM, which is all that Python sends them at exit before it waits for them; other children of
+    the program are none of the loader's business."""
     code = (
+        "import multiprocessing, sys, time, pathlib\n"
         "from gcssl.config import DataConfig; from gcssl.data import open_data; from gcssl.loader import eval_loader\n"
         "images = open_data(DataConfig(path='shapes', shapes_n=200), (64, 64)).train\n"
         "batches = iter(eval_loader(images, range(200), (64, 64), 1.0, 'bicubic', 4, 2))\n"
         "next(batches)\n"
         "keep = [batches]; keep.append(keep)\n"
-        "import sys; sys.modules['kept'] = keep\n"
+        "sys.modules['kept'] = keep\n"
+        "def mine(): time.sleep(1); pathlib.Path(sys.argv[1]).touch()\n"
+        "multiprocessing.get_context('fork').Process(target=mine).start()\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "mine")], timeout=60, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "mine").exists()

@@ -93,14 +93,23 @@ def test_outcomes() -> None:
 # --- stop signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_sets_a_flag_and_is_given_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopSignal() as stop:
         assert not stop.requested
         os.kill(os.getpid(), number)
-        assert stop.requested and stop.reason == number.name
+        assert stop.requested and stop.reason == ("Ctrl-C" if number == signal.SIGINT else number.name)
     assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_is_not_waited_for() -> None:
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
 
 
 def test_the_time_limit_is_a_request_too() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
+from gcssl.models.build import build_backbone
 from gcssl.ssl.joint import Joint, JointConfig
 
 Make = Callable[..., Any]
@@ -146,3 +147,10 @@ def test_pictures_are_those_of_the_masked_crop(make_objective: Make, make_batch:
 def test_bad_values_are_refused(make_objective: Make, cfg: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"objective.{next(iter(cfg))}="):
         make_objective("joint", **cfg)
+
+
+def test_sharing_needs_gc_vits_pooling(make_objective: Make) -> None:
+    """View 1's query is the mean of the map; other models pool in other ways, so the two views would not match."""
+    vit = build_backbone("vit_tiny_patch16_224", 64)
+    with pytest.raises(UserError, match="share=true: needs GC ViT.*vit_tiny_patch16_224"):
+        make_objective("joint", vit, share=True)

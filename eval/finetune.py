@@ -136,7 +136,8 @@ class TransformMaker:
 
     def __init__(self, options: FinetuneOptions, size: tuple[int, int], mean: tuple, std: tuple) -> None:
         full, crop = options.augment == "full", options.augment != "none"
-        self.transform = create_transform(
+        build = partial(
+            create_transform,
             size,
             is_training=True,
             scale=(options.scale[0], options.scale[1]) if crop else (1.0, 1.0),
@@ -149,6 +150,13 @@ class TransformMaker:
             mean=mean,
             std=std,
         )
+        try:
+            self.transform = build()
+        except (AssertionError, KeyError, ValueError) as error:  # what timm says of a string it cannot read
+            raise UserError(
+                f"finetune.auto_augment: given {options.auto_augment}, which timm cannot read ({error});"
+                " expected one of its policies, such as rand-m9-mstd0.5-inc1"
+            ) from None
 
     def __call__(self, image: Image, label: int | None, key: tuple[int, ...]) -> dict[str, Tensor]:  # noqa: ARG002
         seed_torch(*key)
@@ -162,6 +170,7 @@ def run(cfg: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any]:
         raise UserError(f"compare={cfg.compare}: fine-tuning compares with {' or '.join(FRESH)}")
     if mixes(cfg.finetune) and cfg.train.batch_size % 2:
         raise UserError(f"train.batch_size={cfg.train.batch_size}: mixup pairs images, expected an even number")
+    TransformMaker(cfg.finetune, (32, 32), (0.5,) * 3, (0.5,) * 3)  # refuses a wrong auto_augment before any work
     run_cfg = run_config(cfg.backbone)
     path, settings = result_path(cfg, "finetune", run_cfg), settings_of(config_dict(cfg))
     folder = path.parent if cfg.name else path.parent / "finetune"

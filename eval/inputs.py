@@ -81,7 +81,7 @@ class Inputs:
         asked = cfg.model.img_size
         size = sides(asked) if asked is not None else self.backbone.img_size
         squash = info.get("crop_mode") == "squash" and cfg.crop_pct is None
-        pct = float(cfg.crop_pct or info["crop_pct"])
+        pct = float(info["crop_pct"] if cfg.crop_pct is None else cfg.crop_pct)
         return Crop(size, pct, cfg.interpolation or info["interpolation"], squash)
 
     @cached_property

@@ -112,6 +112,8 @@ def test_text_is_taken_as_written() -> None:
         ("train.optimizer=lion", "train.optimizer: given lion, expected one of adamw, sgd"),
         ("encoder=both", "encoder: given both, expected one of student, teacher"),
         ("log.trackers=[wandb]", 'log.trackers: given ["wandb"], expected one of tensorboard'),
+        ("log.trackers=tensorboard", "log.trackers: given tensorboard, expected a list: log.trackers=[tensorboard]"),
+        ("log.trackers=wandb", "log.trackers: given wandb, expected a list: log.trackers=[tensorboard]"),
         ("objective=pixels", "objective: given pixels, expected objective.name=pixels"),
         (
             "objective.name=pixel",

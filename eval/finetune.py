@@ -33,7 +33,6 @@ from gcssl.config import (
     config_dict,
     load_config,
 )
-from gcssl.data import held_out
 from gcssl.eval.features import count_bad, forward_all
 from gcssl.eval.inputs import (
     AskedData,
@@ -43,6 +42,7 @@ from gcssl.eval.inputs import (
     common_notes,
     count_classes,
     data_of,
+    hold_out,
     load,
     model_of,
     open_splits,
@@ -245,7 +245,7 @@ def open_run(cfg: FinetuneConfig, accelerator: Accelerator, spec: str) -> Inputs
     with accelerator.main_process_first():  # the main process fills the caches
         train, test, name = open_splits(cfg.data, backbone.img_size)
     if cfg.finetune.holdout:
-        rest, held = held_out(train)
+        rest, held = hold_out(train, "set finetune.holdout=false")
         train, test, name = train.select(rest), train.select(held), f"held-out slice of {train.name}"
     n_classes = count_classes(train, test)
     seed_torch(cfg.train.seed, INIT, 1)

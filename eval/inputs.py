@@ -206,9 +206,17 @@ def open_splits(data: DataConfig, size: tuple[int, int], only_test: bool = False
     labels_of(train)  # refuses a set without
     if test is not None:
         return train, test, test.name
-    rest, held = held_out(train)
+    rest, held = hold_out(train, "give a test split or more images")
     say(f"no test split: {len(held)} images of {train.name} are held out as the test, {len(rest)} remain")
     return train.select(rest), train.select(held), f"held-out slice of {train.name}"
+
+
+def hold_out(train: "Images", advice: str) -> tuple[np.ndarray, np.ndarray]:
+    """held_out, or UserError with `advice` where nothing can be held out."""
+    rest, held = held_out(train)
+    if not len(held):
+        raise UserError(f"data.path: with one image a class in {train.name} none can be held out; {advice}")
+    return rest, held
 
 
 def count_classes(*splits: "Images") -> int:

@@ -125,6 +125,27 @@ def test_one_image_a_class_leaves_none_for_the_probe(tmp_path: Path, refused) ->
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("module", "test_split", "argv", "words"),
+    [
+        (linear_probe, True, [], "the probe chooses its setting"),
+        (finetune, True, ["finetune.holdout=true", "train.batch_size=2", "train.steps=1"], "finetune.holdout=false"),
+        (knn, False, [], "give a test split"),
+    ],
+)
+def test_one_image_a_class_leaves_none_for_an_evaluation(
+    module, test_split: bool, argv: list[str], words: str, tmp_path: Path, refused
+) -> None:
+    for split in ("train", "val") if test_split else ("train",):
+        for i in range(4):
+            (tmp_path / f"data/{split}/{i}").mkdir(parents=True)
+            Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / f"data/{split}/{i}/a.png")
+    argv = ["backbone=random", f"data.path={tmp_path / 'data'}", f"out={tmp_path / 'e'}", "data.workers=0", *argv]
+    line = refused(module, *argv, "model.img_size=64")
+    assert "one image a class" in line and words in line
+    assert not (tmp_path / "e").exists()
+
+
 def test_empty_folder_and_folder_without_images(tmp_path: Path, refused) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()

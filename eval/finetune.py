@@ -33,15 +33,16 @@ from gcssl.config import (
     config_dict,
     load_config,
 )
-from gcssl.data import held_out
 from gcssl.eval.features import count_bad, forward_all
 from gcssl.eval.inputs import (
+    AskedData,
     Inputs,
     built_model,
     check_specs,
     common_notes,
     count_classes,
     data_of,
+    hold_out,
     load,
     model_of,
     open_splits,
@@ -93,7 +94,7 @@ class FinetuneConfig:
     interpolation: str | None = None  # of the test images; None: the backbone's
     finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
     model: AskedModel = field(default_factory=lambda: AskedModel(drop_path=0.1))
-    data: DataConfig = field(default_factory=lambda: DataConfig(path=""))
+    data: DataConfig = field(default_factory=AskedData)
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(blr=5e-4, min_lr=1e-6, warmup_epochs=5, clip_grad=5.0)
     )
@@ -136,19 +137,25 @@ class TransformMaker:
 
     def __init__(self, options: FinetuneOptions, size: tuple[int, int], mean: tuple, std: tuple) -> None:
         full, crop = options.augment == "full", options.augment != "none"
-        self.transform = create_transform(
-            size,
-            is_training=True,
-            scale=(options.scale[0], options.scale[1]) if crop else (1.0, 1.0),
-            ratio=(3 / 4, 4 / 3) if crop else (1.0, 1.0),
-            color_jitter=options.color_jitter if full else 0.0,
-            auto_augment=options.auto_augment if full else None,
-            re_prob=options.reprob if full else 0.0,
-            re_mode="pixel",
-            interpolation="random" if full else "bicubic",
-            mean=mean,
-            std=std,
-        )
+        try:
+            self.transform = create_transform(
+                size,
+                is_training=True,
+                scale=(options.scale[0], options.scale[1]) if crop else (1.0, 1.0),
+                ratio=(3 / 4, 4 / 3) if crop else (1.0, 1.0),
+                color_jitter=options.color_jitter if full else 0.0,
+                auto_augment=options.auto_augment if full else None,
+                re_prob=options.reprob if full else 0.0,
+                re_mode="pixel",
+                interpolation="random" if full else "bicubic",
+                mean=mean,
+                std=std,
+            )
+        except (AssertionError, KeyError, ValueError) as error:  # what timm says of a string it cannot read
+            raise UserError(
+                f"finetune.auto_augment: given {options.auto_augment}, which timm cannot read ({error});"
+                " expected one of its policies, such as rand-m9-mstd0.5-inc1"
+            ) from None
 
     def __call__(self, image: Image, label: int | None, key: tuple[int, ...]) -> dict[str, Tensor]:  # noqa: ARG002
         seed_torch(*key)
@@ -162,8 +169,11 @@ def run(cfg: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any]:
         raise UserError(f"compare={cfg.compare}: fine-tuning compares with {' or '.join(FRESH)}")
     if mixes(cfg.finetune) and cfg.train.batch_size % 2:
         raise UserError(f"train.batch_size={cfg.train.batch_size}: mixup pairs images, expected an even number")
+    TransformMaker(cfg.finetune, (32, 32), (0.5,) * 3, (0.5,) * 3)  # refuses a wrong auto_augment before any work
     run_cfg = run_config(cfg.backbone)
-    path, settings = result_path(cfg, "finetune", run_cfg), settings_of(config_dict(cfg))
+    path = result_path(cfg, "finetune", run_cfg)
+    cfg = dataclasses.replace(cfg, data=data_of(cfg, run_cfg))  # the result's settings name the data that was judged
+    settings = settings_of(config_dict(cfg))
     folder = path.parent if cfg.name else path.parent / "finetune"
     check_result(path, settings)
     cfg = of_backbone(cfg, run_cfg)
@@ -181,17 +191,16 @@ def run(cfg: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any]:
 
 
 def of_backbone(cfg: FinetuneConfig, run: dict[str, Any] | None) -> FinetuneConfig:
-    """cfg with the data and the model that cfg.backbone stands for, all keys filled in, as config.yaml keeps it."""
+    """cfg with the model that cfg.backbone stands for, all keys filled in, as config.yaml keeps it."""
     rates = {"drop_path": cfg.model.drop_path, "grad_checkpointing": cfg.model.grad_checkpointing}
     plain = dataclasses.replace(cfg.model, drop_path=0.0, grad_checkpointing=False)
     model = model_of(dataclasses.replace(cfg, model=plain), run)
-    data = data_of(cfg, run)
     if cfg.backbone not in FRESH:
         backbone, info = load(cfg.backbone, model, cfg.encoder)
         model = built_model(info, list(backbone.img_size))
     if cfg.compare:
         from_config_on_meta(model)  # refuses what has no name to build it by
-    return dataclasses.replace(cfg, model=dataclasses.replace(model, **rates), data=data)  # type: ignore[arg-type]
+    return dataclasses.replace(cfg, model=dataclasses.replace(model, **rates))  # type: ignore[arg-type]
 
 
 def finetune(cfg: FinetuneConfig, accelerator: Accelerator, folder: Path, spec: str) -> dict[str, Any]:
@@ -236,7 +245,7 @@ def open_run(cfg: FinetuneConfig, accelerator: Accelerator, spec: str) -> Inputs
     with accelerator.main_process_first():  # the main process fills the caches
         train, test, name = open_splits(cfg.data, backbone.img_size)
     if cfg.finetune.holdout:
-        rest, held = held_out(train)
+        rest, held = hold_out(train, "set finetune.holdout=false")
         train, test, name = train.select(rest), train.select(held), f"held-out slice of {train.name}"
     n_classes = count_classes(train, test)
     seed_torch(cfg.train.seed, INIT, 1)

@@ -41,6 +41,17 @@ T = TypeVar("T")
 
 
 @dataclass
+class AskedData(DataConfig):
+    """What is asked of the data: a key left empty asks for nothing (that of the run, else DataConfig's)."""
+
+    path: str = ""
+    workers: int | None = None  # type: ignore[assignment]
+    max_bad: float | None = None  # type: ignore[assignment]
+    timeout: int | None = None  # type: ignore[assignment]
+    shapes_n: int | None = None  # type: ignore[assignment]
+
+
+@dataclass
 class InputConfig:
     """Keys that every frozen evaluation shares. Empty model and data keys are those of the run evaluated."""
 
@@ -50,7 +61,7 @@ class InputConfig:
     name: str | None = None  # results go to eval/<name>/
     out: str = ""  # result folder, needed where backbone is no run folder
     model: AskedModel = field(default_factory=AskedModel)
-    data: DataConfig = field(default_factory=lambda: DataConfig(path=""))
+    data: DataConfig = field(default_factory=AskedData)
     crop_pct: float | None = None  # side of the centre crop / side of the resized image; None: the backbone's
     interpolation: str | None = None  # None: the backbone's
     precision: str = field(default="fp32", metadata={"choices": PRECISIONS})
@@ -81,7 +92,7 @@ class Inputs:
         asked = cfg.model.img_size
         size = sides(asked) if asked is not None else self.backbone.img_size
         squash = info.get("crop_mode") == "squash" and cfg.crop_pct is None
-        pct = float(cfg.crop_pct or info["crop_pct"])
+        pct = float(info["crop_pct"] if cfg.crop_pct is None else cfg.crop_pct)
         return Crop(size, pct, cfg.interpolation or info["interpolation"], squash)
 
     @cached_property
@@ -133,11 +144,12 @@ def _given(cfg: Any, blank: Any) -> dict[str, Any]:
 
 def data_of(cfg: Any, run: dict[str, Any] | None) -> DataConfig:
     """The data asked for; without data.path, that of the run, with the other data keys given laid over it."""
+    asked = _given(cfg.data, AskedData())
     if cfg.data.path:
-        return cfg.data
+        return DataConfig(**asked)
     if run is None or not isinstance(run.get("data"), dict):
         raise UserError(f"data.path: not given, and backbone={cfg.backbone} is no run folder; pass data.path=<images>")
-    data = dataclasses.replace(from_dict(DataConfig, run["data"]), **_given(cfg.data, DataConfig(path="")))
+    data = dataclasses.replace(from_dict(DataConfig, run["data"]), **asked)
     say(f"data.path not given: the run's own, {data.path}")
     return data
 
@@ -194,9 +206,17 @@ def open_splits(data: DataConfig, size: tuple[int, int], only_test: bool = False
     labels_of(train)  # refuses a set without
     if test is not None:
         return train, test, test.name
-    rest, held = held_out(train)
+    rest, held = hold_out(train, "give a test split or more images")
     say(f"no test split: {len(held)} images of {train.name} are held out as the test, {len(rest)} remain")
     return train.select(rest), train.select(held), f"held-out slice of {train.name}"
+
+
+def hold_out(train: "Images", advice: str) -> tuple[np.ndarray, np.ndarray]:
+    """held_out, or UserError with `advice` where nothing can be held out."""
+    rest, held = held_out(train)
+    if not len(held):
+        raise UserError(f"data.path: with one image a class in {train.name} none can be held out; {advice}")
+    return rest, held
 
 
 def count_classes(*splits: "Images") -> int:
@@ -316,7 +336,10 @@ def evaluate(
     check_specs(cfg.backbone, cfg.compare)
     if cfg.batch_size < 1:
         raise UserError(f"batch_size={cfg.batch_size}: expected at least 1")
-    path, settings = result_path(cfg, task, run_config(cfg.backbone)), settings_of(config_dict(cfg))
+    run = run_config(cfg.backbone)
+    path = result_path(cfg, task, run)
+    cfg = dataclasses.replace(cfg, data=data_of(cfg, run))  # the result's settings name the data that was judged
+    settings = settings_of(config_dict(cfg))
     check_result(path, settings)
     begin = time.perf_counter()
     inputs = open_inputs(cfg, accelerator, only_test)

@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from gcssl.augment import ViewSpec
-from gcssl.data import held_out
 from gcssl.eval.features import KINDS, Features
-from gcssl.eval.inputs import InputConfig, Inputs, evaluate, program
+from gcssl.eval.inputs import InputConfig, Inputs, evaluate, hold_out, program
 from gcssl.eval.metrics import percent, topk_correct
 from gcssl.loader import epoch_order
 from gcssl.log import say
@@ -310,7 +309,7 @@ def probe(inputs: Inputs, cfg: LinearProbeConfig) -> dict[str, Any]:
     if not kinds:
         raise UserError(f"features: {', '.join(cfg.features)} asked, this backbone has {', '.join(inputs.kinds)}")
     settings = [Setting(kind, lr, wd) for kind in kinds for lr in cfg.lrs for wd in cfg.weight_decays]
-    _, held = held_out(inputs.train)
+    _, held = hold_out(inputs.train, "the probe chooses its setting on those: give more images, or use knn")
     if cfg.protocol == "cached":
         found = _cached(inputs, settings, plan, held)
     else:

@@ -29,6 +29,7 @@ INTERPOLATIONS = {
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 BLUR_RADIUS = 6  # 13 taps: three sigmas of the largest published sigma, 2
 MAX_SIGMA = BLUR_RADIUS / 3
+VIEWS = 2  # the most that an objective draws of an image with one set of parameters a view
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
@@ -86,8 +87,8 @@ def override(spec: ViewSpec, augment: AugmentConfig, view: int) -> ViewSpec:
     for key in ("blur_p", "solarize_p"):
         value = getattr(augment, key)
         if value is not None:
-            if len(value) != 1 and view >= len(value):
-                raise UserError(f"augment.{key}={list(value)}: expected one number, or one a view")
+            if len(value) != 1 and not view < len(value) <= VIEWS:
+                raise UserError(f"augment.{key}={list(value)}: expected one number, or one a view: [0.1,0.2]")
             changes[key] = float(value[view if len(value) > 1 else 0])
     for key in ("flip_p", "jitter_p", "gray_p", "interpolation"):
         if getattr(augment, key) is not None:

@@ -275,7 +275,10 @@ def _explain(error: OmegaConfBaseException, layer: dict[str, Any], known: dict[s
     key = re.sub(r"\[\d+\]", "", full)
     value = flatten(layer, stop=known).get(key)
     if key in known and key in flatten(layer, stop=known) and "${" not in str(value):
-        return UserError(f"{key}: given {show(value)}, expected {known[key].expected()}{where}")
+        expected, choices = known[key].expected(), known[key].choices
+        if choices and isinstance(known[key].default, list):  # choices of what the list holds
+            expected = f"a list: {key}=[{value if value in choices else choices[0]}]"
+        return UserError(f"{key}: given {show(value)}, expected {expected}{where}")
     return UserError(f"{key}: {_one_line(error)}{where}")
 
 

@@ -25,9 +25,12 @@ CHOICES = {
     "train.lr_rule": ("linear", "sqrt", "none"),
     "train.precision": ("fp32", "bf16", "fp16"),
     "eval.backend": ("auto", "faiss", "torch"),
+    "interpolation": ("nearest", "bilinear", "bicubic", "lanczos"),  # of the evaluations: augment.INTERPOLATIONS
     "finetune.augment": ("none", "light", "full"),
     "log.trackers": ("tensorboard",),
 }
+
+ABOVE_0, BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)  # open ends of a range
 
 # Numbers: the smallest and the largest legal value (None: no bound), and how many of them a list has (None: any).
 RANGES: dict[str, tuple[float, float | None, int | None]] = {
@@ -38,6 +41,10 @@ RANGES: dict[str, tuple[float, float | None, int | None]] = {
     "data.max_bad": (0, 1, None),
     "data.timeout": (0, None, None),
     "data.shapes_n": (1, None, None),
+    "train.blr": (0, None, None),
+    "train.min_lr": (0, None, None),
+    "train.weight_decay": (0, None, None),
+    "train.weight_decay_end": (0, None, None),
     "train.betas": (0, 0.999999, 2),
     "train.clip_grad": (0, None, None),
     "train.lr_base": (1, None, None),
@@ -49,7 +56,15 @@ RANGES: dict[str, tuple[float, float | None, int | None]] = {
     "checkpoint.every": (0, None, None),
     "checkpoint.keep": (2, None, None),  # the newest one may be damaged
     "checkpoint.keep_every": (0, None, None),
+    "crop_pct": (ABOVE_0, 1, None),
     "finetune.scale": (0, 1, 2),
+    "finetune.color_jitter": (0, None, None),
+    "finetune.reprob": (0, 1, None),
+    "finetune.mixup": (0, None, None),
+    "finetune.cutmix": (0, None, None),
+    "finetune.smoothing": (0, BELOW_1, None),
+    "finetune.ema_decay": (0, BELOW_1, None),
+    "finetune.layer_decay": (ABOVE_0, 1, None),
     "scale": (0, 1, 2),  # of the linear probe
 }
 
@@ -183,7 +198,11 @@ def check_result(key: str, value: Any, leaf: Leaf) -> None:
 
 
 def _range_name(low: float, high: float | None, length: int | None) -> str:
-    bounds = f"at least {low:g}" if high is None else f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    if low == ABOVE_0 or high == BELOW_1:
+        least = "above 0" if low == ABOVE_0 else f"at least {low:g}"
+        bounds = least + (" and below 1" if high == BELOW_1 else f" and at most {high:g}")
+    else:
+        bounds = f"at least {low:g}" if high is None else f"{low:g}" if low == high else f"{low:g} to {high:g}"
     return bounds if length is None else f"a list of {length} numbers, each {bounds}"
 
 

@@ -103,10 +103,12 @@ class Sizes:
     total_steps: int
 
     def describe(self, train: TrainConfig) -> str:
+        epochs, warmup = self.total_steps / self.steps_per_epoch, train.warmup_epochs
+        rises = f"; train.warmup_epochs={warmup:g} is longer than the run's {epochs:.3g} epochs: the lr only rises"
         return (
             f"global batch {self.global_batch} = {self.batch_size} x {self.world} processes x {self.accumulate}"
             f" accumulated; lr {scaled_lr(train, self.global_batch):.3g} ({train.lr_rule} rule, base {train.lr_base});"
-            f" {self.total_steps} steps, {self.steps_per_epoch} an epoch"
+            f" {self.total_steps} steps, {self.steps_per_epoch} an epoch{rises if warmup > epochs else ''}"
         )
 
 
@@ -114,7 +116,14 @@ def run_sizes(train: TrainConfig, n_images: int, world: int) -> Sizes:
     accumulate, global_batch = batch_layout(train, world)
     steps_per_epoch = n_images // global_batch
     if steps_per_epoch == 0:
-        raise UserError(f"train.batch_size: the global batch of {global_batch} exceeds the {n_images} training images")
+        given = "global_batch" if train.global_batch is not None else "accumulate" if accumulate > 1 else "batch_size"
+        lower = [f"train.{given}"]
+        if train.batch_size * world > n_images and given != "batch_size":  # lowering `given` alone would not do
+            lower.append("train.batch_size")
+        raise UserError(
+            f"train.{given}={getattr(train, given)}: the global batch of {global_batch} exceeds the {n_images}"
+            f" training images; lower {' and '.join(lower)}"
+        )
     total = train.steps if train.steps is not None else train.epochs * steps_per_epoch
     if total < 1:
         raise UserError(f"train.steps={train.steps}, train.epochs={train.epochs}: nothing to train; give at least one")

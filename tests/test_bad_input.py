@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 from gcssl import pretrain
+from gcssl.config import TrainConfig
 from gcssl.eval import finetune, knn, linear_probe
-from gcssl.runtime import entry
+from gcssl.loader import run_sizes
+from gcssl.runtime import UserError, entry
 
 ROOT = Path(__file__).resolve().parent.parent
 YAML = str(ROOT / "configs/pretrain/simmim_gcvit_nano.yaml")
@@ -85,6 +87,34 @@ def test_objectives_that_compare_images_refuse_accumulation(objective: str, tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "key", "lower"),
+    [
+        ({"batch_size": 1024}, "train.batch_size=1024", "train.batch_size"),
+        ({"batch_size": 128, "accumulate": 8}, "train.accumulate=8", "train.accumulate"),
+        ({"batch_size": 128, "global_batch": 2048}, "train.global_batch=2048", "train.global_batch"),
+        (
+            {"batch_size": 1024, "global_batch": 2048},
+            "train.global_batch=2048",
+            "train.global_batch and train.batch_size",
+        ),
+    ],
+)
+def test_a_batch_larger_than_the_set_names_the_keys_to_lower(given: dict[str, int], key: str, lower: str) -> None:
+    with pytest.raises(UserError) as refused:
+        run_sizes(TrainConfig(**given), 703, 2)
+    line = str(refused.value)
+    assert line.startswith(f"{key}: the global batch of 2048") and line.endswith(f"703 training images; lower {lower}")
+
+
+def test_a_warm_up_longer_than_the_run_is_said() -> None:
+    for warmup, said in ((10, True), (3, False), (0, False)):
+        train = TrainConfig(epochs=3, batch_size=8, warmup_epochs=warmup)
+        line = run_sizes(train, 80, 1).describe(train)
+        assert line.endswith("; train.warmup_epochs=10 is longer than the run's 3 epochs: the lr only rises") == said
+        assert "\n" not in line
+
+
 def test_one_image_a_class_leaves_none_for_the_probe(tmp_path: Path, refused) -> None:
     for i in range(16):
         (tmp_path / f"data/{i}").mkdir(parents=True)
@@ -93,6 +123,27 @@ def test_one_image_a_class_leaves_none_for_the_probe(tmp_path: Path, refused) ->
     line = refused(pretrain, *argv)
     assert "eval.online_every=0" in line and "one image a class" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "test_split", "argv", "words"),
+    [
+        (linear_probe, True, [], "the probe chooses its setting"),
+        (finetune, True, ["finetune.holdout=true", "train.batch_size=2", "train.steps=1"], "finetune.holdout=false"),
+        (knn, False, [], "give a test split"),
+    ],
+)
+def test_one_image_a_class_leaves_none_for_an_evaluation(
+    module, test_split: bool, argv: list[str], words: str, tmp_path: Path, refused
+) -> None:
+    for split in ("train", "val") if test_split else ("train",):
+        for i in range(4):
+            (tmp_path / f"data/{split}/{i}").mkdir(parents=True)
+            Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / f"data/{split}/{i}/a.png")
+    argv = ["backbone=random", f"data.path={tmp_path / 'data'}", f"out={tmp_path / 'e'}", "data.workers=0", *argv]
+    line = refused(module, *argv, "model.img_size=64")
+    assert "one image a class" in line and words in line
+    assert not (tmp_path / "e").exists()
 
 
 def test_empty_folder_and_folder_without_images(tmp_path: Path, refused) -> None:

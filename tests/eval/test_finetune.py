@@ -105,6 +105,8 @@ def test_random_is_compared_at_the_architecture_of_the_backbone_given(
         (["name=../x"], "expected one word"),
         (["backbone=/nowhere"], "/nowhere: no such run"),
         (["train.batch_size=15"], "train.batch_size=15: mixup pairs images"),
+        (["finetune.auto_augment=foo"], "finetune.auto_augment: given foo, which timm cannot read"),
+        (["finetune.auto_augment=rand-z9"], "finetune.auto_augment: given rand-z9, which timm cannot read"),
     ],
 )
 def test_refusals_come_before_the_data_is_opened(

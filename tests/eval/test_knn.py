@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from gcssl.checkpoint import write_backbone
-from gcssl.config import DataConfig, ModelConfig, PretrainConfig, config_dict, to_yaml
+from gcssl.config import DataConfig, ModelConfig, PretrainConfig, config_dict, load_config, to_yaml
 from gcssl.errors import UserError
 from gcssl.eval.compare import compare
+from gcssl.eval.inputs import data_of
 from gcssl.eval.knn import KnnConfig, _threads, agrees, knn_accuracy, knn_correct, run, search
 from gcssl.models.build import backbone_info, build_backbone
 
@@ -271,6 +272,32 @@ def test_a_run_refuses_another_model(
     with pytest.raises(UserError, match=message) as error:
         run(KnnConfig(backbone=str(path), model=model), accelerator)
     assert "\n" not in str(error.value) and not (path / "eval").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "want"),
+    [
+        ([], (200, 0, 0.5)),
+        (["data.shapes_n=10000"], (10_000, 0, 0.5)),
+        (["data.workers=4"], (200, 4, 0.5)),
+        (["data.max_bad=0.01"], (200, 0, 0.01)),
+        (["data.path=shapes"], (10_000, 4, 0.01)),  # other data: nothing of the run's
+    ],
+)
+def test_a_data_key_given_at_its_default_wins_over_the_run(asked: list[str], want: tuple) -> None:
+    ran = DataConfig(path="shapes", workers=0, shapes_n=200, max_bad=0.5)
+    data = data_of(load_config(KnnConfig, asked), {"data": config_dict(ran)})
+    assert (data.shapes_n, data.workers, data.max_bad) == want
+    assert (type(data), data.path, data.timeout) == (DataConfig, "shapes", DataConfig().timeout)
+
+
+def test_the_settings_of_a_result_name_the_data_of_the_run(
+    folder: Path, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    path = make_run(tmp_path / "run", folder)
+    run(KnnConfig(backbone=str(path), ks=[5]), accelerator)
+    settings = json.loads((path / "eval/knn.json").read_text())["settings"]
+    assert (settings["data.path"], settings["data.max_bad"]) == (str(folder), 0.01)
 
 
 def test_a_run_can_be_judged_at_another_legal_size(folder: Path, tmp_path: Path, accelerator: Accelerator) -> None:

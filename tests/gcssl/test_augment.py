@@ -263,6 +263,8 @@ def test_override_replaces_what_is_set_and_picks_the_views_value() -> None:
         ("jitter", [0.4, 0.4, 0.4, 0.6]),
         ("blur_sigma", [0.1, 3.0]),
         ("blur_p", [-0.1]),
+        ("blur_p", [0.1, 0.2, 0.3]),
+        ("solarize_p", [0.1, 0.2, 0.3]),
         ("interpolation", "cubic"),
     ],
 )

@@ -112,6 +112,8 @@ def test_text_is_taken_as_written() -> None:
         ("train.optimizer=lion", "train.optimizer: given lion, expected one of adamw, sgd"),
         ("encoder=both", "encoder: given both, expected one of student, teacher"),
         ("log.trackers=[wandb]", 'log.trackers: given ["wandb"], expected one of tensorboard'),
+        ("log.trackers=tensorboard", "log.trackers: given tensorboard, expected a list: log.trackers=[tensorboard]"),
+        ("log.trackers=wandb", "log.trackers: given wandb, expected a list: log.trackers=[tensorboard]"),
         ("objective=pixels", "objective: given pixels, expected objective.name=pixels"),
         (
             "objective.name=pixel",
@@ -218,6 +220,10 @@ def test_the_shared_tables_name_real_keys() -> None:
         ("train.betas=[0.9,1.0]", "each 0 to"),
         ("train.lr_base=0", "at least 1"),
         ("model.window_ratio=[16]", "a list of 4 numbers"),
+        ("train.blr=-1.0", "at least 0"),
+        ("train.min_lr=-1.0", "at least 0"),
+        ("train.weight_decay=-1.0", "at least 0"),
+        ("train.weight_decay_end=-1.0", "at least 0"),
     ],
 )
 def test_a_number_out_of_its_range_is_one_line(argument: str, expected: str) -> None:
@@ -227,6 +233,37 @@ def test_a_number_out_of_its_range_is_one_line(argument: str, expected: str) -> 
     line = str(refused.value)
     assert line.startswith(f"{key}: given {given[:4]}") and expected in line and "\n" not in line
     load("objective.name=pixels", "train.clip_grad=0.0", "checkpoint.keep_every=0")  # both: none
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("crop_pct=0.0", "above 0 and at most 1"),
+        ("crop_pct=-0.5", "above 0 and at most 1"),
+        ("crop_pct=1.5", "above 0 and at most 1"),
+        ("interpolation=cubic", "one of nearest, bilinear, bicubic, lanczos; did you mean bicubic?"),
+        ("finetune.color_jitter=-1.0", "at least 0"),
+        ("finetune.reprob=1.5", "0 to 1"),
+        ("finetune.mixup=-1.0", "at least 0"),
+        ("finetune.cutmix=-1.0", "at least 0"),
+        ("finetune.smoothing=1.0", "at least 0 and below 1"),
+        ("finetune.ema_decay=1.0", "at least 0 and below 1"),
+        ("finetune.layer_decay=0.0", "above 0 and at most 1"),
+    ],
+)
+def test_a_value_that_no_evaluation_can_use_is_one_line(argument: str, expected: str) -> None:
+    from gcssl.augment import INTERPOLATIONS
+    from gcssl.eval.finetune import FinetuneConfig
+    from gcssl.eval.knn import KnnConfig
+    from gcssl.keys import CHOICES
+
+    key, given = argument.split("=")
+    for schema in (FinetuneConfig, KnnConfig)[: 1 if "." in key else 2]:
+        with pytest.raises(UserError) as refused:
+            load_config(schema, [argument])
+        assert str(refused.value) == f"{key}: given {given}, expected {expected}"
+        load_config(schema, ["crop_pct=1.0", "interpolation=lanczos"])
+    assert CHOICES["interpolation"] == tuple(INTERPOLATIONS)
 
 
 def test_a_crop_has_two_areas() -> None:

@@ -57,10 +57,10 @@ def pretrain(cfg: PretrainConfig) -> Path:
     with accelerator.main_process_first():  # the main process fills the caches
         images = open_data(cfg.data, backbone.img_size).train
     sizes = run_sizes(cfg.train, len(images), accelerator.num_processes)
-    if objective_class.couples_batch and sizes.accumulate > 1:
+    if objective_class.couples_batch and (sizes.accumulate > 1 or sizes.global_batch < 2):
         raise UserError(
-            f"train.accumulate={sizes.accumulate}: {cfg.objective.name} compares the images of a batch, so accumulation"
-            " would change it; use more processes or a larger train.batch_size"
+            f"train.accumulate={sizes.accumulate} with train.batch_size={sizes.batch_size}: {cfg.objective.name} compares"
+            " the images of a batch, two at least, and none across micro-batches; use more processes or a larger batch"
         )
     objective = objective_class(
         cfg.objective, backbone, cfg.augment, backbone.img_size, sizes.total_steps, sizes.steps_per_epoch

@@ -80,10 +80,14 @@ def test_pretraining_refuses(argument: str, words: list[str], tmp_path: Path, re
 
 
 @pytest.mark.parametrize("objective", ["mocov3", "joint"])
-def test_objectives_that_compare_images_refuse_accumulation(objective: str, tmp_path: Path, refused) -> None:
+def test_objectives_that_compare_images_refuse_accumulation_and_a_batch_of_one(
+    objective: str, tmp_path: Path, refused
+) -> None:
     yaml = YAML.replace("simmim", objective)
     line = refused(pretrain, yaml, *TINY, f"out={tmp_path / 'run'}", "train.global_batch=32")
     assert "train.accumulate=2" in line and objective in line and "processes" in line
+    line = refused(pretrain, yaml, *TINY, f"out={tmp_path / 'run'}", "train.batch_size=1", "train.global_batch=1")
+    assert "train.batch_size=1" in line and "two at least" in line
     assert not (tmp_path / "run").exists()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import gcssl.pretrain as program
 from gcssl.config import PretrainConfig, load_config
@@ -72,3 +73,18 @@ def test_the_probe_asks_for_the_held_out_images_and_knows_only_the_others(
     [(bank, queries)] = asked
     assert sorted([*bank, *queries]) == list(range(64))
     assert queries.tolist() == held_out(images)[1].tolist()
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_the_backbone_file_holds_the_encoder_asked_for(which: str, tmp_path: Path) -> None:
+    keys = ["train.steps=1", "objective.hidden_dim=32", *(["encoder=teacher"] if which == "teacher" else [])]
+    out = pretrain(config("mocov3", tmp_path, *keys))
+    state = load_file(out / "checkpoints/step_00000001/model.safetensors")
+    same = {}
+    for prefix in ("encoder.", "teacher."):
+        part = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        found = load_file(out / "backbone.safetensors")
+        assert found.keys() == part.keys()
+        same[prefix] = all(torch.equal(found[name], part[name]) for name in part)
+    assert same == {"encoder.": which == "student", "teacher.": which == "teacher"}
+    assert json.loads((out / "backbone.json").read_text())["encoder"] == which

@@ -88,3 +88,10 @@ def test_the_backbone_file_holds_the_encoder_asked_for(which: str, tmp_path: Pat
         same[prefix] = all(torch.equal(found[name], part[name]) for name in part)
     assert same == {"encoder.": which == "student", "teacher.": which == "teacher"}
     assert json.loads((out / "backbone.json").read_text())["encoder"] == which
+
+
+def test_checkpoints_of_every_second_epoch_stay(tmp_path: Path) -> None:
+    """Epochs of two steps; beside them the newest two."""
+    keys = ["train.steps=7", "checkpoint.every=0.5", "checkpoint.keep=2", "checkpoint.keep_every=2"]
+    out = pretrain(config("simmim", tmp_path, *keys))
+    assert sorted(path.name[-1] for path in (out / "checkpoints").iterdir()) == ["4", "6", "7"]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import gcssl.pretrain as program
 from gcssl.config import PretrainConfig, load_config
 from gcssl.data import held_out, open_data
+from gcssl.errors import Preempted
 from gcssl.pretrain import pretrain
 from gcssl.ssl.objectives import OBJECTIVES
 
@@ -95,3 +96,14 @@ def test_checkpoints_of_every_second_epoch_stay(tmp_path: Path) -> None:
     keys = ["train.steps=7", "checkpoint.every=0.5", "checkpoint.keep=2", "checkpoint.keep_every=2"]
     out = pretrain(config("simmim", tmp_path, *keys))
     assert sorted(path.name[-1] for path in (out / "checkpoints").iterdir()) == ["4", "6", "7"]
+
+
+def test_a_timm_backbone_drops_the_same_paths_after_a_resume(tmp_path: Path) -> None:
+    """Its drop path draws from torch's generator, ours from the numbers it is handed."""
+    keys = ["model.name=test_vit", "model.drop_path=0.5", "objective.mask_unit=16", "train.steps=3"]
+    keys += ["train.batch_size=16", "model.window_ratio=null"]
+    whole = pretrain(config("simmim", tmp_path / "whole", *keys))
+    with pytest.raises(Preempted, match="step 1 of 3"):
+        pretrain(config("simmim", tmp_path / "cut", *keys, "train.max_hours=0"))
+    cut = pretrain(config("simmim", tmp_path / "cut", *keys))
+    assert (whole / "backbone.safetensors").read_bytes() == (cut / "backbone.safetensors").read_bytes()

@@ -17,7 +17,7 @@ from gcssl.checkpoint import write_backbone
 from gcssl.config import load_config
 from gcssl.errors import UserError
 from gcssl.eval import finetune, validate
-from gcssl.eval.finetune import Classifier, FinetuneConfig, FinetuneOptions, TransformMaker, layer_groups
+from gcssl.eval.finetune import Classifier, FinetuneConfig, FinetuneOptions, TransformMaker, layer_groups, open_run
 from gcssl.models.build import backbone_info, build_backbone, load_backbone
 from gcssl.runtime import Preempted, make_accelerator
 
@@ -198,6 +198,30 @@ def test_judged_weights_are_the_average_and_it_moves_from_the_start() -> None:
     moved = model.ema.module.state_dict()
     assert all(torch.allclose(moved[k], start[k] + 1.0) for k in start if start[k].is_floating_point())
     assert not any(p.requires_grad for p in model.ema.parameters())
+
+
+def test_the_average_warms_up() -> None:
+    """timm's decay after n updates, 1 - (n + 1) ** (-2 / 3) at most ema_decay: 0, .37, .52, .55."""
+    model = Classifier(backbone(), FinetuneOptions(ema_decay=0.55))
+    weight, average = model.encoder.stem.conv1.weight, model.ema.module.stem.conv1.weight
+    expected = weight.detach().clone()
+    for n in range(4):
+        with torch.no_grad():
+            weight.add_(1.0)
+        decay = min(1 - (n + 1) ** (-2 / 3), 0.55)
+        expected = decay * expected + (1 - decay) * weight.detach()
+        model.after_step(n)
+        torch.testing.assert_close(average, expected, msg=f"update {n}")
+
+
+def test_holdout_trains_without_the_slice_that_it_is_judged_on(folder: Path, tmp_path: Path, accelerator) -> None:
+    def where(*keys: str) -> list[set[str]]:
+        inputs = open_run(config(folder, tmp_path, *keys), accelerator, "none")
+        return [{images.where(i) for i in range(len(images))} for images in (inputs.train, inputs.test)]
+
+    (rest, held), (train, test) = where("finetune.holdout=true"), where()
+    assert held and not rest & held and rest | held == train
+    assert not train & test
 
 
 def test_layer_decay_is_per_block_and_absent_for_the_baseline() -> None:

@@ -162,6 +162,12 @@ class Counting:
         return self.reader.where(i)
 
 
+class SameCrops(Inputs):
+    def features(self, images: Any, kinds: tuple[str, ...], random: Any = None, epoch: int = 0) -> Any:
+        del random, epoch
+        return super().features(images, kinds)
+
+
 def config(folder: Path, place: Path, **kw: Any) -> LinearProbeConfig:
     data = DataConfig(path=str(folder), workers=0)
     common = {"backbone": "random", "data": data, "out": str(place), "epochs": 3, "lrs": [0.03, 0.1]}
@@ -192,18 +198,30 @@ def test_cached_and_augmented_agree_when_the_crop_is_the_whole_image(
 ) -> None:
     """The two protocols share all but the crops: with equal features they must train the same heads."""
     cfg = config(folder, tmp_path)
-    inputs = open_inputs(cfg, accelerator)
-
-    class SameCrops(Inputs):
-        def features(self, images: Any, kinds: tuple[str, ...], random: Any = None, epoch: int = 0) -> Any:
-            del random, epoch
-            return super().features(images, kinds)
-
-    inputs = SameCrops(**vars(inputs))
+    inputs = SameCrops(**vars(open_inputs(cfg, accelerator)))
     a = probe(inputs, cfg)
     b = probe(inputs, config(folder, tmp_path, protocol="augmented"))
     assert a["metrics"] == b["metrics"]
     assert a["notes"]["chosen"] == b["notes"]["chosen"]
+
+
+@pytest.mark.parametrize("protocol", ["cached", "augmented"])
+def test_the_head_that_is_judged_was_trained_on_all_of_train(
+    folder: Path, tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    """And standardised by all of it, although the setting was chosen without the held-out slice."""
+    judged: list[Tensor] = []
+    topk = linear_probe.topk_correct
+    monkeypatch.setattr(
+        linear_probe, "topk_correct", lambda logits, *rest: judged.append(logits) or topk(logits, *rest)
+    )
+    cfg = config(folder, tmp_path, protocol=protocol, features=["last"], lrs=[0.3], weight_decays=[0.0])
+    inputs = SameCrops(**vars(open_inputs(cfg, accelerator)))
+    probe(inputs, cfg)
+    train, test = (inputs.features(images, ("last",)) for images in (inputs.train, inputs.test))
+    setting, plan = Setting("last", 0.3, 0.0), Plan(3, cfg.head_batch, cfg.seed)
+    grid, norm = train_heads(train.x, train.y, torch.arange(66), [setting], 3, plan, CPU)
+    torch.testing.assert_close(judged, [grid.logits("last", norm(test.x)["last"])[:, 0]])
 
 
 def test_a_run_writes_its_result_and_refuses_to_replace_another(

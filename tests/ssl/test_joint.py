@@ -77,6 +77,15 @@ def test_gradient_reaches_student_and_heads_only(make_objective: Make, make_batc
         assert (p.grad is None) == frozen and p.requires_grad != frozen, name
 
 
+def test_what_the_masked_part_froze_learns_from_the_view_part(make_objective: Make, make_batch: Make) -> None:
+    """The norm behind a timm backbone's pooling, which SimMIM's last map does not pass."""
+    simmim = make_objective("simmim", build_backbone("test_convnext", 64))
+    assert not all(p.requires_grad for p in simmim.encoder.parameters())
+    joint = make_objective("joint", build_backbone("test_convnext", 64), mask_unit=32)
+    joint(joint_batch(make_batch, share=False), 0)["loss"].backward()
+    assert all(p.grad is not None for p in joint.encoder.parameters())
+
+
 def test_grad_norms_are_those_of_the_parts(make_objective: Make, make_batch: Make) -> None:
     joint, batch = make_objective("joint", weights=[3.0, 1.0]), joint_batch(make_batch, share=False)
     out = joint(batch, 0)

@@ -1,0 +1,109 @@
+"""What `fit` gives to each update, and which weights, images and checkpoints a run uses and keeps."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace as Namespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import gcssl.pretrain as program
+from gcssl.config import PretrainConfig, load_config
+from gcssl.data import held_out, open_data
+from gcssl.errors import Preempted
+from gcssl.pretrain import pretrain
+from gcssl.ssl.objectives import OBJECTIVES
+
+YAML = Path(__file__).resolve().parent.parent / "configs/pretrain"
+TINY = [
+    "data.shapes_n=16", "data.workers=0", "train.batch_size=8", "train.warmup_epochs=1", "log.every=1",
+    "log.trackers=[]", "eval.online_every=0",
+]  # fmt: skip
+
+
+def config(objective: str, out: Path, *more: str) -> PretrainConfig:
+    schemas = {name: schema for name, (_, schema) in OBJECTIVES.items()}
+    argv = [str(YAML / f"{objective}_gcvit_nano.yaml"), *TINY, f"out={out}", *more]
+    return load_config(PretrainConfig, argv, schemas)
+
+
+def test_each_update_gets_its_lr_weight_decay_and_clipped_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps of linear warm-up, three of cosine."""
+    norms, set_lr = [], program.set_lr
+
+    def spying(optimizer: torch.optim.Optimizer, *rest: float) -> None:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.cat([g.flatten() for g in grads if g is not None]).norm().item())
+        set_lr(optimizer, *rest)
+
+    monkeypatch.setattr(program, "set_lr", spying)
+    keys = ["train.steps=5", "train.blr=1e-3", "train.lr_rule=none", "train.min_lr=1e-4", "train.clip_grad=1e-3"]
+    keys += ["train.weight_decay=0.1", "train.weight_decay_end=0.3"]
+    out = pretrain(config("simmim", tmp_path, *keys))
+    told = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    cosine = [1e-4 + 9e-4 * (1 + math.cos(math.pi * t / 3)) / 2 for t in range(3)]
+    assert [line["lr"] for line in told] == pytest.approx([1e-3 / 3, 2e-3 / 3, *cosine], rel=1e-5)
+    decay = [0.3 - 0.2 * (1 + math.cos(math.pi * t / 5)) / 2 for t in range(5)]
+    assert [line["wd"] for line in told] == pytest.approx(decay, rel=1e-5)
+    assert all(line["grad_norm"] > 1e-2 for line in told)  # as measured, before the clip
+    assert norms == pytest.approx([1e-3] * 5, rel=1e-2)
+
+
+def test_the_probe_asks_for_the_held_out_images_and_knows_only_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def knn(bank: Any, bank_y: Any, queries: Any, queries_y: Any, *_: Any, **__: Any) -> dict[int, float]:
+        assert bank is bank_y and queries is queries_y
+        asked.append((bank, queries))
+        return {20: 0.0}
+
+    asked: list[tuple[np.ndarray, np.ndarray]] = []
+    monkeypatch.setattr(program, "extract", lambda _, __, part, *___, **____: Namespace(x={"last": part}, y=part))
+    monkeypatch.setattr(program, "knn_accuracy", knn)
+    cfg = config("simmim", tmp_path, "eval.online_every=1", "data.shapes_n=64")
+    images = open_data(cfg.data, (64, 64)).train
+    probe = program.online_probe(cfg, images, Namespace(), 1)
+    assert probe is not None
+    probe(1, Namespace(encoder=None, default_encoder="student"))
+    [(bank, queries)] = asked
+    assert sorted([*bank, *queries]) == list(range(64))
+    assert queries.tolist() == held_out(images)[1].tolist()
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_the_backbone_file_holds_the_encoder_asked_for(which: str, tmp_path: Path) -> None:
+    keys = ["train.steps=1", "objective.hidden_dim=32", *(["encoder=teacher"] if which == "teacher" else [])]
+    out = pretrain(config("mocov3", tmp_path, *keys))
+    state = load_file(out / "checkpoints/step_00000001/model.safetensors")
+    same = {}
+    for prefix in ("encoder.", "teacher."):
+        part = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        found = load_file(out / "backbone.safetensors")
+        assert found.keys() == part.keys()
+        same[prefix] = all(torch.equal(found[name], part[name]) for name in part)
+    assert same == {"encoder.": which == "student", "teacher.": which == "teacher"}
+    assert json.loads((out / "backbone.json").read_text())["encoder"] == which
+
+
+def test_checkpoints_of_every_second_epoch_stay(tmp_path: Path) -> None:
+    """Epochs of two steps; beside them the newest two."""
+    keys = ["train.steps=7", "checkpoint.every=0.5", "checkpoint.keep=2", "checkpoint.keep_every=2"]
+    out = pretrain(config("simmim", tmp_path, *keys))
+    assert sorted(path.name[-1] for path in (out / "checkpoints").iterdir()) == ["4", "6", "7"]
+
+
+def test_a_timm_backbone_drops_the_same_paths_after_a_resume(tmp_path: Path) -> None:
+    """Its drop path draws from torch's generator, ours from the numbers it is handed."""
+    keys = ["model.name=test_vit", "model.drop_path=0.5", "objective.mask_unit=16", "train.steps=3"]
+    keys += ["train.batch_size=16", "model.window_ratio=null"]
+    whole = pretrain(config("simmim", tmp_path / "whole", *keys))
+    with pytest.raises(Preempted, match="step 1 of 3"):
+        pretrain(config("simmim", tmp_path / "cut", *keys, "train.max_hours=0"))
+    cut = pretrain(config("simmim", tmp_path / "cut", *keys))
+    assert (whole / "backbone.safetensors").read_bytes() == (cut / "backbone.safetensors").read_bytes()

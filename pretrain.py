@@ -59,7 +59,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
     sizes = run_sizes(cfg.train, len(images), accelerator.num_processes)
     if objective_class.couples_batch and (sizes.accumulate > 1 or sizes.global_batch < 2):
         raise UserError(
-            f"train.accumulate={sizes.accumulate} with train.batch_size={sizes.batch_size}: {cfg.objective.name} compares"
+            f"train.accumulate={sizes.accumulate}, batch_size={sizes.batch_size}: {cfg.objective.name} compares"
             " the images of a batch, two at least, and none across micro-batches; use more processes or a larger batch"
         )
     objective = objective_class(

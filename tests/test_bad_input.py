@@ -87,7 +87,7 @@ def test_objectives_that_compare_images_refuse_accumulation_and_a_batch_of_one(
     line = refused(pretrain, yaml, *TINY, f"out={tmp_path / 'run'}", "train.global_batch=32")
     assert "train.accumulate=2" in line and objective in line and "processes" in line
     line = refused(pretrain, yaml, *TINY, f"out={tmp_path / 'run'}", "train.batch_size=1", "train.global_batch=1")
-    assert "train.batch_size=1" in line and "two at least" in line
+    assert "batch_size=1" in line and "two at least" in line
     assert not (tmp_path / "run").exists()
 
 

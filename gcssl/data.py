@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gcssl.config import DataConfig
 from gcssl.errors import UserError
@@ -25,8 +25,8 @@ from gcssl.sources import TEST_NAMES, TRAIN_NAMES, Found, Raw, Reader
 from gcssl.tables import HUB_NAME, find_hub, find_other, find_tables
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit; larger files are refused as decompression bombs
-# none of these decoders starts a program
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "MPO")
+# none of these decoders starts a program; that of JPEG opens MPO too
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 WHITE = (255, 255, 255, 255)
 
@@ -273,6 +273,8 @@ def decode(source: bytes | Path | str) -> Image.Image:
             return _true_rgb(image)
     except BadImage:
         raise
+    except UnidentifiedImageError as error:  # its message is the file's name
+        raise BadImage(f"none of the formats {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow raises a dozen types on damaged files
         raise BadImage(_one_line(error)) from error
 

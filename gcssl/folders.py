@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gcssl.config import DataConfig
 from gcssl.errors import UserError
+from gcssl.log import say
 from gcssl.sources import TEST_NAMES, TRAIN_NAMES, Files, Found, Raw
 
 SUFFIXES = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .jp2 .avif".split())
@@ -17,8 +18,9 @@ KAGGLE_LABELS = "LOC_val_solution.csv"
 def find_folders(cfg: DataConfig, root: Path) -> Found:
     """The splits of a folder of images, opened on demand; empty when there is no image at all.
 
-    Sub-folders with a split's name are splits, others are classes (ids in the order of the sorted names); a
-    folder without classes is unlabelled. The ids of every split are those of the training folder.
+    Sub-folders with a split's name are splits, others are classes (ids in the order of the sorted names), or
+    not used beside a training and a test split; a folder without classes is unlabelled. The ids of every split
+    are those of the training folder.
     """
     for inner in (KAGGLE, Path("Data/CLS-LOC")):
         if (root / inner / "train").is_dir():
@@ -28,17 +30,19 @@ def find_folders(cfg: DataConfig, root: Path) -> Found:
 
 
 def _splits(cfg: DataConfig, root: Path, default_labels: str | None) -> Found:
-    named = {cfg.train_split, cfg.val_split, *TRAIN_NAMES, *TEST_NAMES}
-    folders = _folders(root)
-    splits = [name for name in folders if name in named or name.lower() in named]
-    others = [name for name in folders if name not in splits and _has_image(root / name)]
-    if not splits or others or _images(root):  # a class may be called train: then its sisters are classes too
+    splits, others = _names(cfg, root)
+    train = next((n for n in splits if n == cfg.train_split), None)
+    train = train or next((n for n in splits if n.lower() in TRAIN_NAMES), None)
+    tests = [n for n in splits if n != train and (n == cfg.val_split or n.lower() in TEST_NAMES)]
+    others += _images(root)
+    if train and tests:
+        if others:
+            rest = f"{others[0]} ({len(others)} in all)" if len(others) > 1 else others[0]
+            say(f"data: {root} has the splits {', '.join(splits)}; not used beside them: {rest}")
+    elif not splits or others:  # a class may be called train: then its sisters are classes too
         return {"train": partial(_labelled_tree, root)} if _has_image(root) else {}
     found: Found = {}
-    train = next((n for n in splits if n == cfg.train_split or n.lower() in TRAIN_NAMES), None)
     for name in splits:
-        if not _has_image(root / name):
-            continue
         if name == train or train is None:
             found[name] = partial(_labelled_tree, root / name)
         else:
@@ -46,6 +50,14 @@ def _splits(cfg: DataConfig, root: Path, default_labels: str | None) -> Found:
             is_val = not name.lower().startswith("test")  # the images of a test split may well have no labels
             found[name] = partial(_test_tree, root / name, root / train, labels, is_val)
     return found
+
+
+def _names(cfg: DataConfig, root: Path) -> tuple[list[str], list[str]]:
+    """(folders with a split's name, other folders) that hold images."""
+    named = {cfg.train_split, cfg.val_split, *TRAIN_NAMES, *TEST_NAMES}
+    folders = [name for name in _folders(root) if _has_image(root / name)]
+    splits = [name for name in folders if name in named or name.lower() in named]
+    return splits, [name for name in folders if name not in splits]
 
 
 def _labelled_tree(root: Path) -> Raw:

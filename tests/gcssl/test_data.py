@@ -119,6 +119,19 @@ def test_a_class_that_is_called_train(tmp_path: Path) -> None:
     assert splits.train.classes == ["bus", "train"] and splits.test is None
 
 
+def test_a_folder_beside_train_and_val_is_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path / "train")
+    write_tree(tmp_path / "val")
+    (tmp_path / "unlabeled").mkdir()
+    (tmp_path / "unlabeled" / "1.png").write_bytes(encoded((1, 2, 3)))
+    splits = opened(tmp_path)
+    assert len(splits.train) == 9 and splits.train.classes == ["ant", "cat", "dog"]
+    assert_labels_match_pixels(splits.test)
+    assert "splits train, val; not used beside them: unlabeled\n" in capsys.readouterr().out
+    chosen = opened(tmp_path, train_split="unlabeled")
+    assert len(chosen.train) == 1 and chosen.train.classes is None
+
+
 def kaggle(root: Path) -> Path:
     """Kaggle's unpacked archive: flat validation files in another order than their classes."""
     inner = root / "ILSVRC" / "Data" / "CLS-LOC"

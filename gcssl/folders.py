@@ -112,6 +112,12 @@ def _tree(root: Path) -> tuple[list[str], list[int], list[str]]:
     """(file names relative to root, class ids, class names), sorted; with files at the top no classes."""
     flat = _images(root)
     if flat:
+        beside = [folder for folder in _folders(root) if _has_image(root / folder)]
+        if beside:
+            raise UserError(
+                f"data.path: {root} holds images ({flat[0]}) beside folders of images ({beside[0]}), expected one or "
+                "the other; move one of them away"
+            )
         return flat, [], []
     names: list[str] = []
     labels: list[int] = []

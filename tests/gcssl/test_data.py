@@ -132,6 +132,19 @@ def test_a_folder_beside_train_and_val_is_no_class(tmp_path: Path, capsys: pytes
     assert len(chosen.train) == 1 and chosen.train.classes is None
 
 
+def test_an_image_beside_folders_hides_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path / "tree")
+    write_tree(tmp_path / "split" / "train")
+    (tmp_path / "tree" / "logo.png").write_bytes(encoded((1, 2, 3)))
+    (tmp_path / "split" / "logo.png").write_bytes(encoded((1, 2, 3)))
+    assert "holds images (logo.png) beside folders of images (ant)" in refused(tmp_path / "tree")
+    assert "beside folders of images (train)" in refused(tmp_path / "split")
+    write_tree(tmp_path / "split" / "val")
+    splits = opened(tmp_path / "split")
+    assert len(splits.train) == 9 and splits.train.classes == ["ant", "cat", "dog"]
+    assert "not used beside them: logo.png" in capsys.readouterr().out
+
+
 def kaggle(root: Path) -> Path:
     """Kaggle's unpacked archive: flat validation files in another order than their classes."""
     inner = root / "ILSVRC" / "Data" / "CLS-LOC"

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gcssl.config import DataConfig
 from gcssl.errors import UserError
-from gcssl.folders import find_folders
+from gcssl.folders import find_folders, has_folders
 from gcssl.log import say
 from gcssl.shapes import CLASSES, shapes_split
 from gcssl.sources import TEST_NAMES, TRAIN_NAMES, Found, Raw, Reader
@@ -125,7 +125,7 @@ def open_data(cfg: DataConfig, img_size: tuple[int, int] = (64, 64), only_test: 
 
 
 def _find(cfg: DataConfig) -> Found:
-    """The splits of data.path by layout: tables, folders of images, whatever load_dataset makes of it."""
+    """The splits of data.path by layout: split or class folders of images, tables, a flat folder, other files."""
     if not cfg.path:
         raise UserError("data.path: not given, expected a folder of images or tables, a Hub name, or shapes")
     root = Path(cfg.path).expanduser()
@@ -138,6 +138,10 @@ def _find(cfg: DataConfig) -> Found:
     if any((root / part / name).is_file() for part in ("", "train") for name in METADATA):
         return find_other(cfg, root)  # the datasets library pairs images with a metadata file
     found = find_tables(cfg, root)
+    if root.is_dir() and has_folders(cfg, root):
+        if found:
+            say(f"data: {root} holds folders of images; the tables beside them are not used")
+        return find_folders(cfg, root)
     if not found and root.is_dir():
         found = find_folders(cfg, root)
     return found or find_other(cfg, root)

@@ -22,11 +22,22 @@ def find_folders(cfg: DataConfig, root: Path) -> Found:
     not used beside a training and a test split; a folder without classes is unlabelled. The ids of every split
     are those of the training folder.
     """
+    return _splits(cfg, *_base(root))
+
+
+def has_folders(cfg: DataConfig, root: Path) -> bool:
+    """Whether folders of images tell splits or classes apart; one other folder may be the pictures of a readme."""
+    splits, others = _names(cfg, _base(root)[0])
+    return bool(splits) or len(others) > 1
+
+
+def _base(root: Path) -> tuple[Path, str | None]:
+    """(the folder of the splits, the labels of a flat val/ in it): below root in Kaggle's archive."""
     for inner in (KAGGLE, Path("Data/CLS-LOC")):
         if (root / inner / "train").is_dir():
             labels = root / KAGGLE_LABELS
-            return _splits(cfg, root / inner, str(labels) if labels.is_file() else None)
-    return _splits(cfg, root, None)
+            return root / inner, str(labels) if labels.is_file() else None
+    return root, None
 
 
 def _splits(cfg: DataConfig, root: Path, default_labels: str | None) -> Found:

@@ -264,6 +264,35 @@ def test_save_to_disk_arrow_and_webdataset(tmp_path: Path) -> None:
     assert web.load(1).getpixel((0, 0)) == COLOURS["cat"]
 
 
+@pytest.mark.parametrize("stray", ["images.tar", "train.parquet", "train/stats.parquet", "notes/deep/x.arrow"])
+def test_a_stray_table_hides_no_folders_of_images(
+    tmp_path: Path, stray: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tree(tmp_path / "train")
+    write_tree(tmp_path / "val")
+    write_tree(tmp_path / "tree")
+    for root in (tmp_path, tmp_path / "tree"):
+        (root / stray).parent.mkdir(parents=True, exist_ok=True)
+        (root / stray).write_bytes(b"no table")
+        splits = opened(root)
+        assert splits.train.classes == ["ant", "cat", "dog"]
+        assert_labels_match_pixels(splits.train)
+        assert ("tables beside them are not used" in capsys.readouterr().out) == ("deep" not in stray)
+
+
+def test_tables_lie_in_the_folder_or_one_below(tmp_path: Path) -> None:
+    for folder in ("data", ".cache", "assets"):
+        (tmp_path / folder).mkdir()
+    table(6).to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    (tmp_path / ".cache" / "x.parquet").write_bytes(b"no table")
+    (tmp_path / "assets" / "logo.png").write_bytes(encoded((1, 2, 3)))  # of a Hub repository's readme
+    assert len(opened(tmp_path).train) == 6
+    (tmp_path / "other").mkdir()
+    shutil.move(tmp_path / "data", tmp_path / "other" / "data")
+    (tmp_path / "assets" / "logo.png").unlink()
+    assert "give the folder that holds them" in refused(tmp_path)
+
+
 def test_images_beside_a_metadata_file(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()

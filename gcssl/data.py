@@ -61,6 +61,11 @@ class Images:
             raise BadImage(_one_line(error)) from error
         return source if isinstance(source, Image.Image) else decode(source)
 
+    def describe(self) -> str:
+        """One line: what was found."""
+        kinds = "without labels" if self.classes is None else f"in {len(self.classes)} classes"
+        return f"data: {self.name} {len(self)} images {kinds}"
+
     def where(self, i: int) -> str:
         """File or row of image i, for messages."""
         return self.reader.where(int(i))

@@ -2,6 +2,7 @@
 
 import csv
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -155,14 +156,28 @@ def _images(root: Path) -> list[str]:
 def _below(root: Path) -> list[str]:
     """All image files below root, relative to it, sorted."""
     names = []
-    for folder, _, files in os.walk(root, followlinks=True):
+    for folder, files in _walk(root):
         prefix = os.path.relpath(folder, root)
         names += [file if prefix == "." else f"{prefix}/{file}" for file in files if _is_image(file)]
     return sorted(names)
 
 
 def _has_image(root: Path) -> bool:
-    return any(_is_image(file) for _, _, files in os.walk(root, followlinks=True) for file in files)
+    return any(_is_image(file) for _, files in _walk(root) for file in files)
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """(folder, its files) of root and all below, each real folder once and none that holds root: links may loop."""
+    above = Path(os.path.realpath(os.path.dirname(os.path.abspath(root))))
+    seen = {str(p) for p in (above, *above.parents, *Path(os.path.realpath(root)).parents)}
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield folder, files
 
 
 def _is_image(name: str) -> bool:

@@ -145,6 +145,25 @@ def test_an_image_beside_folders_hides_no_class(tmp_path: Path, capsys: pytest.C
     assert "not used beside them: logo.png" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("target", [".", "..", "../..", "../../.."])
+def test_links_that_lead_back_add_no_image_and_no_class(tmp_path: Path, target: str) -> None:
+    write_tree(tmp_path / "set" / "train")
+    (tmp_path / "set" / "train" / "cat" / "loop").symlink_to(target)
+    (tmp_path / "set" / "train" / "up").symlink_to(target)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "set" / "train" / "dog", tmp_path / "elsewhere" / "dog")
+    (tmp_path / "set" / "train" / "dog").symlink_to("../../elsewhere/dog")  # this one is meant
+    splits = opened(tmp_path / "set")
+    assert len(splits.train) == 9 and splits.train.classes == ["ant", "cat", "dog"]
+    assert_labels_match_pixels(splits.train)
+
+
+def test_what_was_found_is_told(tmp_path: Path) -> None:
+    write_tree(tmp_path / "train")
+    assert opened(tmp_path).train.describe() == "data: train 9 images in 3 classes"
+    assert opened(tmp_path / "train" / "ant").train.describe() == "data: train 3 images without labels"
+
+
 def kaggle(root: Path) -> Path:
     """Kaggle's unpacked archive: flat validation files in another order than their classes."""
     inner = root / "ILSVRC" / "Data" / "CLS-LOC"

@@ -56,6 +56,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
     objective_class: Any = OBJECTIVES[cfg.objective.name][0]
     with accelerator.main_process_first():  # the main process fills the caches
         images = open_data(cfg.data, backbone.img_size).train
+    say(images.describe())
     sizes = run_sizes(cfg.train, len(images), accelerator.num_processes)
     if objective_class.couples_batch and (sizes.accumulate > 1 or sizes.global_batch < 2):
         raise UserError(

@@ -14,19 +14,19 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gcssl.config import DataConfig
 from gcssl.errors import UserError
-from gcssl.folders import find_folders
+from gcssl.folders import find_folders, has_folders
 from gcssl.log import say
 from gcssl.shapes import CLASSES, shapes_split
 from gcssl.sources import TEST_NAMES, TRAIN_NAMES, Found, Raw, Reader
 from gcssl.tables import HUB_NAME, find_hub, find_other, find_tables
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit; larger files are refused as decompression bombs
-# none of these decoders starts a program
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "MPO")
+# none of these decoders starts a program; that of JPEG opens MPO too
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 WHITE = (255, 255, 255, 255)
 
@@ -60,6 +60,11 @@ class Images:
         except Exception as error:  # a corrupt page of a table
             raise BadImage(_one_line(error)) from error
         return source if isinstance(source, Image.Image) else decode(source)
+
+    def describe(self) -> str:
+        """One line: what was found."""
+        kinds = "without labels" if self.classes is None else f"in {len(self.classes)} classes"
+        return f"data: {self.name} {len(self)} images {kinds}"
 
     def where(self, i: int) -> str:
         """File or row of image i, for messages."""
@@ -125,7 +130,7 @@ def open_data(cfg: DataConfig, img_size: tuple[int, int] = (64, 64), only_test: 
 
 
 def _find(cfg: DataConfig) -> Found:
-    """The splits of data.path by layout: tables, folders of images, whatever load_dataset makes of it."""
+    """The splits of data.path by layout: split or class folders of images, tables, a flat folder, other files."""
     if not cfg.path:
         raise UserError("data.path: not given, expected a folder of images or tables, a Hub name, or shapes")
     root = Path(cfg.path).expanduser()
@@ -138,6 +143,10 @@ def _find(cfg: DataConfig) -> Found:
     if any((root / part / name).is_file() for part in ("", "train") for name in METADATA):
         return find_other(cfg, root)  # the datasets library pairs images with a metadata file
     found = find_tables(cfg, root)
+    if root.is_dir() and has_folders(cfg, root):
+        if found:
+            say(f"data: {root} holds folders of images; the tables beside them are not used")
+        return find_folders(cfg, root)
     if not found and root.is_dir():
         found = find_folders(cfg, root)
     return found or find_other(cfg, root)
@@ -273,6 +282,8 @@ def decode(source: bytes | Path | str) -> Image.Image:
             return _true_rgb(image)
     except BadImage:
         raise
+    except UnidentifiedImageError as error:  # its message is the file's name
+        raise BadImage(f"none of the formats {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow raises a dozen types on damaged files
         raise BadImage(_one_line(error)) from error
 

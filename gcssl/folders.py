@@ -2,11 +2,13 @@
 
 import csv
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from gcssl.config import DataConfig
 from gcssl.errors import UserError
+from gcssl.log import say
 from gcssl.sources import TEST_NAMES, TRAIN_NAMES, Files, Found, Raw
 
 SUFFIXES = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .jp2 .avif".split())
@@ -17,28 +19,42 @@ KAGGLE_LABELS = "LOC_val_solution.csv"
 def find_folders(cfg: DataConfig, root: Path) -> Found:
     """The splits of a folder of images, opened on demand; empty when there is no image at all.
 
-    Sub-folders with a split's name are splits, others are classes (ids in the order of the sorted names); a
-    folder without classes is unlabelled. The ids of every split are those of the training folder.
+    Sub-folders with a split's name are splits, others are classes (ids in the order of the sorted names), or
+    not used beside a training and a test split; a folder without classes is unlabelled. The ids of every split
+    are those of the training folder.
     """
+    return _splits(cfg, *_base(root))
+
+
+def has_folders(cfg: DataConfig, root: Path) -> bool:
+    """Whether folders of images tell splits or classes apart; one other folder may be the pictures of a readme."""
+    splits, others = _names(cfg, _base(root)[0])
+    return bool(splits) or len(others) > 1
+
+
+def _base(root: Path) -> tuple[Path, str | None]:
+    """(the folder of the splits, the labels of a flat val/ in it): below root in Kaggle's archive."""
     for inner in (KAGGLE, Path("Data/CLS-LOC")):
         if (root / inner / "train").is_dir():
             labels = root / KAGGLE_LABELS
-            return _splits(cfg, root / inner, str(labels) if labels.is_file() else None)
-    return _splits(cfg, root, None)
+            return root / inner, str(labels) if labels.is_file() else None
+    return root, None
 
 
 def _splits(cfg: DataConfig, root: Path, default_labels: str | None) -> Found:
-    named = {cfg.train_split, cfg.val_split, *TRAIN_NAMES, *TEST_NAMES}
-    folders = _folders(root)
-    splits = [name for name in folders if name in named or name.lower() in named]
-    others = [name for name in folders if name not in splits and _has_image(root / name)]
-    if not splits or others or _images(root):  # a class may be called train: then its sisters are classes too
+    splits, others = _names(cfg, root)
+    train = next((n for n in splits if n == cfg.train_split), None)
+    train = train or next((n for n in splits if n.lower() in TRAIN_NAMES), None)
+    tests = [n for n in splits if n != train and (n == cfg.val_split or n.lower() in TEST_NAMES)]
+    others += _images(root)
+    if train and tests:
+        if others:
+            rest = f"{others[0]} ({len(others)} in all)" if len(others) > 1 else others[0]
+            say(f"data: {root} has the splits {', '.join(splits)}; not used beside them: {rest}")
+    elif not splits or others:  # a class may be called train: then its sisters are classes too
         return {"train": partial(_labelled_tree, root)} if _has_image(root) else {}
     found: Found = {}
-    train = next((n for n in splits if n == cfg.train_split or n.lower() in TRAIN_NAMES), None)
     for name in splits:
-        if not _has_image(root / name):
-            continue
         if name == train or train is None:
             found[name] = partial(_labelled_tree, root / name)
         else:
@@ -46,6 +62,14 @@ def _splits(cfg: DataConfig, root: Path, default_labels: str | None) -> Found:
             is_val = not name.lower().startswith("test")  # the images of a test split may well have no labels
             found[name] = partial(_test_tree, root / name, root / train, labels, is_val)
     return found
+
+
+def _names(cfg: DataConfig, root: Path) -> tuple[list[str], list[str]]:
+    """(folders with a split's name, other folders) that hold images."""
+    named = {cfg.train_split, cfg.val_split, *TRAIN_NAMES, *TEST_NAMES}
+    folders = [name for name in _folders(root) if _has_image(root / name)]
+    splits = [name for name in folders if name in named or name.lower() in named]
+    return splits, [name for name in folders if name not in splits]
 
 
 def _labelled_tree(root: Path) -> Raw:
@@ -100,6 +124,12 @@ def _tree(root: Path) -> tuple[list[str], list[int], list[str]]:
     """(file names relative to root, class ids, class names), sorted; with files at the top no classes."""
     flat = _images(root)
     if flat:
+        beside = [folder for folder in _folders(root) if _has_image(root / folder)]
+        if beside:
+            raise UserError(
+                f"data.path: {root} holds images ({flat[0]}) beside folders of images ({beside[0]}), expected one or "
+                "the other; move one of them away"
+            )
         return flat, [], []
     names: list[str] = []
     labels: list[int] = []
@@ -126,14 +156,28 @@ def _images(root: Path) -> list[str]:
 def _below(root: Path) -> list[str]:
     """All image files below root, relative to it, sorted."""
     names = []
-    for folder, _, files in os.walk(root, followlinks=True):
+    for folder, files in _walk(root):
         prefix = os.path.relpath(folder, root)
         names += [file if prefix == "." else f"{prefix}/{file}" for file in files if _is_image(file)]
     return sorted(names)
 
 
 def _has_image(root: Path) -> bool:
-    return any(_is_image(file) for _, _, files in os.walk(root, followlinks=True) for file in files)
+    return any(_is_image(file) for _, files in _walk(root) for file in files)
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """(folder, its files) of root and all below, each real folder once and none that holds root: links may loop."""
+    above = Path(os.path.realpath(os.path.dirname(os.path.abspath(root))))
+    seen = {str(p) for p in (above, *above.parents, *Path(os.path.realpath(root)).parents)}
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield folder, files
 
 
 def _is_image(name: str) -> bool:

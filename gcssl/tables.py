@@ -50,11 +50,12 @@ class Rows:
 
 
 def find_tables(cfg: DataConfig, root: Path) -> Found:
-    """The splits of a folder (or one file) of tables, opened on demand; empty when there is none."""
+    """The splits of tables in a folder or one below it (or of one file), opened on demand; empty when there is none."""
     if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
         return _from_disk(cfg, root)
     for suffix, opener in ((".parquet", _parquet), (".arrow", _arrow), (".tar", _webdataset)):
-        files = [root] if root.is_file() and root.suffix == suffix else sorted(root.rglob(f"*{suffix}"))
+        below = sorted(f for pattern in (f"*{suffix}", f"[!.]*/*{suffix}") for f in root.glob(pattern))
+        files = [root] if root.is_file() and root.suffix == suffix else below
         if files:
             shards = _by_split(files, cfg)
             return {k: partial(_raw, cfg, root, k, partial(opener, cfg, paths)) for k, paths in shards.items()}
@@ -109,7 +110,8 @@ def find_other(cfg: DataConfig, root: Path) -> Found:
 
     kinds = {file.suffix.lower() for file in root.iterdir()} if root.is_dir() else {root.suffix.lower()}
     if not kinds & {".csv", ".json", ".jsonl", ".zip"}:
-        raise UserError(f"data.path: no images in {root}, expected image, parquet, arrow or tar files")
+        expected = "images, or parquet, arrow or tar files in it or one folder below"
+        raise UserError(f"data.path: no images in {root}, expected {expected}; give the folder that holds them")
     try:
         tables = datasets.load_dataset(str(root), cache_dir=cfg.cache_dir)
     except Exception as error:

@@ -119,6 +119,51 @@ def test_a_class_that_is_called_train(tmp_path: Path) -> None:
     assert splits.train.classes == ["bus", "train"] and splits.test is None
 
 
+def test_a_folder_beside_train_and_val_is_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path / "train")
+    write_tree(tmp_path / "val")
+    (tmp_path / "unlabeled").mkdir()
+    (tmp_path / "unlabeled" / "1.png").write_bytes(encoded((1, 2, 3)))
+    splits = opened(tmp_path)
+    assert len(splits.train) == 9 and splits.train.classes == ["ant", "cat", "dog"]
+    assert_labels_match_pixels(splits.test)
+    assert "splits train, val; not used beside them: unlabeled\n" in capsys.readouterr().out
+    chosen = opened(tmp_path, train_split="unlabeled")
+    assert len(chosen.train) == 1 and chosen.train.classes is None
+
+
+def test_an_image_beside_folders_hides_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path / "tree")
+    write_tree(tmp_path / "split" / "train")
+    (tmp_path / "tree" / "logo.png").write_bytes(encoded((1, 2, 3)))
+    (tmp_path / "split" / "logo.png").write_bytes(encoded((1, 2, 3)))
+    assert "holds images (logo.png) beside folders of images (ant)" in refused(tmp_path / "tree")
+    assert "beside folders of images (train)" in refused(tmp_path / "split")
+    write_tree(tmp_path / "split" / "val")
+    splits = opened(tmp_path / "split")
+    assert len(splits.train) == 9 and splits.train.classes == ["ant", "cat", "dog"]
+    assert "not used beside them: logo.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../../.."])
+def test_links_that_lead_back_add_no_image_and_no_class(tmp_path: Path, target: str) -> None:
+    write_tree(tmp_path / "set" / "train")
+    (tmp_path / "set" / "train" / "cat" / "loop").symlink_to(target)
+    (tmp_path / "set" / "train" / "up").symlink_to(target)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "set" / "train" / "dog", tmp_path / "elsewhere" / "dog")
+    (tmp_path / "set" / "train" / "dog").symlink_to("../../elsewhere/dog")  # this one is meant
+    splits = opened(tmp_path / "set")
+    assert len(splits.train) == 9 and splits.train.classes == ["ant", "cat", "dog"]
+    assert_labels_match_pixels(splits.train)
+
+
+def test_what_was_found_is_told(tmp_path: Path) -> None:
+    write_tree(tmp_path / "train")
+    assert opened(tmp_path).train.describe() == "data: train 9 images in 3 classes"
+    assert opened(tmp_path / "train" / "ant").train.describe() == "data: train 3 images without labels"
+
+
 def kaggle(root: Path) -> Path:
     """Kaggle's unpacked archive: flat validation files in another order than their classes."""
     inner = root / "ILSVRC" / "Data" / "CLS-LOC"
@@ -236,6 +281,35 @@ def test_save_to_disk_arrow_and_webdataset(tmp_path: Path) -> None:
     web = opened(tmp_path / "web", cache_dir=str(tmp_path / "cache")).train
     assert web.labels is not None and web.labels.tolist() == [0, 1, 2]
     assert web.load(1).getpixel((0, 0)) == COLOURS["cat"]
+
+
+@pytest.mark.parametrize("stray", ["images.tar", "train.parquet", "train/stats.parquet", "notes/deep/x.arrow"])
+def test_a_stray_table_hides_no_folders_of_images(
+    tmp_path: Path, stray: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tree(tmp_path / "train")
+    write_tree(tmp_path / "val")
+    write_tree(tmp_path / "tree")
+    for root in (tmp_path, tmp_path / "tree"):
+        (root / stray).parent.mkdir(parents=True, exist_ok=True)
+        (root / stray).write_bytes(b"no table")
+        splits = opened(root)
+        assert splits.train.classes == ["ant", "cat", "dog"]
+        assert_labels_match_pixels(splits.train)
+        assert ("tables beside them are not used" in capsys.readouterr().out) == ("deep" not in stray)
+
+
+def test_tables_lie_in_the_folder_or_one_below(tmp_path: Path) -> None:
+    for folder in ("data", ".cache", "assets"):
+        (tmp_path / folder).mkdir()
+    table(6).to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    (tmp_path / ".cache" / "x.parquet").write_bytes(b"no table")
+    (tmp_path / "assets" / "logo.png").write_bytes(encoded((1, 2, 3)))  # of a Hub repository's readme
+    assert len(opened(tmp_path).train) == 6
+    (tmp_path / "other").mkdir()
+    shutil.move(tmp_path / "data", tmp_path / "other" / "data")
+    (tmp_path / "assets" / "logo.png").unlink()
+    assert "give the folder that holds them" in refused(tmp_path)
 
 
 def test_images_beside_a_metadata_file(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ share, and `load_config`, the only function that touches OmegaConf.
 import dataclasses
 import json
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -21,6 +22,7 @@ from gcssl.keys import diff_configs as diff_configs
 from gcssl.keys import flatten as flatten
 
 T = TypeVar("T")
+HELP = {"-h", "--help"}
 
 
 @dataclass
@@ -139,12 +141,18 @@ def load_config(schema: type[T], argv: list[str], objectives: dict[str, type] | 
 
     argv: paths of yaml files first, then key=value; what comes later wins. objectives: name -> config
     dataclass, of which objective.name chooses the type of the `objective` key. `${oc.env:...}` is refused
-    unless the command line itself (not a yaml) has allow_env=true.
+    unless the command line itself (not a yaml) has allow_env=true. With --help among argv it prints the program's
+    docstring and every key with its default, and exits with 0.
     """
-    paths, pairs = _split(argv)
+    paths, pairs = _split([argument for argument in argv if argument not in HELP])
     raw = [(str(path), read_yaml(path)) for path in paths]
+    if HELP & set(argv) and objectives:  # shows the keys of one where none is named
+        raw.insert(0, ("", {"objective": {"name": next(iter(objectives))}}))
     default = _with_objective(schema(), [layer for _, layer in raw] + [_nest(k, v) for k, v in pairs], objectives)
     known = leaves(default)
+    if HELP & set(argv):
+        sys.stdout.write(_help(known))
+        raise SystemExit(0)
     layers = raw + [("", _nest(key, _parse(key, text, known))) for key, text in pairs]
     allow_env = any(layer.get("allow_env") is True for source, layer in layers if not source)
     merged = OmegaConf.structured(default)
@@ -188,6 +196,11 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys and values, got a {type(content).__name__}")
     return _expand({str(key): value for key, value in content.items()})
+
+
+def _help(known: dict[str, Leaf]) -> str:
+    lines = [f"  {key}={show(leaf.default)}  ({leaf.expected()})" for key, leaf in known.items()]
+    return "\n".join([(sys.modules["__main__"].__doc__ or "").strip(), "", "[file.yaml ...] key=value ...", *lines, ""])
 
 
 def _split(argv: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:

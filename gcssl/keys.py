@@ -128,7 +128,14 @@ def arms(kind: Any) -> list[Any]:
 
 
 def _type_name(kind: Any) -> str:
-    names = {bool: "true or false", float: "a number", int: "a whole number", str: "text", type(None): "null"}
+    names = {
+        bool: "true or false",
+        float: "a number",
+        int: "a whole number",
+        str: "text",
+        type(None): "null",
+        Any: "a side or [height,width]",
+    }
     told = []
     for arm in arms(kind):
         origin, inner = typing.get_origin(arm), typing.get_args(arm)

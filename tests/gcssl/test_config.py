@@ -46,6 +46,16 @@ def refusal(*argv: str) -> str:
     return str(refused.value)
 
 
+def test_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        load("--help")
+    lines = capsys.readouterr().out.splitlines()
+    assert left.value.code == 0 and "  train.epochs=100  (a whole number)" in lines
+    assert (
+        "  objective.mask_ratio=0.6  (a number)" in lines and "  model.img_size=64  (a side or [height,width])" in lines
+    )
+
+
 def test_layers_later_wins(tmp_path: Path) -> None:
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("objective: {name: pixels, mask_ratio: 0.5}\ntrain: {epochs: 5, blr: 1e-3}\n")

@@ -29,6 +29,7 @@ from gcssl.models.build import (
     load_backbone,
 )
 from gcssl.models.convert import load_weights
+from gcssl.models.windows import pair
 from gcssl.runtime import UserError, make_accelerator
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Inputs:
         """The evaluation crop: what was asked for, else the backbone's own."""
         cfg, info = self.cfg, self.info
         asked = cfg.model.img_size
-        size = sides(asked) if asked is not None else self.backbone.img_size
+        size = pair(asked) if asked is not None else self.backbone.img_size
         squash = info.get("crop_mode") == "squash" and cfg.crop_pct is None
         pct = float(info["crop_pct"] if cfg.crop_pct is None else cfg.crop_pct)
         return Crop(size, pct, cfg.interpolation or info["interpolation"], squash)
@@ -185,11 +186,6 @@ def result_path(cfg: Any, task: str, run: dict[str, Any] | None) -> Path:
         raise UserError(f"name: {cfg.name!r} given, expected one word (it names a folder)")
     folder = Path(cfg.out) if cfg.out else Path(cfg.backbone) / "eval"
     return folder / cfg.name / f"{task}.json" if cfg.name else folder / f"{task}.json"
-
-
-def sides(img_size: Any) -> tuple[int, int]:
-    """(height, width) of a side or a pair."""
-    return (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
 
 
 def open_splits(data: DataConfig, size: tuple[int, int], only_test: bool = False) -> tuple["Images", "Images", str]:

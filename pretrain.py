@@ -25,21 +25,22 @@ from gcssl.checkpoint import (
     save_checkpoint,
     write_backbone,
 )
-from gcssl.config import PretrainConfig, TrainConfig, load_config
+from gcssl.config import PretrainConfig, load_config
 from gcssl.data import Images, held_out, open_data
 from gcssl.errors import NumericStop, Preempted, UserError
 from gcssl.eval.features import extract
 from gcssl.eval.knn import knn_accuracy
-from gcssl.loader import BatchPlan, Sizes, TrainSet, ViewMaker, batch_to_device, run_sizes, train_loader
+from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, run_sizes, train_loader
 from gcssl.log import RunLog, say
 from gcssl.meter import BadSamples, Meter
 from gcssl.models.build import Backbone, backbone_info, from_config, load_backbone
-from gcssl.optim import cosine, groups_table, lr_at, make_optimizer, param_groups, scaled_lr, set_lr
+from gcssl.optim import groups_table, make_optimizer, param_groups, rates_at, set_lr
 from gcssl.runtime import RunFolder, StopSignal, entry, make_accelerator, rng, seed_torch
 from gcssl.ssl.objectives import OBJECTIVES
 from gcssl.streams import DROP_PATH, INIT, MODEL
 
 KNN_K = 20  # the k of the online probe
+Probe = Callable[[int, Any], dict[str, float]]  # of (step, objective): metrics, or none at this step
 
 
 def main(argv: list[str]) -> None:
@@ -129,23 +130,13 @@ def fit(
     dataset: TrainSet,
     sizes: Sizes,
     to_device: Callable[[dict[str, Any], int], dict[str, Any]],
-    probe: Callable[[int, Any], dict[str, float]] | None = None,
+    probe: Probe | None = None,
 ) -> None:
     """Train from the newest checkpoint, or the start, to the last step; long, so that a step reads in one place."""
-    train, lr = cfg.train, scaled_lr(cfg.train, sizes.global_batch)
-    warmup = round(train.warmup_epochs * sizes.steps_per_epoch)
+    train = cfg.train
     save_steps = max(1, round(cfg.checkpoint.every * sizes.steps_per_epoch))
-    objective.to(accelerator.device)
-    optimizer = make_optimizer(groups, train)
-    run.step = step = resume(run, objective, optimizer, accelerator)
-    run.start()  # nothing is left to refuse
-    if train.compile:
-        objective.encoder.compile()
-    model, optimizer = accelerator.prepare(objective, optimizer)
-    plan = BatchPlan(
-        len(dataset), sizes.global_batch, sizes.batch_size, sizes.accumulate, sizes.world,
-        accelerator.process_index, train.seed, start_step=step, total_steps=sizes.total_steps,
-    )  # fmt: skip
+    model, optimizer, step = start(cfg, accelerator, run, objective, groups)
+    plan = sizes.plan(len(dataset), accelerator.process_index, train.seed, step)
     loader = train_loader(dataset, plan, cfg.data.workers, cfg.data.timeout)
     logged = (run.path, sizes.total_steps, step, cfg.log.every, cfg.log.trackers, accelerator.is_main_process)
     meter, bad = Meter(accelerator), BadSamples(run.path, len(dataset), cfg.data.max_bad)
@@ -168,8 +159,7 @@ def fit(
                 if not values.pop("finite"):
                     measured = f"loss {values['loss']}, grad norm {values['grad_norm']}"
                     raise NumericStop(f"step {step}: {measured}: not finite")
-                now = lr_at(step, sizes.total_steps, warmup, lr, train.min_lr)
-                set_lr(optimizer, now, decay_at(train, step, sizes))
+                set_lr(optimizer, *rates_at(train, step, sizes))
                 optimizer.step()
                 optimizer.zero_grad()
             if not accelerator.optimizer_step_was_skipped:
@@ -182,10 +172,7 @@ def fit(
             log.step(step, values, sizes.global_batch, meter.take_wait())
             with log.pause():
                 if step % sizes.steps_per_epoch == 0 or step == sizes.total_steps:
-                    if probe and (found := probe(step, objective)):
-                        log.scalars(step, found)
-                    if log.shows_images and hasattr(objective, "pictures"):
-                        log.images(step, pictures(objective, batch, step))
+                    epoch_end(objective, batch, step, log, probe)
                 if step % save_steps == 0 or step == sizes.total_steps or stopping:  # last: a resume repeats the others
                     save(cfg, run, step, objective, optimizer, accelerator, sizes)
             if stopping:
@@ -196,9 +183,28 @@ def fit(
     accelerator.free_memory()  # another fit with this accelerator must not clip, scale or save what this one trained
 
 
-def decay_at(train: TrainConfig, step: int, sizes: Sizes) -> float:
-    end = train.weight_decay if train.weight_decay_end is None else train.weight_decay_end
-    return cosine(step, sizes.total_steps, train.weight_decay, end)
+def start(
+    cfg: Any, accelerator: Accelerator, run: RunFolder, objective: Any, groups: list[dict[str, Any]]
+) -> tuple[Any, Any, int]:
+    """The objective and its optimizer, resumed and prepared by Accelerate, and the number of steps already done."""
+    objective.to(accelerator.device)
+    optimizer = make_optimizer(groups, cfg.train)
+    run.step = resume(run, objective, optimizer, accelerator)
+    run.start()  # nothing is left to refuse
+    if cfg.train.compile:
+        objective.encoder.compile()
+    return *accelerator.prepare(objective, optimizer), run.step
+
+
+def epoch_end(objective: Any, batch: dict[str, Any], step: int, log: RunLog, probe: Probe | None) -> None:
+    """The online probe, and original, hidden and reconstructed images from objectives that reconstruct."""
+    if probe and (found := probe(step, objective)):
+        log.scalars(step, found)
+    if log.shows_images and hasattr(objective, "pictures"):
+        objective.eval()
+        with torch.no_grad():
+            log.images(step, objective.pictures(batch, step))
+        objective.train()
 
 
 def schedules(objective: Any, optimizer: torch.optim.Optimizer, step: int, sizes: Sizes) -> dict[str, float]:
@@ -247,9 +253,7 @@ def save(
     run.progress(step)
 
 
-def online_probe(
-    cfg: PretrainConfig, images: Images, accelerator: Accelerator, steps_per_epoch: int
-) -> Callable[[int, Any], dict[str, float]] | None:
+def online_probe(cfg: PretrainConfig, images: Images, accelerator: Accelerator, steps_per_epoch: int) -> Probe | None:
     """kNN of the held-out slice against the rest of train, on the features that evaluation uses."""
     if images.labels is None:
         say("no labels in this data set: the online kNN probe is skipped")
@@ -278,15 +282,6 @@ def evaluated_encoder(cfg: PretrainConfig, objective: Any) -> Backbone:
     """The encoder that the objective's paper evaluates, unless `encoder` says otherwise."""
     which = cfg.encoder or objective.default_encoder
     return objective.teacher if which == "teacher" else objective.encoder
-
-
-def pictures(objective: Any, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-    """Original, hidden and reconstructed images of this batch, from objectives that reconstruct."""
-    objective.eval()
-    with torch.no_grad():
-        images = objective.pictures(batch, step)
-    objective.train()
-    return images
 
 
 def save_backbone(cfg: PretrainConfig, folder: Path, objective: Any, step: int, classes: list[str] | None) -> None:

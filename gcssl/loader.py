@@ -111,6 +111,12 @@ class Sizes:
             f" {self.total_steps} steps, {self.steps_per_epoch} an epoch{rises if warmup > epochs else ''}"
         )
 
+    def plan(self, n: int, rank: int, seed: int, start_step: int) -> BatchPlan:
+        """The batches of n images that are left to process `rank` after `start_step` steps."""
+        return BatchPlan(
+            n, self.global_batch, self.batch_size, self.accumulate, self.world, rank, seed, self.total_steps, start_step
+        )
+
 
 def run_sizes(train: TrainConfig, n_images: int, world: int) -> Sizes:
     accumulate, global_batch = batch_layout(train, world)

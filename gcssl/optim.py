@@ -10,6 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from gcssl.config import TrainConfig
+    from gcssl.loader import Sizes
 
 UNDECAYED = ("*.bias", "bias", "*token*", "*relative_position_bias_table*", "*pos_embed*")
 
@@ -104,6 +105,14 @@ def lr_at(step: int, total: int, warmup_steps: int, lr: float, min_lr: float) ->
     if step < warmup_steps:
         return lr * (step + 1) / (warmup_steps + 1)
     return cosine(step - warmup_steps, total - warmup_steps, lr, min_lr)
+
+
+def rates_at(train: "TrainConfig", step: int, sizes: "Sizes") -> tuple[float, float]:
+    """Learning rate and weight decay of the update after `step` done updates."""
+    warmup = round(train.warmup_epochs * sizes.steps_per_epoch)
+    lr = lr_at(step, sizes.total_steps, warmup, scaled_lr(train, sizes.global_batch), train.min_lr)
+    end = train.weight_decay if train.weight_decay_end is None else train.weight_decay_end
+    return lr, cosine(step, sizes.total_steps, train.weight_decay, end)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float | None = None) -> None:

@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gcssl.augment import INTERPOLATIONS, ViewSpec, crop_resize, draw_view, normalize
+from gcssl.errors import UserError
 from gcssl.loader import AUGMENT, eval_loader
 from gcssl.log import say
-from gcssl.runtime import UserError, rng
+from gcssl.runtime import rng
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

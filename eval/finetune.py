@@ -33,6 +33,7 @@ from gcssl.config import (
     config_dict,
     load_config,
 )
+from gcssl.errors import UserError
 from gcssl.eval.features import count_bad, forward_all
 from gcssl.eval.inputs import (
     AskedData,
@@ -43,7 +44,6 @@ from gcssl.eval.inputs import (
     count_classes,
     data_of,
     hold_out,
-    load,
     model_of,
     open_splits,
     result_path,
@@ -61,10 +61,10 @@ from gcssl.eval.metrics import (
 )
 from gcssl.loader import Sizes, TrainSet, run_sizes
 from gcssl.log import say
-from gcssl.models.build import FRESH, AskedModel, Backbone, backbone_info, from_config_on_meta
+from gcssl.models.build import FRESH, AskedModel, Backbone, backbone_info, from_config_on_meta, load_backbone
 from gcssl.optim import groups_table, param_groups
 from gcssl.pretrain import drop_noise, fit
-from gcssl.runtime import RunFolder, UserError, entry, make_accelerator, seed_torch
+from gcssl.runtime import RunFolder, entry, make_accelerator, seed_torch
 from gcssl.streams import INIT, MIXUP
 
 
@@ -178,7 +178,9 @@ def run(cfg: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any]:
     check_result(path, settings)
     cfg = of_backbone(cfg, run_cfg)
     ours = finetune(cfg, accelerator, folder, cfg.backbone)
-    result = {**ours["metrics"], **ours["notes"], "correct": packed(ours, ours["n"])}
+    notes = ours["notes"]
+    correct = packed(ours, notes["n_test"] + notes["n_bad"])
+    result = {**ours["metrics"], **notes, "correct": correct}
     if cfg.compare:
         theirs = finetune(cfg, accelerator, folder / cfg.compare, cfg.compare)
         result["compare"] = comparison(cfg.compare, ours, theirs)
@@ -196,7 +198,7 @@ def of_backbone(cfg: FinetuneConfig, run: dict[str, Any] | None) -> FinetuneConf
     plain = dataclasses.replace(cfg.model, drop_path=0.0, grad_checkpointing=False)
     model = model_of(dataclasses.replace(cfg, model=plain), run)
     if cfg.backbone not in FRESH:
-        backbone, info = load(cfg.backbone, model, cfg.encoder)
+        backbone, info = load_backbone(cfg.backbone, model, cfg.encoder)
         model = built_model(info, list(backbone.img_size))
     if cfg.compare:
         from_config_on_meta(model)  # refuses what has no name to build it by
@@ -204,7 +206,7 @@ def of_backbone(cfg: FinetuneConfig, run: dict[str, Any] | None) -> FinetuneConf
 
 
 def finetune(cfg: FinetuneConfig, accelerator: Accelerator, folder: Path, spec: str) -> dict[str, Any]:
-    """One run from backbone `spec` in `folder`: {"metrics", "notes", "correct", "index", "n"} of the test images."""
+    """One run from backbone `spec` in `folder`: {"metrics", "notes", "correct", "index"} of the test images."""
     begin = time.perf_counter()
     inputs = open_run(cfg, accelerator, spec)
     train, backbone = inputs.train, inputs.backbone
@@ -241,7 +243,7 @@ def finetune(cfg: FinetuneConfig, accelerator: Accelerator, folder: Path, spec: 
 def open_run(cfg: FinetuneConfig, accelerator: Accelerator, spec: str) -> Inputs:
     """The backbone before its first step, with a fresh head for the classes of the data, and the data."""
     seed_torch(cfg.train.seed, INIT)
-    backbone, info = load(spec, cfg.model, cfg.encoder)
+    backbone, info = load_backbone(spec, cfg.model, cfg.encoder)
     with accelerator.main_process_first():  # the main process fills the caches
         train, test, name = open_splits(cfg.data, backbone.img_size)
     if cfg.finetune.holdout:
@@ -310,7 +312,6 @@ def judge(objective: Classifier, inputs: Inputs) -> dict[str, Any]:
         "metrics": metrics,
         "notes": {"n_test": int(out.ok.sum()), "n_bad": count_bad(out, images)},
         "paired": "finetune/top1",
-        "n": len(images),
         "correct": correct["ema"][1],
         "index": torch.from_numpy(indices)[out.ok],
     }

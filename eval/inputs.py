@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import torch
 
 from gcssl.config import DataConfig, ModelConfig, RuntimeConfig, TrainConfig, config_dict, load_config, read_yaml
 from gcssl.data import held_out, open_data
+from gcssl.errors import UserError
 from gcssl.eval.features import PRECISIONS, Crop, Features, extract, frozen
 from gcssl.eval.metrics import check_result, comparison, packed, result_table, settings_of, write_result
 from gcssl.log import say
@@ -22,15 +22,12 @@ from gcssl.models.build import (
     FRESH,
     AskedModel,
     Backbone,
-    backbone_info,
-    build_backbone,
     check_exists,
     from_dict,
     load_backbone,
 )
-from gcssl.models.convert import load_weights
 from gcssl.models.windows import pair
-from gcssl.runtime import UserError, make_accelerator
+from gcssl.runtime import make_accelerator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -230,7 +227,7 @@ def open_inputs(cfg: InputConfig, accelerator: "Accelerator", only_test: bool = 
     """Loads cfg.backbone, then opens the data. UserError in one line for whatever does not fit."""
     run = run_config(cfg.backbone)
     model, data = model_of(cfg, run), data_of(cfg, run)
-    backbone, info = load(cfg.backbone, model, cfg.encoder)
+    backbone, info = load_backbone(cfg.backbone, model, cfg.encoder)
     with accelerator.main_process_first():  # the main process fills the caches
         train, test, name = open_splits(data, backbone.img_size, only_test and run is None)
     cfg = dataclasses.replace(cfg, data=data)
@@ -246,40 +243,11 @@ def _ready(backbone: Backbone, accelerator: "Accelerator") -> Backbone:
     return backbone.to(accelerator.device).requires_grad_(False).eval()
 
 
-def load(spec: str, model: ModelConfig, encoder: str | None) -> tuple[Backbone, dict[str, Any]]:
-    """load_backbone, and timm's published weights by name: "timm:gcvit_xxtiny"."""
-    if not spec.startswith("timm:"):
-        return load_backbone(spec, model, encoder)
-    import timm
-
-    name = spec.removeprefix("timm:")
-    if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise UserError(f"{spec}: timm has no such model; nearest: {', '.join(near) or 'none'}")
-    if timm.get_pretrained_cfg(name) is None or not timm.is_model_pretrained(name):
-        raise UserError(f"{spec}: timm publishes no weights for it; pass a checkpoint file")
-    try:
-        theirs: Any = timm.create_model(name, pretrained=True)
-    except Exception as error:  # the hub, the network and the file system each raise their own
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"{spec}: its weights cannot be had here ({type(error).__name__}: {reason}); "
-            "without a network pass the path of a downloaded checkpoint"
-        ) from None
-    own: dict[str, Any] = theirs.pretrained_cfg
-    size = model.img_size if model.img_size is not None else list(own["input_size"][1:])
-    backbone = build_backbone(name.split(".")[0], size, theirs.num_classes)
-    load_weights(backbone, theirs.state_dict())
-    backbone.mean, backbone.std = tuple(own["mean"]), tuple(own["std"])
-    keys: dict[str, Any] = {key: own[key] for key in ("crop_pct", "interpolation", "crop_mode") if key in own}
-    return backbone, {**backbone_info(backbone), **keys, "source": spec}
-
-
 def other_inputs(inputs: Inputs, spec: str) -> Inputs:
     """The same data for another backbone; random and none are built like the one evaluated."""
     size = list(inputs.crop.size)
     model = built_model(inputs.info, size) if spec in FRESH else AskedModel(img_size=size)
-    backbone, info = load(spec, model, inputs.cfg.encoder)
+    backbone, info = load_backbone(spec, model, inputs.cfg.encoder)
     return dataclasses.replace(inputs, spec=spec, backbone=_ready(backbone, inputs.accelerator), info=info)
 
 

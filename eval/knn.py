@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from gcssl.config import EvalConfig
+from gcssl.errors import UserError
 from gcssl.eval.features import KINDS, gather_rows
 from gcssl.eval.inputs import InputConfig, Inputs, evaluate, program
 from gcssl.keys import CHOICES
 from gcssl.log import say
-from gcssl.runtime import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from gcssl.augment import ViewSpec
+from gcssl.errors import UserError
 from gcssl.eval.features import KINDS, Features
 from gcssl.eval.inputs import InputConfig, Inputs, evaluate, hold_out, program
 from gcssl.eval.metrics import percent, topk_correct
 from gcssl.loader import epoch_order
 from gcssl.log import say
 from gcssl.runfolder import agree
-from gcssl.runtime import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gcssl.errors import UserError
 from gcssl.files import atomic_write
-from gcssl.runtime import UserError
 
 # What may differ between two evaluations that must give the same numbers: where, how fast, how named.
 FREE_KEYS = (

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from gcssl.errors import UserError
 from gcssl.eval.features import count_bad, forward_all
 from gcssl.eval.inputs import FRESH, InputConfig, Inputs, evaluate, program
 from gcssl.eval.metrics import percent, topk_correct
-from gcssl.runtime import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from gcssl.config import AugmentConfig
-from gcssl.runtime import UserError
+from gcssl.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -29,7 +29,6 @@ INTERPOLATIONS = {
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 BLUR_RADIUS = 6  # 13 taps: three sigmas of the largest published sigma, 2
 MAX_SIGMA = BLUR_RADIUS / 3
-VIEWS = 2  # the most that an objective draws of an image with one set of parameters a view
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
@@ -75,8 +74,8 @@ class View:
         return {name: np.asarray(getattr(self, name)) for name in names}
 
 
-def override(spec: ViewSpec, augment: AugmentConfig, view: int) -> ViewSpec:
-    """`spec` with the values that `augment` sets; `view` picks from the lists that hold one value a view."""
+def override(spec: ViewSpec, augment: AugmentConfig, view: int = 0, views: int = 1) -> ViewSpec:
+    """`spec` of view `view` of `views` with what `augment` sets; blur_p and solarize_p may hold one value a view."""
     changes: dict[str, object] = {}
     for key, length in (("scale", 2), ("ratio", 2), ("blur_sigma", 2), ("jitter", 4)):
         value = getattr(augment, key)
@@ -87,8 +86,9 @@ def override(spec: ViewSpec, augment: AugmentConfig, view: int) -> ViewSpec:
     for key in ("blur_p", "solarize_p"):
         value = getattr(augment, key)
         if value is not None:
-            if len(value) != 1 and not view < len(value) <= VIEWS:
-                raise UserError(f"augment.{key}={list(value)}: expected one number, or one a view: [0.1,0.2]")
+            if len(value) not in (1, views):
+                each = f", or {views}, one a view" if views > 1 else ""
+                raise UserError(f"augment.{key}={list(value)}: expected one number{each}")
             changes[key] = float(value[view if len(value) > 1 else 0])
     for key in ("flip_p", "jitter_p", "gray_p", "interpolation"):
         if getattr(augment, key) is not None:

@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from gcssl.augment import View, ViewSpec, colour, crop_resize, normalize, resize_center_crop
 from gcssl.config import TrainConfig
 from gcssl.data import BadImage, Images
+from gcssl.errors import UserError
 from gcssl.optim import scaled_lr
-from gcssl.runtime import UserError, batch_layout, rng
+from gcssl.runtime import batch_layout, rng
 from gcssl.streams import AUGMENT, ORDER, REPLACE
 
 REPLACEMENTS = 20  # bad images in a row before the set is called broken

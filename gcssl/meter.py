@@ -13,10 +13,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from gcssl.errors import is_main_process
+from gcssl.errors import UserError, is_main_process
 from gcssl.files import atomic_write
 from gcssl.log import say
-from gcssl.runtime import UserError
 
 BadSample = tuple[int, str, str]  # index, path, reason
 

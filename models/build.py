@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import timm
 import torch
 
 from gcssl.checkpoint import load_checkpoint, read_backbone
@@ -40,6 +41,7 @@ for _name in list(BACKBONES)[1:]:  # the same weights with bias tables for large
     BACKBONES |= {f"{_name}_{size}": {**BACKBONES[_name], "img_size": size} for size in (384, 512)}
 
 FRESH = ("random", "none")  # backbones that no file holds
+TIMM = "timm:"  # what stands before the name of weights that timm publishes
 CLASS_KEYS = ("embed_dim", "depths", "num_heads", "mlp_ratio", "layer_scale")  # what tells two variants apart
 FULL_CROP = ("gcvit_xxtiny", "gcvit_tiny", "gcvit_base", "gcvit_large")  # NVIDIA's releases judged without a border
 
@@ -151,10 +153,10 @@ def load_backbone(
     """The backbone that `spec` names, and its description (backbone_info's keys).
 
     spec: a run folder (finished or not), one of its checkpoints, an exported folder or file, a timm or NVlabs
-    checkpoint, "random" (untrained, seed 0 whatever the caller's random state) or "none" (untrained, from the
-    caller's random state). For saved weights `model` is an AskedModel, and what it asks for must agree; None,
-    or a ModelConfig left at its defaults, asks for nothing. drop_path and grad_checkpointing are always taken
-    from it, and img_size when it is set (bias tables are then resized).
+    checkpoint, "timm:<name>" (timm's published weights), "random" (untrained, seed 0 whatever the caller's
+    random state) or "none" (untrained, from the caller's random state). For saved weights `model` is an
+    AskedModel, None asking for nothing, and what it asks for must agree; drop_path and grad_checkpointing are
+    always taken from it, and img_size when it is set (bias tables are then resized).
     exact: build what `model` says, img_size and window_ratio included, and load the weights into that, as a
     new run does.
     """
@@ -169,9 +171,8 @@ def load_backbone(
         return backbone, backbone_info(backbone, source=spec)
     if encoder not in (None, "student", "teacher"):
         raise UserError(f"encoder={encoder}: expected student or teacher")
-    saved = read_saved(Path(spec), encoder)
-    if model is None or model == ModelConfig() and not exact:
-        model = AskedModel()
+    saved = read_timm(spec) if spec.startswith(TIMM) else read_saved(Path(spec), encoder)
+    model = model or AskedModel()
     if exact:
         backbone = from_config(model)
     else:
@@ -181,13 +182,37 @@ def load_backbone(
     described = {k: v for k, v in saved.info.items() if k not in backbone_info(backbone) or v is not None}
     current = ("name", "model_args", "img_size", "windows", "num_classes", "channels", "num_features", "stride")
     info = {**backbone_info(backbone), **{k: v for k, v in described.items() if k not in current}}
+    backbone.mean, backbone.std = tuple(info["mean"]), tuple(info["std"])
     return backbone, {**info, "source": spec, "notes": notes}
 
 
 def check_exists(spec: str) -> None:
     """UserError where `spec` is a path to nothing: said before anything large is opened."""
-    if spec not in FRESH and not spec.startswith("timm:") and not Path(spec).exists():
+    if spec not in FRESH and not spec.startswith(TIMM) and not Path(spec).exists():
         raise UserError(f"{spec}: no such run, checkpoint or file; expected one of these, or random, or none")
+
+
+def read_timm(spec: str) -> Saved:
+    """timm's published weights by name, "timm:gcvit_xxtiny" or with its tag, from the Hub or its cache."""
+    name = spec.removeprefix(TIMM)
+    base = name.split(".")[0]
+    if not is_model(base):
+        raise UserError(f"{spec}: timm has no such model; nearest: {nearest(name, known_models())}")
+    if timm.get_pretrained_cfg(name) is None or not timm.is_model_pretrained(name):
+        raise UserError(f"{spec}: timm publishes no weights for it; pass a checkpoint file")
+    try:
+        theirs: Any = timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub, the network and the file system each raise their own
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{spec}: its weights cannot be had here ({type(error).__name__}: {reason}); "
+            "without a network pass the path of a downloaded checkpoint"
+        ) from None
+    own: dict[str, Any] = theirs.pretrained_cfg
+    built = build_backbone(base, own["input_size"][1:], theirs.num_classes)
+    keys = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
+    info = backbone_info(built, **{key: own[key] for key in keys if key in own})
+    return Saved(theirs.state_dict(), base, built.model_args, info)
 
 
 def read_saved(path: Path, encoder: str | None) -> Saved:

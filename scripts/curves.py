@@ -14,13 +14,13 @@ METRICS = "loss,online_knn/top1@20"
 
 
 def read(run: Path, metric: str) -> tuple[list[float], list[float]]:
-    """Epochs and values of a metric; the epoch is that of the line of the same step."""
+    """Epochs and values of a metric."""
     path = run / "metrics.jsonl"
     if not path.exists():
         raise UserError(f"{run}: no metrics.jsonl there; expected a run folder")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    epoch_at = {line["step"]: line["epoch"] for line in lines if "epoch" in line}
-    points = [(epoch_at[line["step"]], line[metric]) for line in lines if metric in line and line["step"] in epoch_at]
+    per_step = next((line["epoch"] / line["step"] for line in lines if line.get("epoch")), 0.0)
+    points = [(line["step"] * per_step, line[metric]) for line in lines if metric in line]
     return [epoch for epoch, _ in points], [value for _, value in points]
 
 

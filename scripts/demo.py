@@ -105,13 +105,12 @@ def export(out: Path) -> None:
     import timm
     import torch
 
-    from gcssl.config import ModelConfig
     from gcssl.export import ExportConfig
     from gcssl.export import export as write_export
     from gcssl.models.build import load_backbone
 
     folder = write_export(ExportConfig(backbone=str(out), format="timm", out=str(out / "timm")))
-    ours, _ = load_backbone(str(out), ModelConfig())
+    ours, _ = load_backbone(str(out))
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True)
     images = torch.randn(2, 3, *ours.img_size)
     with torch.no_grad():

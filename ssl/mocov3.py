@@ -121,7 +121,7 @@ class MoCoV3(nn.Module):
         self.predictor = mlp([cfg.out_dim, *between, cfg.out_dim], _norm) if cfg.predictor_layers else nn.Identity()
         self.teacher = momentum_copy(encoder)
         self.momentum_projector = momentum_copy(self.projector)
-        specs = [override(replace(s, size=img_size), augment, i) for i, s in enumerate((BYOL_1, BYOL_2))]
+        specs = [override(replace(s, size=img_size), augment, i, 2) for i, s in enumerate((BYOL_1, BYOL_2))]
         self.draw = PairDraw((specs[0], specs[1]))
 
     def train(self, mode: bool = True) -> "MoCoV3":

@@ -86,7 +86,7 @@ class SimMIM(nn.Module):
             nn.init.trunc_normal_(self.mask_token, std=0.02)
         elif unused := encoder.freeze_unused():  # type: ignore[operator]
             say(f"simmim uses the encoder's last map alone, so these stay as they are: {', '.join(unused)}")
-        self.draw = MaskedDraw(override(replace(SIMMIM, size=img_size), augment, 0), unit, cfg.mask_ratio)
+        self.draw = MaskedDraw(override(replace(SIMMIM, size=img_size), augment), unit, cfg.mask_ratio)
 
     def features(self, batch: dict[str, Any]) -> Tensor:
         """The last map B C h w of the first view with its mask applied."""

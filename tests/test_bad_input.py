@@ -12,9 +12,10 @@ from PIL import Image
 
 from gcssl import pretrain
 from gcssl.config import TrainConfig
+from gcssl.errors import UserError
 from gcssl.eval import finetune, knn, linear_probe
 from gcssl.loader import run_sizes
-from gcssl.runtime import UserError, entry
+from gcssl.runtime import entry
 
 ROOT = Path(__file__).resolve().parent.parent
 YAML = str(ROOT / "configs/pretrain/simmim_gcvit_nano.yaml")

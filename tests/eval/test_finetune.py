@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from gcssl.checkpoint import write_backbone
 from gcssl.config import load_config
-from gcssl.errors import UserError
+from gcssl.errors import Preempted, UserError
 from gcssl.eval import finetune, validate
 from gcssl.eval.finetune import Classifier, FinetuneConfig, FinetuneOptions, TransformMaker, layer_groups, open_run
 from gcssl.models.build import backbone_info, build_backbone, load_backbone
-from gcssl.runtime import Preempted, make_accelerator
+from gcssl.runtime import make_accelerator
 
 SMALL = ["model.name=gcvit_nano", "model.img_size=64", "train.batch_size=16", "train.epochs=2", "train.warmup_epochs=1",
          "data.workers=0", "finetune.ema_decay=0.9"]  # fmt: skip

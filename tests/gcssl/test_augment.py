@@ -27,7 +27,8 @@ from gcssl.augment import (
     resize_center_crop,
 )
 from gcssl.config import AugmentConfig
-from gcssl.runtime import UserError, rng
+from gcssl.errors import UserError
+from gcssl.runtime import rng
 
 TOLERANCE = 2 / 255
 
@@ -246,10 +247,10 @@ def test_center_crop_covers_non_square_sizes(source: tuple[int, int]) -> None:
 
 def test_override_replaces_what_is_set_and_picks_the_views_value() -> None:
     augment = AugmentConfig(scale=[0.2, 1.0], blur_p=[0.5, 0.0], solarize_p=[0.3], gray_p=0.1)
-    one, two = override(BYOL_1, augment, 0), override(BYOL_2, augment, 1)
+    one, two = override(BYOL_1, augment, 0, 2), override(BYOL_2, augment, 1, 2)
     assert one.scale == two.scale == (0.2, 1.0) and one.gray_p == 0.1
     assert (one.blur_p, two.blur_p, one.solarize_p, two.solarize_p) == (0.5, 0.0, 0.3, 0.3)
-    assert override(BYOL_1, AugmentConfig(), 0) == BYOL_1
+    assert override(BYOL_1, AugmentConfig()) == BYOL_1
 
 
 @pytest.mark.parametrize(
@@ -270,10 +271,12 @@ def test_override_replaces_what_is_set_and_picks_the_views_value() -> None:
 )
 def test_bad_overrides_are_one_line_that_names_the_key(key: str, value: object) -> None:
     with pytest.raises(UserError, match=f"^augment.{key}") as caught:
-        override(BYOL_1, AugmentConfig(**{key: value}), 0)  # type: ignore[arg-type]
+        override(BYOL_1, AugmentConfig(**{key: value}), 0, 2)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 
-def test_one_number_a_view_is_asked_for() -> None:
-    with pytest.raises(UserError, match="one a view"):
-        override(BYOL_1, AugmentConfig(blur_p=[0.1, 0.2]), 2)
+def test_as_many_numbers_as_the_objective_draws_views_are_asked_for() -> None:
+    with pytest.raises(UserError, match="or 2, one a view"):
+        override(BYOL_1, AugmentConfig(blur_p=[0.1, 0.2, 0.3]), 0, 2)
+    with pytest.raises(UserError, match="expected one number$"):
+        override(BYOL_1, AugmentConfig(blur_p=[0.1, 0.2]))

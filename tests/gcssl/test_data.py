@@ -18,7 +18,7 @@ import gcssl.data
 import gcssl.tables
 from gcssl.config import DataConfig
 from gcssl.data import BadImage, Images, held_out, open_data
-from gcssl.runtime import UserError
+from gcssl.errors import UserError
 
 COLOURS = {"cat": (200, 30, 40), "ant": (20, 190, 60), "dog": (30, 40, 210)}  # not in alphabetical order
 

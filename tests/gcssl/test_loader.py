@@ -18,6 +18,7 @@ from PIL import Image
 
 from gcssl.augment import BYOL_1, BYOL_2, IMAGENET_MEAN, IMAGENET_STD, View, ViewSpec, draw_view
 from gcssl.data import Images
+from gcssl.errors import UserError
 from gcssl.loader import (
     BatchPlan,
     TrainSet,
@@ -28,7 +29,6 @@ from gcssl.loader import (
     eval_loader,
     train_loader,
 )
-from gcssl.runtime import UserError
 
 SIZE = (32, 32)
 

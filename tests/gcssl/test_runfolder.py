@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from gcssl.config import DataConfig, PretrainConfig, TrainConfig, config_dict
-from gcssl.runtime import NumericStop, Preempted, RunFolder, UserError
+from gcssl.errors import NumericStop, Preempted, UserError
+from gcssl.runtime import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -206,7 +207,8 @@ TWO = """
 import json, sys
 from pathlib import Path
 from gcssl.config import TrainConfig, RuntimeConfig
-from gcssl.runtime import RunFolder, UserError, make_accelerator
+from gcssl.errors import UserError
+from gcssl.runtime import RunFolder, make_accelerator
 accelerator = make_accelerator(TrainConfig(), RuntimeConfig(timeout=60))
 told = [accelerator.num_processes]
 with RunFolder(sys.argv[1], {"a": 1}, 8, accelerator) as run:

@@ -129,35 +129,35 @@ def run_folder(path: Path) -> tuple[GCViT, GCViT]:
 
 def test_unfinished_runs_and_single_checkpoints(tmp_path: Path) -> None:
     student, teacher = run_folder(tmp_path / "run")
-    backbone, info = load_backbone(str(tmp_path / "run"), CONFIG)
+    backbone, info = load_backbone(str(tmp_path / "run"))
     assert same(backbone.state_dict(), student.state_dict())
     assert (info["step"], info["objective"], info["encoder"]) == (6, "mocov3", "student")
-    backbone, info = load_backbone(str(tmp_path / "run"), CONFIG, encoder="teacher")
+    backbone, info = load_backbone(str(tmp_path / "run"), encoder="teacher")
     assert same(backbone.state_dict(), teacher.state_dict()) and info["encoder"] == "teacher"
     one = tmp_path / "run" / "checkpoints" / "step_00000003"
-    backbone, info = load_backbone(str(one), CONFIG)
+    backbone, info = load_backbone(str(one))
     assert info["step"] == 3 and torch.equal(backbone.stem.conv1.bias, student.stem.conv1.bias + 1)
     with pytest.raises(UserError, match="encoder=both"):
-        load_backbone(str(tmp_path / "run"), CONFIG, encoder="both")
+        load_backbone(str(tmp_path / "run"), encoder="both")
 
 
 def test_finished_runs(tmp_path: Path) -> None:
     student, _ = run_folder(tmp_path / "run")
     info = backbone_info(student, step=6, objective="mocov3", encoder="student", class_names=["a", "b"])
     write_backbone(tmp_path / "run", student.state_dict(), info)
-    config = ModelConfig(drop_path=0.2, grad_checkpointing=True)
+    config = AskedModel(drop_path=0.2, grad_checkpointing=True)
     backbone, found = load_backbone(str(tmp_path / "run"), config)
     assert same(backbone.state_dict(), student.state_dict())
     assert backbone.drop_path == 0.2 and backbone.window_ratio == (16, 16, 16, 32)
     assert found["class_names"] == ["a", "b"] and found["step"] == 6 and found["name"] == "gcvit_nano"
-    assert load_backbone(str(tmp_path / "run"), CONFIG, encoder="teacher")[1]["encoder"] == "teacher"
-    larger, found = load_backbone(str(tmp_path / "run"), ModelConfig(img_size=96))
+    assert load_backbone(str(tmp_path / "run"), encoder="teacher")[1]["encoder"] == "teacher"
+    larger, found = load_backbone(str(tmp_path / "run"), AskedModel(img_size=96))
     assert larger.img_size == (96, 96) and found["img_size"] == [96, 96] and len(found["notes"]) == 4
     exact, _ = load_backbone(
         str(tmp_path / "run"), ModelConfig(img_size=128, window_ratio=[16, 16, 16, 32]), exact=True
     )
     assert exact.img_size == (128, 128)
-    for wrong in (ModelConfig(name="gcvit_tiny"), ModelConfig(window_ratio=[32, 32, 16, 32])):
+    for wrong in (AskedModel(name="gcvit_tiny"), AskedModel(window_ratio=[32, 32, 16, 32])):
         with pytest.raises(UserError, match="was asked for"):
             load_backbone(str(tmp_path / "run"), wrong)
     with pytest.raises(UserError, match="another architecture"):
@@ -167,7 +167,7 @@ def test_finished_runs(tmp_path: Path) -> None:
 def test_what_is_asked_is_done_or_refused_and_what_is_not_asked_is_the_saved_ones_own(tmp_path: Path) -> None:
     saved = nano(1, img_size=96, bias_resize="crop")
     write_backbone(tmp_path, saved.state_dict(), backbone_info(saved))
-    for nothing in (None, AskedModel(), ModelConfig()):
+    for nothing in (None, AskedModel()):
         backbone, _ = load_backbone(str(tmp_path), nothing)
         assert backbone.img_size == (96, 96) and backbone.model_args["bias_resize"] == "crop"
     backbone, _ = load_backbone(str(tmp_path), AskedModel(img_size=64, bias_resize="bicubic"))  # ModelConfig's defaults
@@ -237,7 +237,7 @@ def test_raw_checkpoints_say_what_they_are(tmp_path: Path, to_nvlabs) -> None:
     torch.save({"state_dict": model.state_dict()}, tmp_path / "timm.pth")
     torch.save({"state_dict": to_nvlabs(model.state_dict())}, tmp_path / "nvlabs.pth.tar")
     for name, crop in (("timm.pth", 0.875), ("nvlabs.pth.tar", 1.0)):
-        backbone, info = load_backbone(str(tmp_path / name), CONFIG)
+        backbone, info = load_backbone(str(tmp_path / name))
         assert same(backbone.state_dict(), model.state_dict())
         assert info["name"] == backbone.name == "gcvit_xxtiny" and info["crop_pct"] == crop
         assert backbone.img_size == (96, 96) and backbone.num_classes == 3
@@ -246,11 +246,38 @@ def test_raw_checkpoints_say_what_they_are(tmp_path: Path, to_nvlabs) -> None:
     backbone, _ = load_backbone(str(tmp_path / "resnet.pth"), ModelConfig(name="resnet18"))
     assert same(backbone.model.state_dict(), resnet.state_dict())
     with pytest.raises(UserError, match="not a GC ViT"):
-        load_backbone(str(tmp_path / "resnet.pth"), CONFIG)
+        load_backbone(str(tmp_path / "resnet.pth"))
+
+
+def test_weights_that_timm_publishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found in torch's cache, as after a download: by every program, resized, and for a new run."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    theirs = timm.create_model("gcvit_xxtiny")
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    url = timm.get_pretrained_cfg("gcvit_xxtiny").url
+    torch.save(theirs.state_dict(), tmp_path / "hub" / "checkpoints" / url.rpartition("/")[2])
+    backbone, info = load_backbone("timm:gcvit_xxtiny", AskedModel(drop_path=0.2))
+    assert same(backbone.state_dict(), theirs.state_dict())
+    assert (info["name"], info["crop_pct"], info["source"]) == ("gcvit_xxtiny", 0.875, "timm:gcvit_xxtiny")
+    assert backbone.drop_path == 0.2 and backbone.num_classes == 1000 and backbone.img_size == (224, 224)
+    smaller, _ = load_backbone("timm:gcvit_xxtiny", AskedModel(img_size=96))
+    assert smaller.img_size == (96, 96)
+    new, _ = load_backbone("timm:gcvit_xxtiny", ModelConfig("gcvit_xxtiny", 96), exact=True)
+    assert new.num_classes == 0 and torch.equal(new.stem.conv1.weight, theirs.stem.conv1.weight)
+
+
+def test_wrapped_models_keep_the_mean_that_their_weights_were_trained_with(
+    tmp_path: Path,
+) -> None:
+    backbone = build_backbone("vit_tiny_patch16_224", 224)
+    backbone.mean, backbone.std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    write_backbone(tmp_path, backbone.state_dict(), backbone_info(backbone))
+    again, _ = load_backbone(str(tmp_path))
+    assert again.mean == (0.1, 0.2, 0.3) and again.std == (0.4, 0.5, 0.6)
 
 
 def test_paths_that_hold_nothing(tmp_path: Path) -> None:
     for path in (tmp_path / "missing", tmp_path):
         with pytest.raises(UserError, match=str(path)) as caught:
-            load_backbone(str(path), CONFIG)
+            load_backbone(str(path))
         assert "\n" not in str(caught.value)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from gcssl.checkpoint import write_backbone
-from gcssl.config import ModelConfig
 from gcssl.errors import UserError
 from gcssl.export import ExportConfig, compare, export
 from gcssl.models.build import backbone_info, build_backbone, load_backbone
@@ -77,7 +76,7 @@ def test_exports_load_again_here(kind: str, name: str, tmp_path: Path) -> None:
     model = make_run(tmp_path / "run", name, img_size=64, num_classes=3)
     path = tmp_path / ("out.pt" if kind == "torch" else "out")
     export(ExportConfig(str(tmp_path / "run"), kind, str(path)))
-    backbone, info = load_backbone(str(path), ModelConfig())
+    backbone, info = load_backbone(str(path))
     assert backbone.name == name and info["step"] == 7 and info["class_names"][2] == "class 2"
     for key, value in model.state_dict().items():
         assert torch.equal(backbone.state_dict()[key], value), key

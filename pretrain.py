@@ -28,7 +28,7 @@ from gcssl.checkpoint import (
 from gcssl.config import PretrainConfig, load_config
 from gcssl.data import Images, held_out, open_data
 from gcssl.errors import NumericStop, Preempted, UserError
-from gcssl.eval.features import extract
+from gcssl.eval.features import Pace, extract
 from gcssl.eval.knn import knn_accuracy
 from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, run_sizes, train_loader
 from gcssl.log import RunLog, say
@@ -268,8 +268,8 @@ def online_probe(cfg: PretrainConfig, images: Images, accelerator: Accelerator, 
         if step % every:
             return {}
         encoder = evaluated_encoder(cfg, objective)
-        how: dict[str, Any] = {"workers": cfg.data.workers, "timeout": cfg.data.timeout, "quiet": True}
-        bank, queries = (extract(encoder, images, part, accelerator, **how) for part in (rest, held))
+        pace = Pace(workers=cfg.data.workers, timeout=cfg.data.timeout)
+        bank, queries = (extract(encoder, images, part, accelerator, pace=pace, quiet=True) for part in (rest, held))
         top1 = knn_accuracy(bank.x["last"], bank.y, queries.x["last"], queries.y, (KNN_K,), backend=cfg.eval.backend)
         value = next(iter(top1.values()))
         say(f"step {step}: online knn/top1@{KNN_K} {value:.1f} on {len(held)} held-out training images")

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from gcssl.augment import INTERPOLATIONS, ViewSpec, crop_resize, draw_view, normalize
+from gcssl.augment import INTERPOLATIONS, ViewSpec, crop_resize, draw_view, normalize, resize_center_crop
 from gcssl.errors import UserError
 from gcssl.loader import AUGMENT, eval_loader
 from gcssl.log import say
@@ -49,6 +48,27 @@ class Crop:
     random: ViewSpec | None = None  # when set, a crop drawn from (seed, epoch, index) instead of the centre
     seed: int = 0
     epoch: int = 0
+
+    def __call__(self, image: Image.Image, index: int) -> np.ndarray:
+        """uint8 3 H W of a decoded RGB image; index: its place in its split."""
+        if self.random is not None:
+            spec = dataclasses.replace(self.random, size=self.size)
+            return crop_resize(image, draw_view(rng(self.seed, AUGMENT, self.epoch, index), spec), spec)
+        if not self.squash:
+            return resize_center_crop(image, self.size, self.crop_pct, self.interpolation)
+        height, width = self.size
+        squashed = image.resize((width, height), INTERPOLATIONS[self.interpolation])
+        return np.ascontiguousarray(np.asarray(squashed).transpose(2, 0, 1))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How a pass over images is cut and guarded; of these, precision alone touches the numbers."""
+
+    batch_size: int = 256  # images a process and forward pass
+    workers: int = 0
+    precision: str = "fp32"
+    timeout: int = 300  # seconds that a loader worker may take for one batch
 
 
 @contextlib.contextmanager
@@ -89,16 +109,6 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-def _own_pixels(image: Image.Image, index: int, crop: Crop) -> np.ndarray:
-    """uint8 3 H W: a random crop, a function of (seed, epoch, index) alone, or the whole image squashed."""
-    if crop.random is not None:
-        spec = dataclasses.replace(crop.random, size=crop.size)
-        return crop_resize(image, draw_view(rng(crop.seed, AUGMENT, crop.epoch, index), spec), spec)
-    height, width = crop.size
-    squashed = image.resize((width, height), INTERPOLATIONS[crop.interpolation])
-    return np.ascontiguousarray(np.asarray(squashed).transpose(2, 0, 1))
-
-
 @dataclass
 class Outputs:
     """What `forward_all` returns: one row an image asked for, undecodable ones included with ok False."""
@@ -115,16 +125,12 @@ def forward_all(
     indices: np.ndarray,
     accelerator: "Accelerator",
     crop: Crop,
-    batch_size: int = 256,
-    workers: int = 0,
-    precision: str = "fp32",
-    timeout: int = 300,
+    pace: Pace,
 ) -> Outputs:
     """call(x) -> {name: B D} over every image of `indices` exactly once; float32 on the CPU, everywhere.
 
     A process takes every world-th index and results are joined in index order. x is normalised by
-    model.mean and model.std. timeout: seconds a loader worker may take for one batch. Raises UserError when no
-    image could be decoded, or an output is not finite.
+    model.mean and model.std. Raises UserError when no image could be decoded, or an output is not finite.
     """
     indices = np.asarray(indices, dtype=np.int64)
     if not len(indices):
@@ -133,11 +139,10 @@ def forward_all(
     parts: dict[str, list[Tensor]] = {}
     labels, good = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.bool)]
     probe = torch.zeros(1, 3, *crop.size, device=device)  # a process without images still knows the shapes
-    with frozen(model), autocast(device, precision):
+    with frozen(model), autocast(device, pace.precision):
         if not len(mine):
             parts = {name: [out[:0].float().cpu()] for name, out in call(probe).items()}
-        pixels = partial(_own_pixels, crop=crop) if crop.random is not None or crop.squash else None
-        how = (crop.size, crop.crop_pct, crop.interpolation, batch_size, workers, timeout, pixels)
+        how = (crop.size, crop, pace.batch_size, pace.workers, pace.timeout)
         for batch in eval_loader(images, mine, *how) if len(mine) else ():
             x = batch["image"].to(device, non_blocking=True).float().div_(255)
             for name, out in call(normalize(x, model.mean, model.std)).items():
@@ -156,7 +161,7 @@ def forward_all(
         if wild:
             raise UserError(
                 f"{images.name}: the backbone's outputs ({name}) are not finite for {wild} of {len(indices)} images; "
-                f"its training diverged or its weights are damaged (precision={precision})"
+                f"its training diverged or its weights are damaged (precision={pace.precision})"
             )
     return out
 
@@ -175,12 +180,9 @@ def extract(
     indices: np.ndarray,
     accelerator: "Accelerator",
     crop: Crop | None = None,
-    batch_size: int = 256,
-    workers: int = 0,
-    precision: str = "fp32",
+    pace: Pace = Pace(),  # noqa: B008  (frozen)
     kinds: tuple[str, ...] = ("last",),
     quiet: bool = False,
-    timeout: int = 300,
 ) -> Features:
     """Pooled features of images[indices]; crop None: the backbone's own size, crop and interpolation.
 
@@ -196,7 +198,7 @@ def extract(
             raise UserError(f"features: {', '.join(missing)} asked, this backbone has {', '.join(pooled)}")
         return {kind: pooled[kind] for kind in kinds}
 
-    out = forward_all(backbone, call, images, indices, accelerator, crop, batch_size, workers, precision, timeout)
+    out = forward_all(backbone, call, images, indices, accelerator, crop, pace)
     ok, n_bad = out.ok, count_bad(out, images, quiet)
     index = torch.as_tensor(np.asarray(indices, dtype=np.int64))
     return Features({kind: x[ok] for kind, x in out.x.items()}, out.y[ok], index[ok], n_bad)

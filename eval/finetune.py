@@ -34,7 +34,7 @@ from gcssl.config import (
     load_config,
 )
 from gcssl.errors import UserError
-from gcssl.eval.features import count_bad, forward_all
+from gcssl.eval.features import Pace, count_bad, forward_all
 from gcssl.eval.inputs import (
     AskedData,
     Inputs,
@@ -300,8 +300,8 @@ def judge(objective: Classifier, inputs: Inputs) -> dict[str, Any]:
     images, data = inputs.test, inputs.cfg.data
     indices = np.arange(len(images))
     precision = "bf16" if inputs.cfg.train.precision == "bf16" else "fp32"
-    how = (inputs.crop, 256, data.workers, precision, data.timeout)
-    out = forward_all(objective.encoder, both, images, indices, inputs.accelerator, *how)
+    pace = Pace(256, data.workers, precision, data.timeout)
+    out = forward_all(objective.encoder, both, images, indices, inputs.accelerator, inputs.crop, pace)
     correct = {name: topk_correct(logits[out.ok], out.y[out.ok]) for name, logits in out.x.items()}
     metrics = {
         "finetune/top1": percent(correct["ema"][1]),

@@ -15,7 +15,7 @@ import torch
 from gcssl.config import DataConfig, ModelConfig, RuntimeConfig, TrainConfig, config_dict, load_config, read_yaml
 from gcssl.data import held_out, open_data
 from gcssl.errors import UserError
-from gcssl.eval.features import PRECISIONS, Crop, Features, extract, frozen
+from gcssl.eval.features import PRECISIONS, Crop, Features, Pace, extract, frozen
 from gcssl.eval.metrics import check_result, comparison, packed, result_table, settings_of, write_result
 from gcssl.log import say
 from gcssl.models.build import (
@@ -93,6 +93,11 @@ class Inputs:
         pct = float(info["crop_pct"] if cfg.crop_pct is None else cfg.crop_pct)
         return Crop(size, pct, cfg.interpolation or info["interpolation"], squash)
 
+    @property
+    def pace(self) -> Pace:
+        cfg = self.cfg
+        return Pace(cfg.batch_size, cfg.data.workers, cfg.precision, cfg.data.timeout)
+
     @cached_property
     def kinds(self) -> tuple[str, ...]:
         """The features that this backbone has."""
@@ -111,12 +116,9 @@ class Inputs:
             np.arange(len(images)),
             self.accelerator,
             crop,
-            self.cfg.batch_size,
-            self.cfg.data.workers,
-            self.cfg.precision,
+            self.pace,
             kinds,
             quiet=epoch > 0,
-            timeout=self.cfg.data.timeout,
         )
 
 

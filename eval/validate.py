@@ -44,7 +44,7 @@ def check_classes(inputs: Inputs) -> None:
         raise UserError(f"{spec}: its head has {outputs} classes, {inputs.cfg.data.path} has {inputs.n_classes}")
 
 
-def judge(inputs: Inputs, cfg: ValidateConfig) -> dict[str, Any]:
+def judge(inputs: Inputs, _cfg: ValidateConfig) -> dict[str, Any]:
     """Validation of one classifier, each test image once."""
     check_classes(inputs)
     images = inputs.test
@@ -55,10 +55,7 @@ def judge(inputs: Inputs, cfg: ValidateConfig) -> dict[str, Any]:
         np.arange(len(images)),
         inputs.accelerator,
         inputs.crop,
-        cfg.batch_size,
-        cfg.data.workers,
-        cfg.precision,
-        cfg.data.timeout,
+        inputs.pace,
     )
     n_bad = count_bad(out, images)
     top = topk_correct(out.x["logits"][out.ok], out.y[out.ok], (1, 5))

@@ -11,7 +11,6 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from gcssl.augment import View, ViewSpec, colour, crop_resize, normalize, resize_center_crop
+from gcssl.augment import View, ViewSpec, colour, crop_resize, normalize
 from gcssl.config import TrainConfig
 from gcssl.data import BadImage, Images
 from gcssl.errors import UserError
@@ -137,7 +136,27 @@ def run_sizes(train: TrainConfig, n_images: int, world: int) -> Sizes:
     return Sizes(train.batch_size, accumulate, world, global_batch, steps_per_epoch, total)
 
 
-class TrainSet(Dataset[dict[str, Any]]):
+class _Told(Dataset[dict[str, Any]]):
+    """A set over images whose workers tell what they read, so that the image which hangs or kills one is named."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+        self.reading: Any = None  # what each worker reads now, -1 for none: shared memory, set by _Loader
+
+    def load(self, index: int) -> Image.Image:
+        self._tell(index)
+        try:
+            return self.images.load(index)
+        finally:
+            self._tell(-1)
+
+    def _tell(self, index: int) -> None:
+        info = get_worker_info()
+        if self.reading is not None and info is not None:
+            self.reading[info.id] = index
+
+
+class TrainSet(_Told):
     """Items by (epoch, image, position). `make(image, label, key)` turns a decoded image into a dict of
     arrays.
 
@@ -147,8 +166,8 @@ class TrainSet(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, images: Images, make: Make, seed: int) -> None:
-        self.images, self.make, self.seed = images, make, seed
-        self.reading: Any = None  # what each worker reads now, -1 for none: shared memory, set by train_loader
+        super().__init__(images)
+        self.make, self.seed = make, seed
 
     def __len__(self) -> int:
         return len(self.images)
@@ -166,21 +185,13 @@ class TrainSet(Dataset[dict[str, Any]]):
         bad: list[tuple[int, str, str]] = []
         used = index
         for attempt in range(REPLACEMENTS):
-            self._tell(used)
             try:
-                return self.images.load(used), used, bad
+                return self.load(used), used, bad
             except BadImage as error:
                 bad.append((used, self.images.where(used), str(error)))
                 used = int(rng(index, REPLACE, attempt).integers(len(self.images)))
-            finally:
-                self._tell(-1)
         last = f"the last one {bad[-1][1]} ({bad[-1][2]})"
         raise UserError(f"data.path: {REPLACEMENTS} images in a row cannot be decoded, {last}")
-
-    def _tell(self, index: int) -> None:
-        info = get_worker_info()
-        if self.reading is not None and info is not None:
-            self.reading[info.id] = index
 
 
 @dataclass
@@ -247,7 +258,7 @@ class _Loader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         dataset = self.dataset
-        if isinstance(dataset, TrainSet) and self.num_workers:
+        if isinstance(dataset, _Told) and self.num_workers:
             dataset.reading = multiprocessing.get_context("fork" if _can_fork() else "spawn").Array(
                 "q", [-1] * self.num_workers, lock=False
             )
@@ -271,7 +282,7 @@ class _Loader(DataLoader[Any]):
     def _what_died(self, error: RuntimeError) -> str:
         reason = " ".join(str(error).split())
         dataset = self.dataset
-        if not isinstance(dataset, TrainSet) or dataset.reading is None:
+        if not isinstance(dataset, _Told) or dataset.reading is None:
             return reason
         files = [dataset.images.where(index) for index in dataset.reading if index >= 0]
         doing = f"workers were reading {', '.join(files)}" if files else "no worker was reading a file"
@@ -301,12 +312,10 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-@dataclass
-class _EvalSet(Dataset[dict[str, Any]]):
-    images: Images
-    indices: np.ndarray
-    size: tuple[int, int]
-    pixels: Pixels
+class _EvalSet(_Told):
+    def __init__(self, images: Images, indices: np.ndarray, size: tuple[int, int], pixels: Pixels) -> None:
+        super().__init__(images)
+        self.indices, self.size, self.pixels = indices, size, pixels
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -315,35 +324,26 @@ class _EvalSet(Dataset[dict[str, Any]]):
         index = int(self.indices[i])
         label = -1 if self.images.labels is None else int(self.images.labels[index])
         try:
-            pixels, ok = self.pixels(self.images.load(index), index), True
+            pixels, ok = self.pixels(self.load(index), index), True
         except BadImage:
             pixels, ok = np.zeros((3, *self.size), np.uint8), False
         return {"index": index, "image": pixels, "label": label, "ok": ok}
-
-
-def _centre(image: Image.Image, _index: int, **crop: Any) -> np.ndarray:
-    return resize_center_crop(image, **crop)
 
 
 def eval_loader(
     images: Images,
     indices: np.ndarray,
     size: tuple[int, int],
-    crop_pct: float,
-    interpolation: str,
+    pixels: Pixels,
     batch_size: int,
     workers: int,
     timeout: int = 300,
-    pixels: Pixels | None = None,
 ) -> DataLoader[Any]:
-    """Images at `indices`, in order, by the evaluation crop: {index B, image uint8 B 3 H W, label B, ok B}.
+    """Images at `indices`, in order: {index B, image uint8 B 3 H W, label B, ok B}.
 
-    pixels: makes the input (3, *size) from (image, index) in place of the centre crop. timeout: seconds that a
-    worker may take for one batch. An image that cannot be decoded comes as zeros with ok False; label is -1
-    where there is none.
+    pixels: makes the input (3, *size) from (image, index). timeout: seconds that a worker may take for one
+    batch. An image that cannot be decoded comes as zeros with ok False; label is -1 where there is none.
     """
-    if pixels is None:
-        pixels = partial(_centre, size=size, crop_pct=crop_pct, interpolation=interpolation)
     return _Loader(
         _EvalSet(images, np.asarray(indices, np.int64), size, pixels),
         batch_size=batch_size,

@@ -19,6 +19,7 @@ from PIL import Image
 from gcssl.augment import BYOL_1, BYOL_2, IMAGENET_MEAN, IMAGENET_STD, View, ViewSpec, draw_view
 from gcssl.data import Images
 from gcssl.errors import UserError
+from gcssl.eval.features import Crop
 from gcssl.loader import (
     BatchPlan,
     TrainSet,
@@ -242,7 +243,7 @@ def test_eval_loader_keeps_the_order_and_marks_what_cannot_be_decoded() -> None:
     images = make_images(12, broken=(5,))
     indices = np.array([9, 5, 2, 11, 0])
     for workers in (0, 2):
-        out = list(eval_loader(images, indices, (32, 64), 0.875, "bicubic", 2, workers))
+        out = list(eval_loader(images, indices, (32, 64), Crop((32, 64), 0.875), 2, workers))
         assert torch.cat([b["index"] for b in out]).tolist() == indices.tolist()
         assert torch.cat([b["ok"] for b in out]).tolist() == [True, False, True, True, True]
         assert torch.cat([b["label"] for b in out]).tolist() == [0, 2, 2, 2, 0]
@@ -262,8 +263,9 @@ def test_an_abandoned_loader_does_not_hold_up_the_exit(tmp_path: Path) -> None:
     code = (
         "import multiprocessing, sys, time, pathlib\n"
         "from gcssl.config import DataConfig; from gcssl.data import open_data; from gcssl.loader import eval_loader\n"
+        "from gcssl.eval.features import Crop\n"
         "images = open_data(DataConfig(path='shapes', shapes_n=200), (64, 64)).train\n"
-        "batches = iter(eval_loader(images, range(200), (64, 64), 1.0, 'bicubic', 4, 2))\n"
+        "batches = iter(eval_loader(images, range(200), (64, 64), Crop((64, 64)), 4, 2))\n"
         "next(batches)\n"
         "keep = [batches]; keep.append(keep)\n"
         "sys.modules['kept'] = keep\n"

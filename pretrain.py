@@ -35,7 +35,8 @@ from gcssl.log import RunLog, say
 from gcssl.meter import BadSamples, Meter
 from gcssl.models.build import Backbone, backbone_info, from_config, load_backbone
 from gcssl.optim import groups_table, make_optimizer, param_groups, rates_at, set_lr
-from gcssl.runtime import RunFolder, StopSignal, entry, make_accelerator, rng, seed_torch
+from gcssl.runfolder import RunFolder
+from gcssl.runtime import StopSignal, entry, make_accelerator, rng, seed_torch
 from gcssl.ssl.objectives import OBJECTIVES
 from gcssl.streams import DROP_PATH, INIT, MODEL
 

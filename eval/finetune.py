@@ -64,7 +64,8 @@ from gcssl.log import say
 from gcssl.models.build import FRESH, AskedModel, Backbone, backbone_info, from_config_on_meta, load_backbone
 from gcssl.optim import groups_table, param_groups
 from gcssl.pretrain import drop_noise, fit
-from gcssl.runtime import RunFolder, entry, make_accelerator, seed_torch
+from gcssl.runfolder import RunFolder
+from gcssl.runtime import entry, make_accelerator, seed_torch
 from gcssl.streams import INIT, MIXUP
 
 

@@ -3,6 +3,7 @@
 The run folder is in gcssl/runfolder.py; its names are reached from here.
 """
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -19,12 +20,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from gcssl.errors import NumericStop as NumericStop
-from gcssl.errors import Preempted as Preempted
-from gcssl.errors import UserError as UserError
-from gcssl.errors import is_main_process as is_main_process
-from gcssl.errors import outcome
-from gcssl.runfolder import RunFolder as RunFolder
+from gcssl.errors import UserError, is_main_process, outcome
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -178,8 +174,19 @@ def make_accelerator(train: "TrainConfig", runtime: "RuntimeConfig") -> "Acceler
             f"launcher: it started {world} processes, of which accelerate sees {accelerator.num_processes}; "
             "start them with torchrun, or with one of configs/accelerate/"
         )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     accelerator.wait_for_everyone()  # a process that ends at once must not leave others half connected
     return accelerator
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what torch frees: given back, every step faults the same pages in again (docs/LOG.md)."""
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28)):
+            libc.mallopt(option, value)  # type: ignore[union-attr]
 
 
 def _refuse_foreign_settings(train: "TrainConfig", accumulate: int) -> None:

@@ -14,7 +14,7 @@ import yaml
 
 from gcssl.config import DataConfig, PretrainConfig, TrainConfig, config_dict
 from gcssl.errors import NumericStop, Preempted, UserError
-from gcssl.runtime import RunFolder
+from gcssl.runfolder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -164,7 +164,7 @@ def status_absent(folder: Path) -> bool:
 
 HOLD = """
 import os, sys, time
-from gcssl.runtime import RunFolder
+from gcssl.runfolder import RunFolder
 with RunFolder(sys.argv[1], {}) as run:
     run.start()
     if os.fork() == 0:  # like a loader worker, which outlives a killed run for some seconds
@@ -208,7 +208,8 @@ import json, sys
 from pathlib import Path
 from gcssl.config import TrainConfig, RuntimeConfig
 from gcssl.errors import UserError
-from gcssl.runtime import RunFolder, make_accelerator
+from gcssl.runfolder import RunFolder
+from gcssl.runtime import make_accelerator
 accelerator = make_accelerator(TrainConfig(), RuntimeConfig(timeout=60))
 told = [accelerator.num_processes]
 with RunFolder(sys.argv[1], {"a": 1}, 8, accelerator) as run:

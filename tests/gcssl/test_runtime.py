@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,15 +13,12 @@ import pytest
 import torch
 
 from gcssl.config import RuntimeConfig, TrainConfig
+from gcssl.errors import NumericStop, Preempted, UserError, outcome
 from gcssl.runtime import (
-    NumericStop,
-    Preempted,
     StopSignal,
-    UserError,
     batch_layout,
     entry,
     make_accelerator,
-    outcome,
     rng,
     seed_torch,
 )
@@ -187,6 +185,32 @@ def test_a_launcher_that_sets_other_values_is_refused(
     with pytest.raises(UserError, match="accelerate config") as refused:
         make_accelerator(TrainConfig(), RuntimeConfig())
     assert told in str(refused.value)
+
+
+FAULTS = """
+import resource, sys
+import torch
+from gcssl.config import RuntimeConfig, TrainConfig
+from gcssl.runtime import make_accelerator
+
+def faults(n):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(n):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+first = faults(4)
+make_accelerator(TrainConfig(), RuntimeConfig())
+faults(4)
+print(first, faults(4))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or sys.platform != "linux", reason="is about the CPU and glibc")
+def test_memory_that_a_step_frees_is_there_for_the_next_one() -> None:
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert after < 100 < before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")

@@ -1,6 +1,6 @@
 """What a process needs around the training: exit codes, stop signals, seeds, the accelerator.
 
-The run folder is in gcssl/runfolder.py; its names are reached from here.
+The run folder is in gcssl/runfolder.py.
 """
 
 import ctypes

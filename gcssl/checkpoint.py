@@ -163,7 +163,11 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
                 tensors[f"{place}.{slot}"] = value
             else:
                 values.setdefault(str(place), {})[slot] = value
-    return tensors, {"values": values, "groups": content["param_groups"]}
+    groups = [
+        {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()}  # LAMB's step
+        for group in content["param_groups"]
+    ]
+    return tensors, {"values": values, "groups": groups}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:

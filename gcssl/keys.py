@@ -21,7 +21,7 @@ CHOICES = {
     "model.bias_resize": ("bicubic", "crop"),
     "augment.where": ("device", "worker"),
     "augment.interpolation": ("bilinear", "bicubic"),
-    "train.optimizer": ("adamw", "sgd"),
+    "train.optimizer": ("adamw", "sgd", "lars", "lamb"),
     "train.lr_rule": ("linear", "sqrt", "none"),
     "train.precision": ("fp32", "bf16", "fp16"),
     "eval.backend": ("auto", "faiss", "torch"),

@@ -6,6 +6,7 @@ from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.optim import Lamb, Lars
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -71,16 +72,22 @@ def groups_table(groups: list[dict[str, Any]]) -> str:
 
 
 def make_optimizer(groups: list[dict[str, Any]], cfg: "TrainConfig") -> torch.optim.Optimizer:
-    """AdamW (fused where it can be) or SGD with momentum 0.9.
+    """AdamW (fused where it can be), SGD with momentum 0.9, LARS (arXiv:1708.03888) or LAMB (arXiv:1904.00962).
 
-    Its lr is set by set_lr every step. Under fp16 it is not fused: a fused one skips its step by itself on infinite
-    gradients, and Accelerate would report a step that did not happen.
+    LARS has momentum 0.9 and trust 1e-3, and adapts only what is decayed. The lr is set by set_lr every step. Under
+    fp16 AdamW is not fused: a fused one skips its step by itself on infinite gradients, and Accelerate would report
+    a step that did not happen.
     """
     if cfg.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    betas = (cfg.betas[0], cfg.betas[1])
+    if cfg.optimizer == "lars":
+        return Lars(groups, lr=0.0, momentum=0.9, trust_coeff=1e-3)
+    if cfg.optimizer == "lamb":
+        return Lamb(groups, lr=0.0, betas=betas, max_grad_norm=None)  # train.clip_grad clips
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     fused = devices <= {"cpu", "cuda"} and cfg.precision != "fp16"
-    return torch.optim.AdamW(groups, lr=0.0, betas=(cfg.betas[0], cfg.betas[1]), fused=fused)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=fused)
 
 
 def scaled_lr(cfg: "TrainConfig", global_batch: int) -> float:

@@ -23,13 +23,15 @@ class BatchNorm(nn.Module):
     Statistics are taken in fp32 and in two passes (mean, then squares around it), so a large common offset
     costs no accuracy. `reducer` is asked at each call: None for one process, else the sum over processes
     (`gcssl.ssl.gather.reducer`; handed in because models know nothing of processes). torch's SyncBatchNorm
-    refuses CPU tensors.
+    refuses CPU tensors. `affine`: a scale and a shift a channel; scale=True without affine: a scale alone.
     """
 
-    def __init__(self, dim: int, reducer: Callable[[], Reduce | None], affine: bool = True) -> None:
+    def __init__(
+        self, dim: int, reducer: Callable[[], Reduce | None], affine: bool = True, scale: bool | None = None
+    ) -> None:
         super().__init__()
         self.reducer, self.eps = reducer, 1e-5
-        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.weight = nn.Parameter(torch.ones(dim)) if (affine if scale is None else scale) else None
         self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,7 +44,8 @@ class BatchNorm(nn.Module):
             centred = x - packed[:-1] / count
             var = reduce(centred.square().sum(0)) / count  # C, biased as torch's
             y = centred * torch.rsqrt(var + self.eps)
-            return y if self.weight is None or self.bias is None else torch.addcmul(self.bias, y, self.weight)
+            y = y if self.weight is None else y * self.weight
+            return y if self.bias is None else y + self.bias
 
 
 def mlp(dims: list[int], norm: Callable[[int, bool], nn.Module]) -> nn.Sequential:

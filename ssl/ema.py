@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Self
 
 import torch
 from torch import nn
@@ -29,3 +30,34 @@ def momentum_at(step: int, total: int, m0: float) -> float:
     """Cosine from m0 at step 0 to 1 at step `total` (BYOL, arXiv:2006.07733, section 3.1)."""
     done = min(max(step / max(total, 1), 0.0), 1.0)
     return 1.0 - (1.0 - m0) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+class MomentumObjective(nn.Module):
+    """An objective whose teacher follows its student: `follows` names (teacher, student) pairs of modules.
+
+    The teachers stay in eval mode (no drop path) and move once per optimizer step that really happened.
+    `start_momentum` rises to 1 along a cosine over `total_steps`.
+    """
+
+    follows: tuple[tuple[str, str], ...] = (("teacher", "encoder"), ("momentum_projector", "projector"))
+    start_momentum: float
+    total_steps: int
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the student's mode; the teachers stay in eval mode."""
+        super().train(mode)
+        for teacher, _ in self.follows:
+            getattr(self, teacher).eval()
+        return self
+
+    def momentum(self, step: int) -> float:
+        """The teacher's momentum after optimizer step `step` (counted from 0).
+
+        MoCo v3 moves the teacher at the start of step + 1, before encoding the keys: the same moment.
+        """
+        return momentum_at(step + 1, self.total_steps, self.start_momentum)
+
+    def after_step(self, step: int) -> None:
+        """Move the teachers after optimizer step `step`, the one that `forward` got."""
+        for teacher, student in self.follows:
+            ema_update(getattr(self, teacher), getattr(self, student), self.momentum(step))

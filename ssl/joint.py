@@ -17,12 +17,23 @@ from gcssl.augment import View, ViewSpec
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.gcvit import GCViT
+from gcssl.ssl.byol import BYOL, BYOLConfig
 from gcssl.ssl.gather import all_reduce_mean
-from gcssl.ssl.mocov3 import MoCoV3, MoCoV3Config, PairDraw
+from gcssl.ssl.moby import MoBY, MoBYConfig
+from gcssl.ssl.mocov3 import MoCoV3, MoCoV3Config
+from gcssl.ssl.simclr import SimCLR, SimCLRConfig
 from gcssl.ssl.simmim import MaskedDraw, SimMIM, SimMIMConfig
+from gcssl.ssl.vicreg import VICReg, VICRegConfig
+from gcssl.ssl.views import PairDraw
 
 MASKED: dict[str, tuple[type, type]] = {"simmim": (SimMIM, SimMIMConfig)}
-VIEW: dict[str, tuple[type, type]] = {"mocov3": (MoCoV3, MoCoV3Config)}
+VIEW: dict[str, tuple[type, type]] = {
+    "byol": (BYOL, BYOLConfig),
+    "moby": (MoBY, MoBYConfig),
+    "mocov3": (MoCoV3, MoCoV3Config),
+    "simclr": (SimCLR, SimCLRConfig),
+    "vicreg": (VICReg, VICRegConfig),
+}
 
 
 @dataclass
@@ -42,6 +53,10 @@ class JointConfig:
     out_dim: int | None = None
     temperature: float | None = None
     momentum: float | None = None
+    queue: int | None = None
+    invariance: float | None = None
+    variance: float | None = None
+    covariance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,10 +86,14 @@ def part_config(cfg: JointConfig, schema: type) -> Any:
 
 
 def check_config(cfg: JointConfig) -> None:
-    """UserError for an unknown part or weights that are not two numbers >= 0."""
+    """UserError for an unknown part, weights that are not two numbers >= 0, or a key of neither part."""
     for key, choices in (("masked", MASKED), ("view", VIEW)):
         if getattr(cfg, key) not in choices:
             raise UserError(f"objective.{key}={getattr(cfg, key)} is unknown; one of {sorted(choices)}")
+    known = {f.name for schema in (MASKED[cfg.masked][1], VIEW[cfg.view][1]) for f in dataclasses.fields(schema)}
+    for f in dataclasses.fields(JointConfig):
+        if f.default is None and getattr(cfg, f.name) is not None and f.name not in known:
+            raise UserError(f"objective.{f.name}: neither {cfg.masked} nor {cfg.view} has this key; leave it out")
     if len(cfg.weights) != 2 or min(cfg.weights) < 0 or max(cfg.weights) <= 0:
         raise UserError(f"objective.weights={list(cfg.weights)} must be two numbers >= 0: masked, view")
 
@@ -122,7 +141,9 @@ class Joint(nn.Module):
         lend(masked, "encoder")
         self.encoder: Any = lend(view, "encoder")
         self.encoder.requires_grad_(True)  # the masked part froze what it does not use; the view part does
-        self.teacher = lend(view, "teacher")
+        if hasattr(view, "teacher"):
+            self.teacher = lend(view, "teacher")
+            self.momentum = view.momentum
         self.masked: Any = masked
         self.view: Any = view  # after teacher, so that its train() has the last word and keeps that in eval mode
 
@@ -159,10 +180,6 @@ class Joint(nn.Module):
             flat = torch.cat([g.flatten() for g in grads if g is not None])
             norms[f"grad_norm/{name}"] = all_reduce_mean(flat).norm()
         return norms
-
-    def momentum(self, step: int) -> float:
-        """The momentum of the view objective's teacher after optimizer step `step` (counted from 0)."""
-        return self.view.momentum(step)
 
     def after_step(self, step: int) -> None:
         """Both parts' commits after optimizer step `step`, the one that `forward` got."""

@@ -6,20 +6,18 @@ loss is ctr(q1, k2) + ctr(q2, k1), where ctr is 2T times the cross-entropy of q'
 T (algorithm 1).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gcssl.augment import BYOL_1, BYOL_2, View, ViewSpec, draw_view, override
 from gcssl.config import AugmentConfig
-from gcssl.errors import UserError
-from gcssl.models.heads import BatchNorm, at_least_fp32, mlp
-from gcssl.ssl.ema import ema_update, momentum_at, momentum_copy
-from gcssl.ssl.gather import all_gather_no_grad, rank, reducer
+from gcssl.models.heads import at_least_fp32, mlp
+from gcssl.ssl.ema import MomentumObjective, momentum_copy
+from gcssl.ssl.gather import all_gather_no_grad, rank
+from gcssl.ssl.views import check_above_zero, check_at_least, check_share, norm, pair_draw, pooled, signs
 
 
 @dataclass
@@ -31,19 +29,6 @@ class MoCoV3Config:
     out_dim: int = 256
     temperature: float = 0.2
     momentum: float = 0.99  # of the teacher at the start; rises to 1 along a cosine
-
-
-@dataclass(frozen=True)
-class PairDraw:
-    """A sample's two crops: (rng, (H, W)) -> ([(spec, view), (spec, view)], [None, None])."""
-
-    specs: tuple[ViewSpec, ViewSpec]  # their size is that of the call
-
-    def __call__(
-        self, rng: np.random.Generator, img_size: tuple[int, int]
-    ) -> tuple[list[tuple[ViewSpec, View]], list[np.ndarray | None]]:
-        specs = [replace(spec, size=img_size) for spec in self.specs]
-        return [(spec, draw_view(rng, spec)) for spec in specs], [None, None]
 
 
 def info_nce(q: Tensor, keys: Tensor, first: int, temperature: float) -> tuple[Tensor, Tensor]:
@@ -59,44 +44,8 @@ def info_nce(q: Tensor, keys: Tensor, first: int, temperature: float) -> tuple[T
         return loss, (logits.detach().argmax(1) == target).float().mean()
 
 
-@torch.no_grad()
-def feature_std(z: Tensor) -> Tensor:
-    """Collapse monitor of N d: mean over dimensions of the std of l2-normalised rows, times sqrt(d).
-
-    About 1 when the directions fill the sphere, 0 when all samples have the same one. Of use before a
-    batch norm only: that one hides a collapse by stretching whatever is left to unit variance.
-    """
-    z = F.normalize(at_least_fp32(z), dim=1)
-    return z.std(0, correction=0).mean() * z.shape[1] ** 0.5
-
-
-@torch.no_grad()
-def feature_rank(z: Tensor) -> Tensor:
-    """Directions that N d varies in: (sum of eigenvalues)^2 / sum of their squares, of its covariance."""
-    with torch.autocast(z.device.type, enabled=False):
-        z = at_least_fp32(z)
-        z = z - z.mean(0)
-        cov = z.T @ z  # d d
-        return cov.trace().square() / cov.square().sum().clamp(min=1e-30)
-
-
-def check_config(cfg: MoCoV3Config) -> None:
-    """UserError for a value out of range."""
-    for key in ("hidden_dim", "projector_layers", "out_dim"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"objective.{key}={getattr(cfg, key)} must be at least 1")
-    if cfg.predictor_layers < 0:
-        raise UserError(f"objective.predictor_layers={cfg.predictor_layers} must be at least 0; 2 is MoCo v3's")
-    if not cfg.temperature > 0:
-        raise UserError(f"objective.temperature={cfg.temperature} must be above 0; 0.2 is MoCo v3's")
-    if not 0 <= cfg.momentum <= 1:
-        raise UserError(f"objective.momentum={cfg.momentum} must lie in 0..1; 0.99 is MoCo v3's")
-
-
-class MoCoV3(nn.Module):
-    """Student: encoder, projector, predictor. Teacher: momentum copies of encoder and projector, always in
-    eval mode.
-    """
+class MoCoV3(MomentumObjective):
+    """Student: encoder, projector, predictor. Teacher: momentum copies of encoder and projector."""
 
     default_encoder = "student"
     couples_batch = True
@@ -107,29 +56,23 @@ class MoCoV3(nn.Module):
         cfg: MoCoV3Config,
         encoder: nn.Module,
         augment: AugmentConfig,
-        img_size: tuple[int, int],
+        img_size: tuple[int, int],  # noqa: ARG002
         total_steps: int,
         steps_per_epoch: int,  # noqa: ARG002
     ) -> None:
         super().__init__()
-        check_config(cfg)
-        self.cfg, self.total_steps = cfg, total_steps
+        check_at_least(cfg, hidden_dim=1, projector_layers=1, predictor_layers=0, out_dim=1)
+        check_above_zero(cfg, "temperature")
+        check_share(cfg, "momentum")
+        self.cfg, self.total_steps, self.start_momentum = cfg, total_steps, cfg.momentum
         dim: int = encoder.num_features  # type: ignore[assignment]
         self.encoder = encoder
-        self.projector = mlp([dim, *[cfg.hidden_dim] * (cfg.projector_layers - 1), cfg.out_dim], _norm)
+        self.projector = mlp([dim, *[cfg.hidden_dim] * (cfg.projector_layers - 1), cfg.out_dim], norm)
         between = [cfg.hidden_dim] * (cfg.predictor_layers - 1)
-        self.predictor = mlp([cfg.out_dim, *between, cfg.out_dim], _norm) if cfg.predictor_layers else nn.Identity()
+        self.predictor = mlp([cfg.out_dim, *between, cfg.out_dim], norm) if cfg.predictor_layers else nn.Identity()
         self.teacher = momentum_copy(encoder)
         self.momentum_projector = momentum_copy(self.projector)
-        specs = [override(replace(s, size=img_size), augment, i, 2) for i, s in enumerate((BYOL_1, BYOL_2))]
-        self.draw = PairDraw((specs[0], specs[1]))
-
-    def train(self, mode: bool = True) -> "MoCoV3":
-        """Set the student's mode; the teacher stays in eval mode (drop path 0)."""
-        super().train(mode)
-        self.teacher.eval()
-        self.momentum_projector.eval()
-        return self
+        self.draw = pair_draw(augment)
 
     def loss(self, features: list[Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:
         """Loss from the student's pooled features B C of the two views; the teacher sees both views whole."""
@@ -144,27 +87,8 @@ class MoCoV3(nn.Module):
         return {
             "loss": loss_1 + loss_2,
             "accuracy": (right_1 + right_2) / 2,
-            "feature_std": (feature_std(seen[0]) + feature_std(seen[1])) / 2,  # of the teacher, over all processes
-            "feature_rank": (feature_rank(keys[0]) + feature_rank(keys[1])) / 2,
+            **signs(seen, keys),  # of the teacher, over all processes
         }
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
-        noise = batch.get("noise") or [None, None]
-        return self.loss([self.encoder(x, n) for x, n in zip(batch["views"][:2], noise, strict=False)], batch)
-
-    def momentum(self, step: int) -> float:
-        """The teacher's momentum after optimizer step `step` (counted from 0).
-
-        MoCo v3 moves the teacher at the start of step + 1, before encoding the keys: the same moment.
-        """
-        return momentum_at(step + 1, self.total_steps, self.cfg.momentum)
-
-    def after_step(self, step: int) -> None:
-        """Move the teacher after optimizer step `step`, the one that `forward` got."""
-        m = self.momentum(step)
-        ema_update(self.teacher, self.encoder, m)
-        ema_update(self.momentum_projector, self.projector, m)
-
-
-def _norm(dim: int, affine: bool) -> nn.Module:
-    return BatchNorm(dim, reducer, affine)
+        return self.loss(pooled(self.encoder, batch), batch)

@@ -1,11 +1,19 @@
 """The objectives by name: objective.name -> (class, config dataclass)."""
 
+from gcssl.ssl.byol import BYOL, BYOLConfig
 from gcssl.ssl.joint import Joint, JointConfig
+from gcssl.ssl.moby import MoBY, MoBYConfig
 from gcssl.ssl.mocov3 import MoCoV3, MoCoV3Config
+from gcssl.ssl.simclr import SimCLR, SimCLRConfig
 from gcssl.ssl.simmim import SimMIM, SimMIMConfig
+from gcssl.ssl.vicreg import VICReg, VICRegConfig
 
 OBJECTIVES: dict[str, tuple[type, type]] = {
     "simmim": (SimMIM, SimMIMConfig),
+    "simclr": (SimCLR, SimCLRConfig),
     "mocov3": (MoCoV3, MoCoV3Config),
+    "moby": (MoBY, MoBYConfig),
+    "byol": (BYOL, BYOLConfig),
+    "vicreg": (VICReg, VICRegConfig),
     "joint": (Joint, JointConfig),
 }

@@ -32,6 +32,7 @@ from gcssl.checkpoint import (
 )
 from gcssl.config import TrainConfig
 from gcssl.errors import UserError
+from gcssl.keys import CHOICES
 from gcssl.optim import make_optimizer, param_groups, set_lr
 
 PLAIN_WRITES = (os.fsync, os.rename, os.mkdir)  # the stages between which a kill is tried
@@ -303,7 +304,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_good_one(tmp_path: Path) ->
     assert_is(tmp_path, 1)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", CHOICES["train.optimizer"])
 def test_the_optimizer_goes_on_bit_for_bit(tmp_path: Path, name: str) -> None:
     def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)

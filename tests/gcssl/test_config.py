@@ -119,7 +119,7 @@ def test_text_is_taken_as_written() -> None:
             "eval.backend=fais",
             "eval.backend: given fais, expected one of auto, faiss, torch; did you mean faiss?",
         ),
-        ("train.optimizer=lion", "train.optimizer: given lion, expected one of adamw, sgd"),
+        ("train.optimizer=lion", "train.optimizer: given lion, expected one of adamw, sgd, lars, lamb"),
         ("encoder=both", "encoder: given both, expected one of student, teacher"),
         ("log.trackers=[wandb]", 'log.trackers: given ["wandb"], expected one of tensorboard'),
         ("log.trackers=tensorboard", "log.trackers: given tensorboard, expected a list: log.trackers=[tensorboard]"),

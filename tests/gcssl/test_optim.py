@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from gcssl.config import TrainConfig
+from gcssl.keys import CHOICES
 from gcssl.optim import cosine, groups_table, lr_at, make_optimizer, param_groups, scaled_lr, set_lr
 
 
@@ -113,7 +114,7 @@ def test_lr_rules_with_an_explicit_base() -> None:
     assert scaled_lr(TrainConfig(blr=1e-3, lr_rule="linear", lr_base=4096), 1024) == pytest.approx(2.5e-4)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", CHOICES["train.optimizer"])
 def test_set_lr_and_one_step(name: str) -> None:
     net = Net()
     groups = param_groups(net.named_parameters(), 0.05, (), LAYERS, 0.5)
@@ -149,6 +150,25 @@ def test_adamw_equals_torch() -> None:
             one.step()
     torch.testing.assert_close(ours.weight, theirs.weight)
     torch.testing.assert_close(ours.bias, theirs.bias)
+
+
+def test_lars_adapts_what_is_decayed_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2)
+    optimizer = make_optimizer(param_groups(net.named_parameters(), 0.1), TrainConfig(optimizer="lars"))
+    set_lr(optimizer, 0.5)
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    net(torch.ones(4, 3)).square().sum().backward()
+    w, g = before["weight"], net.weight.grad
+    optimizer.step()
+    trust = 1e-3 * w.norm() / (g.norm() + 0.1 * w.norm())  # arXiv:1708.03888, equation 6
+    torch.testing.assert_close(net.weight, w - 0.5 * trust * (g + 0.1 * w))
+    torch.testing.assert_close(net.bias, before["bias"] - 0.5 * net.bias.grad)
+
+
+def test_lamb_leaves_clipping_to_the_run() -> None:
+    groups = param_groups(Net().named_parameters(), 0.1)
+    assert make_optimizer(groups, TrainConfig(optimizer="lamb")).defaults["max_grad_norm"] is None
 
 
 def test_no_fused_optimizer_behind_a_loss_scaler() -> None:

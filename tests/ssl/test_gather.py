@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gcssl.ssl import gather
+from gcssl.ssl.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("two_processes.py")
@@ -37,11 +38,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("case", ["simmim", "mocov3", "joint", "joint-share", "collectives"])
+@pytest.mark.parametrize("case", [*OBJECTIVES, "joint-share", "joint-simclr", "collectives"])
 def test_two_processes_equal_one_on_the_joined_batch(results: dict[str, Any], case: str) -> None:
     many, one = results["many"][case], results["one"][case]
     assert results["world"] == 2
-    for kind in ("logged", "norms", "grads"):
+    for kind in ("logged", "norms", "grads", "buffers"):
         assert many[kind].keys() == one[kind].keys()
         for name, value in one[kind].items():
             tight = {"atol": 1e-9, "rtol": 1e-7} if value.dtype == torch.float64 else {"atol": 1e-4, "rtol": 1e-4}

@@ -23,9 +23,14 @@ N = 8  # images of the joined batch
 HEADS = {"hidden_dim": 32, "out_dim": 16}
 CASES: dict[str, dict[str, Any]] = {
     "simmim": {"name": "simmim"},
+    "simclr": {"name": "simclr", **HEADS},
     "mocov3": {"name": "mocov3", **HEADS},
+    "moby": {"name": "moby", "queue": 6, **HEADS},
+    "byol": {"name": "byol", **HEADS},
+    "vicreg": {"name": "vicreg", **HEADS},
     "joint": {"name": "joint", "weights": [2.0, 1.0], **HEADS},
     "joint-share": {"name": "joint", "share": True, **HEADS},
+    "joint-simclr": {"name": "joint", "view": "simclr", **HEADS},
 }
 
 
@@ -62,7 +67,8 @@ def run(cfg: dict[str, Any], share: slice) -> dict[str, Any]:
     out["loss"].backward()
     logged = {k: gather.all_reduce_mean(v) for k, v in out.items() if isinstance(v, Tensor)}
     grads = {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
-    return {"logged": logged, "norms": norms, "grads": grads}
+    objective.after_step(0)
+    return {"logged": logged, "norms": norms, "grads": grads, "buffers": dict(objective.named_buffers())}
 
 
 def run_collectives(share: slice) -> dict[str, Any]:
@@ -84,7 +90,7 @@ def run_collectives(share: slice) -> dict[str, Any]:
     # A process's input gradient is that of the sum over processes; their mean is what DDP gives to weights.
     grads = {k: gather.all_gather_no_grad(v.grad) / gather.world_size() for k, v in (("x", x), ("z", z))}
     grads |= {n: gather.all_reduce_mean(p.grad) for n, p in head.named_parameters() if p.grad is not None}
-    return {"logged": {"loss": gather.all_reduce_mean(loss), **rows}, "norms": {}, "grads": grads}
+    return {"logged": {"loss": gather.all_reduce_mean(loss), **rows}, "norms": {}, "grads": grads, "buffers": {}}
 
 
 def run_all(share: slice) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""SimCLR (arXiv:2002.05709): two views of each image; each must find the other among all views of the global
+batch.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gcssl.augment import SIMCLR
+from gcssl.config import AugmentConfig
+from gcssl.models.heads import BatchNorm, at_least_fp32, mlp
+from gcssl.ssl.gather import all_gather_no_grad, all_gather_with_grad, rank, reducer
+from gcssl.ssl.views import check_above_zero, check_at_least, pair_draw, pooled, signs
+
+
+@dataclass
+class SimCLRConfig:
+    name: str = "simclr"
+    hidden_dim: int = 2048
+    projector_layers: int = 3  # of SimCLR v2 (arXiv:2006.10029) and the published code; version 1: 2
+    out_dim: int = 128
+    temperature: float = 0.1
+
+
+def nt_xent(z: tuple[Tensor, Tensor], joined: tuple[Tensor, Tensor], first: int, t: float) -> tuple[Tensor, Tensor]:
+    """NT-Xent (equation 1), and the share of views nearest to their partner.
+
+    z: this process's two views, n d each; joined: those of all processes, N d each, in sample order, where
+    view i of z is joined[first + i]. Each of the 2n anchors tells its partner from the 2N - 1 views that are
+    not itself. As in the published code the loss is the anchors' mean of view 1 plus that of view 2: 2 ln(2N - 1)
+    when all embeddings are one. Computed in fp32.
+    """
+    with torch.autocast(z[0].device.type, enabled=False):
+        anchors, views = (F.normalize(at_least_fp32(torch.cat(pair)), dim=1) for pair in (z, joined))
+        n, total = len(z[0]), len(joined[0])
+        own = torch.arange(first, first + n, device=anchors.device)
+        itself, partner = torch.cat([own, own + total]), torch.cat([own + total, own])
+        logits = (anchors @ views.T / t).scatter(1, itself[:, None], float("-inf"))  # 2n 2N
+        loss = 2.0 * F.cross_entropy(logits, partner)
+        return loss, (logits.detach().argmax(1) == partner).float().mean()
+
+
+class SimCLR(nn.Module):
+    """Encoder and projector; no teacher."""
+
+    default_encoder = "student"
+    couples_batch = True
+    n_views = 2
+
+    def __init__(
+        self,
+        cfg: SimCLRConfig,
+        encoder: nn.Module,
+        augment: AugmentConfig,
+        img_size: tuple[int, int],  # noqa: ARG002
+        total_steps: int,  # noqa: ARG002
+        steps_per_epoch: int,  # noqa: ARG002
+    ) -> None:
+        super().__init__()
+        check_at_least(cfg, hidden_dim=1, projector_layers=1, out_dim=1)
+        check_above_zero(cfg, "temperature")
+        self.cfg = cfg
+        dim: int = encoder.num_features  # type: ignore[assignment]
+        self.encoder = encoder
+        self.projector = mlp([dim, *[cfg.hidden_dim] * (cfg.projector_layers - 1), cfg.out_dim], _norm)
+        self.draw = pair_draw(augment, SIMCLR, SIMCLR)
+
+    def loss(self, features: list[Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:  # noqa: ARG002
+        """Loss from the pooled features B C of the two views."""
+        z = self.projector(features[0]), self.projector(features[1])  # B d
+        joined = all_gather_with_grad(z[0]), all_gather_with_grad(z[1])  # N d
+        loss, accuracy = nt_xent(z, joined, rank() * len(z[0]), self.cfg.temperature)
+        seen = [all_gather_no_grad(h) for h in features]  # N C
+        return {"loss": loss, "accuracy": accuracy, **signs(seen, joined)}
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+        return self.loss(pooled(self.encoder, batch), batch)
+
+    def after_step(self, step: int) -> None:
+        """Nothing to commit."""
+
+
+def _norm(dim: int, affine: bool) -> nn.Module:
+    """The published head's last batch norm has a scale and no shift."""
+    return BatchNorm(dim, reducer, affine, scale=True)

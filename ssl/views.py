@@ -1,0 +1,99 @@
+"""What the view objectives share: the pair of crops and their features, the heads' norm, the signs of a collapse."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gcssl.augment import BYOL_1, BYOL_2, View, ViewSpec, draw_view, override
+from gcssl.config import AugmentConfig
+from gcssl.errors import UserError
+from gcssl.models.heads import BatchNorm, at_least_fp32
+from gcssl.ssl.gather import reducer
+
+
+@dataclass(frozen=True)
+class PairDraw:
+    """A sample's two crops: (rng, (H, W)) -> ([(spec, view), (spec, view)], [None, None])."""
+
+    specs: tuple[ViewSpec, ViewSpec]  # their size is that of the call
+
+    def __call__(
+        self, rng: np.random.Generator, img_size: tuple[int, int]
+    ) -> tuple[list[tuple[ViewSpec, View]], list[np.ndarray | None]]:
+        specs = [replace(spec, size=img_size) for spec in self.specs]
+        return [(spec, draw_view(rng, spec)) for spec in specs], [None, None]
+
+
+def pair_draw(augment: AugmentConfig, first: ViewSpec = BYOL_1, second: ViewSpec = BYOL_2) -> PairDraw:
+    """The two crops `first` and `second` (BYOL's, arXiv:2006.07733, table 6) with what `augment` sets."""
+    return PairDraw((override(first, augment, 0, 2), override(second, augment, 1, 2)))
+
+
+def pooled(encoder: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
+    """The student's pooled features B C of the first two views, each with its own drop path noise."""
+    noise = batch.get("noise") or [None, None]
+    return [encoder(x, n) for x, n in zip(batch["views"][:2], noise[:2], strict=True)]
+
+
+def norm(dim: int, affine: bool) -> nn.Module:
+    """A head's batch norm, over the samples of all processes."""
+    return BatchNorm(dim, reducer, affine)
+
+
+def check_at_least(cfg: Any, **least: float) -> None:
+    """UserError for a value of the objective's config below its least one."""
+    for key, low in least.items():
+        if getattr(cfg, key) < low:
+            raise UserError(f"objective.{key}={getattr(cfg, key)} must be at least {low}")
+
+
+def check_above_zero(cfg: Any, *keys: str) -> None:
+    for key in keys:
+        if not getattr(cfg, key) > 0:
+            raise UserError(f"objective.{key}={getattr(cfg, key)} must be above 0")
+
+
+def check_share(cfg: Any, *keys: str) -> None:
+    for key in keys:
+        if not 0 <= getattr(cfg, key) <= 1:
+            raise UserError(f"objective.{key}={getattr(cfg, key)} must lie in 0..1")
+
+
+# ---- signs of a collapse
+
+
+@torch.no_grad()
+def feature_std(z: Tensor) -> Tensor:
+    """Collapse monitor of N d: mean over dimensions of the std of l2-normalised rows, times sqrt(d).
+
+    About 1 when the directions fill the sphere, 0 when all samples have the same one. Of use before a
+    batch norm only: that one hides a collapse by stretching whatever is left to unit variance.
+    """
+    z = F.normalize(at_least_fp32(z), dim=1)
+    return z.std(0, correction=0).mean() * z.shape[1] ** 0.5
+
+
+@torch.no_grad()
+def feature_rank(z: Tensor) -> Tensor:
+    """Directions that N d varies in: (sum of eigenvalues)^2 / sum of their squares, of its covariance."""
+    with torch.autocast(z.device.type, enabled=False):
+        z = at_least_fp32(z)
+        z = z - z.mean(0)
+        cov = z.T @ z  # d d
+        return cov.trace().square() / cov.square().sum().clamp(min=1e-30)
+
+
+def signs(features: Sequence[Tensor], embeddings: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Both monitors, a mean over views: the spread of features (N C), the rank of embeddings (N d).
+
+    Of all processes: gather first.
+    """
+    return {
+        "feature_std": torch.stack([feature_std(h) for h in features]).mean(),
+        "feature_rank": torch.stack([feature_rank(z) for z in embeddings]).mean(),
+    }

@@ -155,6 +155,8 @@ def fit(
                 meter.add(out)
                 if not accelerator.sync_gradients:
                     continue
+                if hasattr(objective, "freeze"):
+                    objective.freeze(step)
                 norm = accelerator.clip_grad_norm_(objective.parameters(), train.clip_grad or float("inf"))
                 values = meter.agree(norm, stop.requested)  # the step's one all-reduce and host read
                 if not values.pop("finite"):

@@ -3,6 +3,7 @@ those.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -61,3 +62,41 @@ def mlp(dims: list[int], norm: Callable[[int, bool], nn.Module]) -> nn.Sequentia
         layers += [nn.Linear(a, b, bias=False), norm(b, not last)]
         layers += [] if last else [nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
+
+
+class Prototypes(nn.Module):
+    """n d of unit rows -> n K: products with K prototypes, rows of unit length times a gain (weight
+    normalisation).
+
+    The gain is 1 and stays so unless `learn_gain`, as in DINO's norm_last_layer.
+    """
+
+    def __init__(self, dim: int, count: int, learn_gain: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, dim))
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # torch's own for a Linear
+        self.gain = nn.Parameter(torch.ones(count, 1), requires_grad=learn_gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.gain * F.normalize(self.weight, dim=1))
+
+
+class DINOHead(nn.Module):
+    """DINO's head (arXiv:2104.14294, appendix C): three Linears with GELU between them, l2 norm, prototypes.
+
+    ... dim -> ... count. count 0: no prototypes, the unit vectors ... bottleneck themselves (SimDINO).
+    """
+
+    def __init__(self, dim: int, hidden: int, bottleneck: int, count: int, learn_gain: bool = False) -> None:
+        super().__init__()
+        dims = [dim, hidden, hidden, bottleneck]
+        layers = [m for a, b in pairwise(dims) for m in (nn.Linear(a, b), nn.GELU())][:-1]
+        self.mlp = nn.Sequential(*layers)
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        self.last = Prototypes(bottleneck, count, learn_gain) if count else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.normalize(at_least_fp32(self.mlp(x)), dim=-1, eps=1e-6))

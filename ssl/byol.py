@@ -13,7 +13,7 @@ from gcssl.config import AugmentConfig
 from gcssl.models.heads import at_least_fp32, mlp
 from gcssl.ssl.ema import MomentumObjective, momentum_copy
 from gcssl.ssl.gather import all_gather_no_grad
-from gcssl.ssl.views import check_at_least, check_share, norm, pair_draw, pooled, signs
+from gcssl.ssl.views import check_at_least, check_share, norm, pair_draw, run_views, signs
 
 
 @dataclass
@@ -59,14 +59,14 @@ class BYOL(MomentumObjective):
         self.momentum_projector = momentum_copy(self.projector)
         self.draw = pair_draw(augment)
 
-    def loss(self, features: list[Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:
+    def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         """Loss from the student's pooled features B C of the two views; the teacher sees both views whole."""
         with torch.no_grad():
-            seen = [self.teacher(x) for x in batch["views"][:2]]  # B C
+            seen = run_views(self.teacher, batch, range(2))  # B C
             targets = [self.momentum_projector(h) for h in seen]  # B d
         predictions = [self.predictor(self.projector(h)) for h in features]  # B d
         loss = regression_loss(predictions[0], targets[1]) + regression_loss(predictions[1], targets[0])
         return {"loss": loss, **signs(*([all_gather_no_grad(x) for x in part] for part in (seen, targets)))}
 
-    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
-        return self.loss(pooled(self.encoder, batch), batch)
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        return self.loss(run_views(self.encoder, batch, range(2)), batch, step)

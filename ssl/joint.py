@@ -6,7 +6,7 @@ the student instead of three. The pooled feature of view 1 is then the mean of t
 """
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
 import numpy as np
@@ -18,45 +18,49 @@ from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.gcvit import GCViT
 from gcssl.ssl.byol import BYOL, BYOLConfig
+from gcssl.ssl.dino import DINO, DINOConfig
+from gcssl.ssl.esvit import EsViT, EsViTConfig
 from gcssl.ssl.gather import all_reduce_mean
 from gcssl.ssl.moby import MoBY, MoBYConfig
 from gcssl.ssl.mocov3 import MoCoV3, MoCoV3Config
 from gcssl.ssl.simclr import SimCLR, SimCLRConfig
+from gcssl.ssl.simdino import SimDINO, SimDINOConfig
 from gcssl.ssl.simmim import MaskedDraw, SimMIM, SimMIMConfig
 from gcssl.ssl.vicreg import VICReg, VICRegConfig
-from gcssl.ssl.views import PairDraw
+from gcssl.ssl.views import CropDraw, run_views
 
 MASKED: dict[str, tuple[type, type]] = {"simmim": (SimMIM, SimMIMConfig)}
 VIEW: dict[str, tuple[type, type]] = {
     "byol": (BYOL, BYOLConfig),
+    "dino": (DINO, DINOConfig),
+    "esvit": (EsViT, EsViTConfig),
     "moby": (MoBY, MoBYConfig),
     "mocov3": (MoCoV3, MoCoV3Config),
     "simclr": (SimCLR, SimCLRConfig),
+    "simdino": (SimDINO, SimDINOConfig),
     "vicreg": (VICReg, VICRegConfig),
 }
 
 
+def part_keys() -> list[tuple[str, Any, Any]]:
+    """Every key of every part, for make_dataclass: None keeps the part's default."""
+    keys: dict[str, tuple[str, Any, Any]] = {}
+    for _, schema in (MASKED | VIEW).values():
+        for f in dataclasses.fields(schema):
+            if f.name != "name":
+                keys[f.name] = (f.name, f.type | None, field(default=None, metadata=f.metadata))  # type: ignore[operator]
+    return list(keys.values())
+
+
 @dataclass
-class JointConfig:
-    """The parts' own keys stand here too; None keeps the part's default."""
+class JointConfig(make_dataclass("PartKeys", part_keys())):  # type: ignore[misc]
+    """The parts' own keys stand here too."""
 
     name: str = "joint"
     masked: str = "simmim"
     view: str = "mocov3"
     weights: list[float] = field(default_factory=lambda: [1.0, 1.0])  # of masked, of view
     share: bool = False
-    mask_ratio: float | None = None
-    mask_unit: int | None = None
-    hidden_dim: int | None = None
-    projector_layers: int | None = None
-    predictor_layers: int | None = None
-    out_dim: int | None = None
-    temperature: float | None = None
-    momentum: float | None = None
-    queue: int | None = None
-    invariance: float | None = None
-    variance: float | None = None
-    covariance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class JointDraw:
     its own.
     """
 
-    view: PairDraw
+    view: CropDraw
     masked: MaskedDraw
     share: bool
 
@@ -130,6 +134,8 @@ class Joint(nn.Module):
         # Of the overrides, the masked crop takes those that speak of the images, not of the view pair.
         plain = AugmentConfig(ratio=augment.ratio, flip_p=augment.flip_p, interpolation=augment.interpolation)
         rest = (img_size, total_steps, steps_per_epoch)
+        if cfg.share and cfg.view == "esvit":
+            raise UserError("objective.share=true: esvit needs the whole maps of its crops; set objective.share=false")
         if cfg.share and not isinstance(encoder, GCViT):
             raise UserError(f"objective.share=true: needs GC ViT, whose pooling is the mean; given {encoder.name}")
         view_class, view_schema = VIEW[cfg.view]
@@ -144,6 +150,8 @@ class Joint(nn.Module):
         if hasattr(view, "teacher"):
             self.teacher = lend(view, "teacher")
             self.momentum = view.momentum
+        if hasattr(view, "freeze"):
+            self.freeze = view.freeze
         self.masked: Any = masked
         self.view: Any = view  # after teacher, so that its train() has the last word and keeps that in eval mode
 
@@ -156,9 +164,8 @@ class Joint(nn.Module):
         own = self.masked_batch(batch)
         if self.share:
             fmap = self.masked.features(own)  # B C h w
-            noise = batch["noise"][1] if batch.get("noise") else None
-            pooled = [fmap.mean((2, 3)), self.encoder(batch["views"][1], noise)]  # B C
-            outs = self.masked.loss(fmap, own), self.view.loss(pooled, batch)
+            pooled = [fmap.mean((2, 3)), *run_views(self.encoder, batch, range(1, self.view.n_views))]  # B C
+            outs = self.masked.loss(fmap, own), self.view.loss(pooled, batch, step)
         else:
             outs = self.masked(own, step), self.view(batch, step)
         parts = {name: w * out["loss"] for name, w, out in zip(self.names, self.weights, outs, strict=True)}

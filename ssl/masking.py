@@ -57,6 +57,24 @@ def draw_mask(rng: np.random.Generator, grid: tuple[int, int], ratio: float) -> 
     return mask.reshape(grid)
 
 
+def draw_blocks(rng: np.random.Generator, grid: tuple[int, int], count: int) -> np.ndarray:
+    """Boolean mask h w with exactly `count` units hidden in rectangles (BEiT, arXiv:2106.08254, algorithm 1).
+
+    Rectangles have aspect ratios of 0.3 to 1/0.3 and may overlap; one that would hide too many is trimmed.
+    """
+    mask = np.zeros(grid, dtype=bool)
+    while (left := count - int(mask.sum())) > 0:
+        area, ratio = rng.uniform(1, max(left, 1)), math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+        h = min(max(round(math.sqrt(area * ratio)), 1), grid[0])
+        w = min(max(round(math.sqrt(area / ratio)), 1), grid[1])
+        top, first = rng.integers(grid[0] - h + 1), rng.integers(grid[1] - w + 1)
+        block = np.zeros(grid, dtype=bool)
+        block[top : top + h, first : first + w] = True
+        fresh = np.flatnonzero(block & ~mask)
+        mask.reshape(-1)[fresh[:left]] = True
+    return mask
+
+
 def upsample_mask(mask: Tensor, height: int, width: int) -> Tensor:
     """B h w -> B height width by repetition. ValueError when h w do not divide height width."""
     h, w = mask.shape[-2:]

@@ -11,7 +11,7 @@ from gcssl.config import AugmentConfig
 from gcssl.models.heads import at_least_fp32, mlp
 from gcssl.ssl.ema import MomentumObjective, momentum_copy
 from gcssl.ssl.gather import all_gather_no_grad
-from gcssl.ssl.views import check_above_zero, check_at_least, check_share, norm, pair_draw, pooled, signs
+from gcssl.ssl.views import check_above_zero, check_at_least, check_share, norm, pair_draw, run_views, signs
 
 
 @dataclass
@@ -71,10 +71,10 @@ class MoBY(MomentumObjective):
         self.register_buffer("queue", F.normalize(torch.randn(2, cfg.queue, cfg.out_dim), dim=-1))  # newest first
         self.draw = pair_draw(augment)
 
-    def loss(self, features: list[Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:
+    def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         """Loss from the student's pooled features B C of the two views; the teacher sees both views whole."""
         with torch.no_grad():
-            seen = [self.teacher(x) for x in batch["views"][:2]]  # B C
+            seen = run_views(self.teacher, batch, range(2))  # B C
             keys = [self.momentum_projector(h) for h in seen]  # B d
             seen, joined = ([all_gather_no_grad(x) for x in part] for part in (seen, keys))  # N C, N d
         self._keys = F.normalize(torch.stack([at_least_fp32(k) for k in joined]), dim=-1)
@@ -86,8 +86,8 @@ class MoBY(MomentumObjective):
             **signs(seen, joined),
         }
 
-    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
-        return self.loss(pooled(self.encoder, batch), batch)
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        return self.loss(run_views(self.encoder, batch, range(2)), batch, step)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

@@ -17,7 +17,7 @@ from gcssl.config import AugmentConfig
 from gcssl.models.heads import at_least_fp32, mlp
 from gcssl.ssl.ema import MomentumObjective, momentum_copy
 from gcssl.ssl.gather import all_gather_no_grad, rank
-from gcssl.ssl.views import check_above_zero, check_at_least, check_share, norm, pair_draw, pooled, signs
+from gcssl.ssl.views import check_above_zero, check_at_least, check_share, norm, pair_draw, run_views, signs
 
 
 @dataclass
@@ -74,10 +74,10 @@ class MoCoV3(MomentumObjective):
         self.momentum_projector = momentum_copy(self.projector)
         self.draw = pair_draw(augment)
 
-    def loss(self, features: list[Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:
+    def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         """Loss from the student's pooled features B C of the two views; the teacher sees both views whole."""
         with torch.no_grad():
-            taught = [self.teacher(x) for x in batch["views"][:2]]  # B C
+            taught = run_views(self.teacher, batch, range(2))  # B C
             taught = [all_gather_no_grad(torch.cat([h, self.momentum_projector(h)], 1)) for h in taught]  # N C + d
         seen, keys = zip(*(t.tensor_split([features[0].shape[1]], 1) for t in taught), strict=True)
         queries = [self.predictor(self.projector(h)) for h in features]  # B d
@@ -90,5 +90,5 @@ class MoCoV3(MomentumObjective):
             **signs(seen, keys),  # of the teacher, over all processes
         }
 
-    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
-        return self.loss(pooled(self.encoder, batch), batch)
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        return self.loss(run_views(self.encoder, batch, range(2)), batch, step)

@@ -13,7 +13,7 @@ from gcssl.augment import SIMCLR
 from gcssl.config import AugmentConfig
 from gcssl.models.heads import BatchNorm, at_least_fp32, mlp
 from gcssl.ssl.gather import all_gather_no_grad, all_gather_with_grad, rank, reducer
-from gcssl.ssl.views import check_above_zero, check_at_least, pair_draw, pooled, signs
+from gcssl.ssl.views import check_above_zero, check_at_least, pair_draw, run_views, signs
 
 
 @dataclass
@@ -68,7 +68,7 @@ class SimCLR(nn.Module):
         self.projector = mlp([dim, *[cfg.hidden_dim] * (cfg.projector_layers - 1), cfg.out_dim], _norm)
         self.draw = pair_draw(augment, SIMCLR, SIMCLR)
 
-    def loss(self, features: list[Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:  # noqa: ARG002
+    def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         """Loss from the pooled features B C of the two views."""
         z = self.projector(features[0]), self.projector(features[1])  # B d
         joined = all_gather_with_grad(z[0]), all_gather_with_grad(z[1])  # N d
@@ -76,8 +76,8 @@ class SimCLR(nn.Module):
         seen = [all_gather_no_grad(h) for h in features]  # N C
         return {"loss": loss, "accuracy": accuracy, **signs(seen, joined)}
 
-    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
-        return self.loss(pooled(self.encoder, batch), batch)
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        return self.loss(run_views(self.encoder, batch, range(2)), batch, step)
 
     def after_step(self, step: int) -> None:
         """Nothing to commit."""

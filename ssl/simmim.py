@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from gcssl.augment import SIMMIM, View, ViewSpec, draw_view, override
 from gcssl.config import AugmentConfig
-from gcssl.log import say
 from gcssl.models.decoders import PixelHead
 from gcssl.models.gcvit import GCViT
 from gcssl.models.heads import at_least_fp32
 from gcssl.ssl.masking import check_ratio, check_unit, default_unit, draw_mask, hide_pixels, upsample_mask
+from gcssl.ssl.views import use_maps_alone
 
 N_PICTURES = 8
 
@@ -84,8 +84,7 @@ class SimMIM(nn.Module):
         if isinstance(encoder, GCViT):
             self.mask_token = nn.Parameter(torch.empty(encoder.channels[0]))
             nn.init.trunc_normal_(self.mask_token, std=0.02)
-        elif unused := encoder.freeze_unused():  # type: ignore[operator]
-            say(f"simmim uses the encoder's last map alone, so these stay as they are: {', '.join(unused)}")
+        use_maps_alone(encoder, cfg.name)
         self.draw = MaskedDraw(override(replace(SIMMIM, size=img_size), augment), unit, cfg.mask_ratio)
 
     def features(self, batch: dict[str, Any]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gcssl.config import AugmentConfig
 from gcssl.models.heads import at_least_fp32, mlp
 from gcssl.ssl.gather import all_gather_no_grad, all_gather_with_grad
-from gcssl.ssl.views import check_at_least, norm, pair_draw, pooled, signs
+from gcssl.ssl.views import check_at_least, norm, pair_draw, run_views, signs
 
 
 @dataclass
@@ -61,7 +61,7 @@ class VICReg(nn.Module):
         self.projector = mlp([dim, cfg.hidden_dim, cfg.hidden_dim, cfg.out_dim], norm)[:-1]
         self.draw = pair_draw(augment)
 
-    def loss(self, features: list[Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:  # noqa: ARG002
+    def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         """Loss from the pooled features B C of the two views; its three terms are logged unweighted."""
         z = [all_gather_with_grad(self.projector(h)) for h in features]  # N d
         with torch.autocast(z[0].device.type, enabled=False):
@@ -76,8 +76,8 @@ class VICReg(nn.Module):
         seen = [all_gather_no_grad(h) for h in features]  # N C
         return {"loss": loss, **logged, **signs(seen, z)}
 
-    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
-        return self.loss(pooled(self.encoder, batch), batch)
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        return self.loss(run_views(self.encoder, batch, range(2)), batch, step)
 
     def after_step(self, step: int) -> None:
         """Nothing to commit."""

@@ -1,7 +1,8 @@
-"""What the view objectives share: the pair of crops and their features, the heads' norm, the signs of a collapse."""
+"""What the view objectives share: the crops and their features, the heads' norm, the signs of a collapse."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -12,32 +13,54 @@ from torch import Tensor, nn
 from gcssl.augment import BYOL_1, BYOL_2, View, ViewSpec, draw_view, override
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
+from gcssl.log import say
+from gcssl.models.gcvit import GCViT
 from gcssl.models.heads import BatchNorm, at_least_fp32
 from gcssl.ssl.gather import reducer
 
 
 @dataclass(frozen=True)
-class PairDraw:
-    """A sample's two crops: (rng, (H, W)) -> ([(spec, view), (spec, view)], [None, None])."""
+class CropDraw:
+    """A sample's crops: (rng, (H, W)) -> ([(spec, view), ...], [None, ...])."""
 
-    specs: tuple[ViewSpec, ViewSpec]  # their size is that of the call
+    large: tuple[ViewSpec, ...]  # their size is that of the call
+    small: tuple[ViewSpec, ...] = ()  # these keep their own
 
     def __call__(
         self, rng: np.random.Generator, img_size: tuple[int, int]
     ) -> tuple[list[tuple[ViewSpec, View]], list[np.ndarray | None]]:
-        specs = [replace(spec, size=img_size) for spec in self.specs]
-        return [(spec, draw_view(rng, spec)) for spec in specs], [None, None]
+        specs = [*(replace(spec, size=img_size) for spec in self.large), *self.small]
+        return [(spec, draw_view(rng, spec)) for spec in specs], [None] * len(specs)
 
 
-def pair_draw(augment: AugmentConfig, first: ViewSpec = BYOL_1, second: ViewSpec = BYOL_2) -> PairDraw:
+def pair_draw(augment: AugmentConfig, first: ViewSpec = BYOL_1, second: ViewSpec = BYOL_2) -> CropDraw:
     """The two crops `first` and `second` (BYOL's, arXiv:2006.07733, table 6) with what `augment` sets."""
-    return PairDraw((override(first, augment, 0, 2), override(second, augment, 1, 2)))
+    return CropDraw((override(first, augment, 0, 2), override(second, augment, 1, 2)))
 
 
-def pooled(encoder: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
-    """The student's pooled features B C of the first two views, each with its own drop path noise."""
-    noise = batch.get("noise") or [None, None]
-    return [encoder(x, n) for x, n in zip(batch["views"][:2], noise[:2], strict=True)]
+def run_views(call: Callable[[Tensor, Tensor | None], Tensor], batch: dict[str, Any], views: range) -> list[Tensor]:
+    """call(x, noise) -> B ... of these views of the batch: neighbours of one size in one batch, one output a view.
+
+    noise: the views' drop path noise where the batch has it.
+    """
+    noise = batch.get("noise")
+    out: list[Tensor] = []
+    for _, same in groupby(views, key=lambda i: batch["views"][i].shape[-2:]):
+        at = list(same)
+        x = torch.cat([batch["views"][i] for i in at])
+        out += call(x, torch.cat([noise[i] for i in at], 1) if noise else None).chunk(len(at))
+    return out
+
+
+def run_maps(encoder: Any, batch: dict[str, Any], views: range) -> list[Tensor]:
+    """The last maps B C h w of these views of the batch."""
+    return run_views(lambda x, noise: encoder.forward_features(x, noise=noise), batch, views)
+
+
+def use_maps_alone(encoder: Any, objective: str) -> None:
+    """Freeze, and say so, what of a timm model only its own pooling and head would use."""
+    if not isinstance(encoder, GCViT) and (unused := encoder.freeze_unused()):
+        say(f"{objective} uses the encoder's last map alone, so these stay as they are: {', '.join(unused)}")
 
 
 def norm(dim: int, affine: bool) -> nn.Module:
@@ -62,6 +85,21 @@ def check_share(cfg: Any, *keys: str) -> None:
     for key in keys:
         if not 0 <= getattr(cfg, key) <= 1:
             raise UserError(f"objective.{key}={getattr(cfg, key)} must lie in 0..1")
+
+
+def check_small(encoder: Any, size: int) -> None:
+    """UserError unless the encoder takes square crops of `size` pixels."""
+    like, mode = next(encoder.parameters()), encoder.training
+    try:
+        with torch.no_grad():
+            encoder.eval()(like.new_zeros(1, encoder.model_args["in_chans"], size, size))
+    except UserError as error:
+        raise UserError(f"objective.local_size={size}: {error}") from None
+    except (RuntimeError, ValueError, AssertionError):
+        built = f"{encoder.name} built for {encoder.img_size[0]}x{encoder.img_size[1]} images takes no others"
+        raise UserError(f"objective.local_size={size}: {built}; set objective.local_crops=0") from None
+    finally:
+        encoder.train(mode)
 
 
 # ---- signs of a collapse

@@ -44,7 +44,8 @@ def test_a_recipe_loads_builds_and_fits_its_processes(path: Path) -> None:
     assert not (objective_class.couples_batch and sizes.accumulate > 1), sizes
 
     tiny = ["model.name=gcvit_nano", "model.img_size=64"]
-    tiny += ["objective.hidden_dim=16"] if hasattr(cfg.objective, "hidden_dim") else []
+    small = {"hidden_dim": 16, "out_dim": 16, "local_size": 32}
+    tiny += [f"objective.{key}={value}" for key, value in small.items() if getattr(cfg.objective, key, None)]
     cfg = load(path, *tiny)
     encoder = from_config(cfg.model)
     objective = objective_class(cfg.objective, encoder, cfg.augment, (64, 64), 4, 2)

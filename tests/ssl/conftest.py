@@ -1,5 +1,6 @@
 """Small real parts for the objectives' tests: a GC ViT of 16 channels and smooth random images of 64 px."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from gcssl.ssl.masking import draw_mask
 from gcssl.ssl.objectives import OBJECTIVES
 
 SIZE = (64, 64)
+HEADS = {"hidden_dim": 32, "bottleneck_dim": 16, "out_dim": 16, "local_crops": 0}
 
 
 def small_encoder(drop_path: float = 0.0) -> GCViT:
@@ -42,9 +44,10 @@ def make_encoder() -> Callable[..., GCViT]:
 def make_objective() -> Callable[..., Any]:
     def make(name: str, encoder: nn.Module | None = None, total_steps: int = 100, **cfg: Any) -> Any:
         torch.manual_seed(0)
-        if name != "simmim":
-            cfg = {"hidden_dim": 32, "out_dim": 16} | cfg
         cls, schema = OBJECTIVES[name]
+        part = OBJECTIVES[cfg.get("view", "mocov3")][1] if name == "joint" else schema
+        known = {f.name for f in dataclasses.fields(part)}
+        cfg = {key: value for key, value in HEADS.items() if key in known} | cfg
         return cls(schema(**cfg), encoder or small_encoder(), AugmentConfig(), SIZE, total_steps, 10)
 
     return make
@@ -58,14 +61,17 @@ def smooth_images(n: int, seed: int = 0) -> Tensor:
 
 @pytest.fixture
 def make_batch() -> Callable[..., dict[str, Any]]:
-    """batch(n, views): `views` images per sample; every view has a mask of 8 x 8 units, ratio 0.6."""
+    """batch(n, views): `views` images per sample, `small` of half the side; each of the former has a mask of
+    `grid` units, ratio 0.6.
+    """
 
-    def make(n: int, views: int = 1, seed: int = 0) -> dict[str, Any]:
+    def make(n: int, views: int = 1, seed: int = 0, small: int = 0, grid: tuple[int, int] = (8, 8)) -> dict[str, Any]:
         rng = np.random.default_rng(seed)
-        masks = [np.stack([draw_mask(rng, (8, 8), 0.6) for _ in range(n)]) for _ in range(views)]
+        masks = [np.stack([draw_mask(rng, grid, 0.6) for _ in range(n)]) for _ in range(views)]
+        crops = [smooth_images(n, seed + views + v)[..., ::2, ::2] for v in range(small)]
         return {
             "index": torch.arange(n),
-            "views": [smooth_images(n, seed + v) for v in range(views)],
+            "views": [smooth_images(n, seed + v) for v in range(views)] + crops,
             "masks": [torch.from_numpy(mask) for mask in masks],
         }
 

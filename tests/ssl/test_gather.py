@@ -15,33 +15,29 @@ from gcssl.ssl import gather
 from gcssl.ssl.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = Path(__file__).with_name("two_processes.py")
+SCRIPT = Path(__file__).with_name("many_processes.py")
+WORLDS = [2, pytest.param(3, marks=pytest.mark.slow)]
+CASES = [*OBJECTIVES, "joint-share", "joint-simclr", "joint-dino", "collectives"]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One launch of two gloo processes for all cases."""
+@pytest.fixture(scope="module", params=WORLDS)
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One launch of gloo processes for all cases."""
     out = tmp_path_factory.mktemp("gather") / "results.pt"
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(SCRIPT),
-    ]
-    done = subprocess.run([*command, str(out)], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(request.param)]
+    done = subprocess.run(
+        [*launch, str(SCRIPT), str(out)], env=env, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = torch.load(out, weights_only=True)
+    assert found["world"] == request.param
     return found
 
 
-@pytest.mark.parametrize("case", [*OBJECTIVES, "joint-share", "joint-simclr", "collectives"])
-def test_two_processes_equal_one_on_the_joined_batch(results: dict[str, Any], case: str) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_processes_equal_one_on_the_joined_batch(results: dict[str, Any], case: str) -> None:
     many, one = results["many"][case], results["one"][case]
-    assert results["world"] == 2
     for kind in ("logged", "norms", "grads", "buffers"):
         assert many[kind].keys() == one[kind].keys()
         for name, value in one[kind].items():

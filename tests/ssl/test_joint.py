@@ -9,7 +9,7 @@ import torch
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.build import build_backbone
-from gcssl.ssl.joint import Joint, JointConfig
+from gcssl.ssl.joint import VIEW, Joint, JointConfig
 
 Make = Callable[..., Any]
 
@@ -61,7 +61,7 @@ def test_share_masks_view_one_in_one_pass(make_objective: Make, make_batch: Make
     joint, batch = make_objective("joint", share=True), joint_batch(make_batch, share=True)
     out = joint(batch, 0)
     fmap = joint.masked.features(batch)
-    view = joint.view.loss([fmap.mean((2, 3)), joint.encoder(batch["views"][1])], batch)["loss"]
+    view = joint.view.loss([fmap.mean((2, 3)), joint.encoder(batch["views"][1])], batch, 0)["loss"]
     torch.testing.assert_close(out["loss/mocov3"], view.detach())
     torch.testing.assert_close(out["loss/simmim"], joint.masked(batch, 0)["loss"].detach())
     whole = joint.view(batch, 0)["loss"]
@@ -143,10 +143,40 @@ def test_pictures_are_those_of_the_masked_crop(make_objective: Make, make_batch:
     torch.testing.assert_close(shown["original"], (batch["views"][2] * std + mean).clamp(0, 1))
 
 
+@pytest.mark.parametrize("view", VIEW)
+def test_every_view_objective_joins(view: str, make_objective: Make, make_batch: Make) -> None:
+    joint, batch = make_objective("joint", view=view), joint_batch(make_batch, share=False)
+    out = joint(batch, 0)
+    out["loss"].backward()
+    assert not [n for n, p in joint.named_parameters() if p.requires_grad and p.grad is None]
+    joint.after_step(0)
+    assert hasattr(joint, "freeze") == hasattr(joint.view, "freeze")
+
+
+def test_small_crops_come_before_the_masked_one(make_objective: Make, make_batch: Make) -> None:
+    joint = make_objective("joint", view="dino", local_crops=2, local_size=32)
+    views, masks = joint.draw(np.random.default_rng(0), (64, 64))
+    assert [spec.size for spec, _ in views] == [(64, 64), (64, 64), (32, 32), (32, 32), (64, 64)]
+    assert [mask is not None for mask in masks] == [False] * 4 + [True]
+    batch = make_batch(4, views=3, small=2)
+    batch["views"] = batch["views"][:2] + batch["views"][3:] + batch["views"][2:3]
+    batch["masks"] = [None] * 4 + batch["masks"][:1]
+    out = joint(batch, 0)
+    torch.testing.assert_close(out["loss"], out["loss/simmim"] + joint.view(batch, 0)["loss"])
+
+
+@pytest.mark.parametrize(
+    "cfg", [{"queue": 5}, {"view": "byol", "temperature": 0.1}, {"view": "simclr", "momentum": 0.9}]
+)
+def test_keys_of_neither_part_are_refused(make_objective: Make, cfg: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"objective.{list(cfg)[-1]}: neither simmim nor"):
+        make_objective("joint", **cfg)
+
+
 @pytest.mark.parametrize(
     "cfg",
     [
-        {"masked": "mae"},
+        {"masked": "byol"},
         {"view": "simmim"},
         {"weights": [1.0]},
         {"weights": [-1.0, 1.0]},

@@ -7,7 +7,7 @@ import torch
 
 from gcssl.errors import UserError
 from gcssl.runtime import rng
-from gcssl.ssl.masking import check_ratio, check_unit, default_unit, draw_mask, hide_pixels, upsample_mask
+from gcssl.ssl.masking import check_ratio, check_unit, default_unit, draw_blocks, draw_mask, hide_pixels, upsample_mask
 
 
 @pytest.mark.parametrize("side, unit", [(64, 8), (96, 16), (128, 16), (160, 16), (192, 32), (224, 32), (512, 32)])
@@ -76,3 +76,16 @@ def test_hidden_pixels_become_zero_whatever_they_held() -> None:
     assert (y[0, :, :8, :8] == 0).all() and not torch.signbit(y[0, :, :8, :8]).any()
     rest = ~upsample_mask(mask, 64, 64)[:, None].expand_as(x)
     assert torch.equal(y[rest], x[rest])
+
+
+def test_blocks_hide_the_exact_count_in_connected_pieces() -> None:
+    rng = np.random.default_rng(0)
+    neighbours = []
+    for count in (0, 1, 7, 30, 49):
+        mask = draw_blocks(rng, (7, 7), count)
+        assert mask.sum() == count and mask.dtype == bool
+    for _ in range(100):
+        block, scattered = draw_blocks(rng, (14, 14), 60), draw_mask(rng, (14, 14), 60 / 196)
+        neighbours.append([(m[1:] & m[:-1]).sum() + (m[:, 1:] & m[:, :-1]).sum() for m in (block, scattered)])
+    blocky, random = np.mean(neighbours, 0)
+    assert blocky > 1.5 * random

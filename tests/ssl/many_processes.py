@@ -19,8 +19,9 @@ from gcssl.models.heads import BatchNorm, mlp
 from gcssl.ssl import gather
 from gcssl.ssl.objectives import OBJECTIVES
 
-N = 8  # images of the joined batch
+N = 6  # images of the joined batch
 HEADS = {"hidden_dim": 32, "out_dim": 16}
+CROPS = {"bottleneck_dim": 12, "local_crops": 2, "local_size": 32}
 CASES: dict[str, dict[str, Any]] = {
     "simmim": {"name": "simmim"},
     "simclr": {"name": "simclr", **HEADS},
@@ -28,21 +29,30 @@ CASES: dict[str, dict[str, Any]] = {
     "moby": {"name": "moby", "queue": 6, **HEADS},
     "byol": {"name": "byol", **HEADS},
     "vicreg": {"name": "vicreg", **HEADS},
+    "dino": {"name": "dino", **HEADS, **CROPS},
+    "simdino": {"name": "simdino", "hidden_dim": 32, **CROPS},
+    "esvit": {"name": "esvit", **HEADS, **CROPS},
+    "ibot": {"name": "ibot", **HEADS, **CROPS},
     "joint": {"name": "joint", "weights": [2.0, 1.0], **HEADS},
     "joint-share": {"name": "joint", "share": True, **HEADS},
     "joint-simclr": {"name": "joint", "view": "simclr", **HEADS},
+    "joint-dino": {"name": "joint", "view": "dino", **HEADS, **CROPS},
 }
 
 
-def make_batch(names: slice, noise_rows: int) -> dict[str, Any]:
-    """Samples `names` of the joined batch: three views, of which the first and the third have masks."""
+def make_batch(cfg: dict[str, Any], names: slice, noise_rows: int) -> dict[str, Any]:
+    """Samples `names` of the joined batch: two views, the small crops that `cfg` wants, a third view; the large
+    ones have masks.
+    """
     g = torch.Generator().manual_seed(1)
-    views = [torch.randn(N, 3, 64, 64, generator=g, dtype=torch.float64) for _ in range(3)]
-    mask = torch.rand(N, 8, 8, generator=g).argsort(-1) < 5  # five units a row
-    noise = [torch.rand(noise_rows, N, generator=g) for _ in range(3)]
+    n_small, units = cfg.get("local_crops", 0), 2 if cfg["name"] == "ibot" else 8
+    sizes = [64, 64, *[32] * n_small, 64]
+    views = [torch.randn(N, 3, s, s, generator=g, dtype=torch.float64) for s in sizes]
+    masks = [torch.rand(N, units, units, generator=g).argsort(-1) < units * 5 // 8 for _ in range(3)]  # 5 of 8 a row
+    noise = [torch.rand(noise_rows, N, generator=g) for _ in sizes]
     return {
         "views": [v[names] for v in views],
-        "masks": [mask[names], None, mask[names]],
+        "masks": [masks[0][names], masks[1][names], *[None] * n_small, masks[2][names]],
         "noise": [n[:, names] for n in noise],
     }
 
@@ -60,14 +70,14 @@ def make_objective(cfg: dict[str, Any]) -> Any:
 
 def run(cfg: dict[str, Any], share: slice) -> dict[str, Any]:
     objective = make_objective(cfg)
-    batch = make_batch(share, objective.encoder.n_noise)
+    batch = make_batch(cfg, share, objective.encoder.n_noise)
     model = DistributedDataParallel(objective, broadcast_buffers=False) if dist.is_initialized() else objective
     out = model(batch, 0)
     norms = objective.grad_norms(out) if hasattr(objective, "grad_norms") else {}
     out["loss"].backward()
     logged = {k: gather.all_reduce_mean(v) for k, v in out.items() if isinstance(v, Tensor)}
     grads = {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
-    objective.after_step(0)
+    objective.after_step(0)  # queue and centre are buffers
     return {"logged": logged, "norms": norms, "grads": grads, "buffers": dict(objective.named_buffers())}
 
 

@@ -1,0 +1,124 @@
+"""EsViT (arXiv:2106.09785): DINO's task on whole views, and on regions: each region of a student's crop matches
+the teacher's region that looks most alike.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gcssl.config import AugmentConfig
+from gcssl.models.heads import DINOHead, at_least_fp32
+from gcssl.ssl.dino import (
+    Center,
+    PrototypeConfig,
+    PrototypeObjective,
+    check_prototypes,
+    crops_loss,
+    cross_entropy,
+    entropy,
+    multi_crop_draw,
+)
+from gcssl.ssl.ema import momentum_copy
+from gcssl.ssl.gather import all_gather_no_grad
+from gcssl.ssl.views import run_maps, signs, use_maps_alone
+
+
+@dataclass
+class EsViTConfig(PrototypeConfig):
+    name: str = "esvit"
+
+
+def matched_regions(student: Tensor, teacher: Tensor) -> Tensor:
+    """For each student region the index of the teacher's most similar one: B n C, B m C -> B n, by cosine."""
+    student, teacher = (F.normalize(at_least_fp32(x), dim=-1) for x in (student, teacher))
+    return (student @ teacher.transpose(1, 2)).argmax(-1)
+
+
+def region_loss(
+    teacher: list[Tensor],
+    student: list[Tensor],
+    teacher_features: list[Tensor],
+    student_features: list[Tensor],
+    temperature: float,
+) -> Tensor:
+    """Mean over pairs of a teacher's crop and another crop of the student's, samples and student regions
+    (equation 3).
+
+    teacher: log-probabilities B m K; student: outputs B n K; *_features: the backbone's B m C and B n C.
+    """
+    losses = []
+    for t, log_q in enumerate(teacher):
+        for v, outputs in enumerate(student):
+            if v != t:
+                best = matched_regions(student_features[v], teacher_features[t])  # B n
+                q = log_q.exp().gather(1, best[..., None].expand(-1, -1, log_q.shape[-1]))  # B n K
+                losses.append(cross_entropy(q, outputs, temperature).mean())
+    return torch.stack(losses).mean()
+
+
+class EsViT(PrototypeObjective):
+    """DINO's parts and a second head, centre and momentum copy for regions. Views are the mean of their regions."""
+
+    default_encoder = "teacher"
+    couples_batch = False
+    follows = (
+        ("teacher", "encoder"),
+        ("momentum_projector", "projector"),
+        ("momentum_region_projector", "region_projector"),
+    )
+    heads = ("projector", "region_projector")
+    centers = ("center", "region_center")
+
+    def __init__(
+        self,
+        cfg: EsViTConfig,
+        encoder: Any,
+        augment: AugmentConfig,
+        img_size: tuple[int, int],  # noqa: ARG002
+        total_steps: int,
+        steps_per_epoch: int,
+    ) -> None:
+        super().__init__()
+        check_prototypes(cfg)
+        self.cfg, self.total_steps, self.steps_per_epoch = cfg, total_steps, steps_per_epoch
+        self.start_momentum, self.n_views = cfg.momentum, 2 + cfg.local_crops
+        self.draw = multi_crop_draw(cfg, encoder, augment)
+        self.encoder = encoder
+        use_maps_alone(encoder, cfg.name)
+        size = (encoder.num_features, cfg.hidden_dim, cfg.bottleneck_dim, cfg.out_dim, not cfg.norm_last_layer)
+        self.projector, self.region_projector = DINOHead(*size), DINOHead(*size)
+        self.teacher = momentum_copy(encoder)
+        self.momentum_projector = momentum_copy(self.projector)
+        self.momentum_region_projector = momentum_copy(self.region_projector)
+        self.center = Center(cfg.out_dim, cfg.center_momentum)
+        self.region_center = Center(cfg.out_dim, cfg.center_momentum)
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        t, temperature = self.teacher_temp(step), self.cfg.student_temp
+        with torch.no_grad():
+            taught = [m.flatten(2).transpose(1, 2) for m in run_maps(self.teacher, batch, range(2))]  # B m C
+            seen = [r.mean(1) for r in taught]  # B C
+            outputs = [self.momentum_projector(h) for h in seen]  # B K
+            regions = [self.momentum_region_projector(r) for r in taught]  # B m K
+            self.center.note(torch.cat(outputs), step)
+            self.region_center.note(torch.cat(regions), step)
+            teacher = [self.center(x, t) for x in outputs]
+            teacher_regions = [self.region_center(x, t) for x in regions]
+        found = [m.flatten(2).transpose(1, 2) for m in run_maps(self.encoder, batch, range(self.n_views))]  # B n C
+        student = self.projector(torch.cat([r.mean(1) for r in found])).chunk(len(found))
+        student_regions = [self.region_projector(r) for r in found]  # B n K
+        view = crops_loss(teacher, student, temperature)
+        region = region_loss(teacher_regions, student_regions, taught, found, temperature)
+        gathered = [all_gather_no_grad(h) for h in seen]
+        uncertain = entropy(teacher)
+        return {
+            "loss": (view + region) / 2,
+            "loss/view": view.detach(),
+            "loss/region": region.detach(),
+            "teacher_entropy": uncertain,
+            "kl": view.detach() - uncertain,
+            **signs(gathered, gathered),
+        }

@@ -1,0 +1,165 @@
+"""iBOT (arXiv:2111.07832): DINO's task on whole views, and masked image modelling whose targets are the teacher's
+prototype assignments of the hidden regions of the same view.
+
+Regions are the backbone's last tokens (32 pixels on GC ViT), pooled features their mean. Pixels are hidden before the
+stem and tokens after it (ssl/simmim.py says why).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gcssl.augment import View, ViewSpec
+from gcssl.config import AugmentConfig
+from gcssl.errors import UserError
+from gcssl.models.gcvit import GCViT
+from gcssl.models.heads import DINOHead
+from gcssl.ssl.dino import (
+    Center,
+    PrototypeConfig,
+    PrototypeObjective,
+    check_prototypes,
+    crops_loss,
+    cross_entropy,
+    entropy,
+    multi_crop_draw,
+    warmed_up,
+)
+from gcssl.ssl.ema import momentum_copy
+from gcssl.ssl.gather import all_gather_no_grad
+from gcssl.ssl.masking import draw_blocks, hide_pixels
+from gcssl.ssl.views import (
+    CropDraw,
+    check_above_zero,
+    check_at_least,
+    check_share,
+    run_maps,
+    run_views,
+    signs,
+    use_maps_alone,
+)
+
+
+@dataclass
+class IBOTConfig(PrototypeConfig):
+    name: str = "ibot"
+    out_dim: int = 8192  # of the one head for views and regions
+    norm_last_layer: bool = False
+    mask_ratio: float = 0.3  # of a view that is masked: mask_ratio +- mask_ratio_var
+    mask_ratio_var: float = 0.2
+    mask_prob: float = 0.5  # share of the large views that are masked
+    warmup_teacher_patch_temp: float = 0.04
+    teacher_patch_temp: float = 0.07  # after warmup_teacher_temp_epochs
+    pred_start_epoch: float = 0.0  # before it nothing is masked; 50 as published for Swin
+
+
+@dataclass(frozen=True)
+class MaskedCropDraw:
+    """DINO's crops; of each large one, with probability `prob`, blocks of units hidden: masks h w or None."""
+
+    crops: CropDraw
+    unit: int
+    prob: float
+    ratio: tuple[float, float]
+
+    def __call__(
+        self, rng: np.random.Generator, img_size: tuple[int, int]
+    ) -> tuple[list[tuple[ViewSpec, View]], list[np.ndarray | None]]:
+        views, masks = self.crops(rng, img_size)
+        grid = (img_size[0] // self.unit, img_size[1] // self.unit)
+        for i in range(len(self.crops.large)):
+            masked, ratio = rng.random() < self.prob, rng.uniform(*self.ratio)
+            masks[i] = draw_blocks(rng, grid, max(1, round(ratio * grid[0] * grid[1])) if masked else 0)
+        return views, masks
+
+
+def masked_loss(teacher: Tensor, student: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    """Mean over samples of the mean cross-entropy of hidden regions; 0 for a sample that hides none.
+
+    teacher: log-probabilities B n K; student: outputs B n K; mask: B n.
+    """
+    error = cross_entropy(teacher.exp(), student, temperature)  # B n
+    return ((error * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+class IBOT(PrototypeObjective):
+    """Student: encoder, mask token, projector. Teacher: momentum copies of encoder and projector, two centres."""
+
+    default_encoder = "teacher"
+    couples_batch = False
+    centers = ("center", "patch_center")
+
+    def __init__(
+        self,
+        cfg: IBOTConfig,
+        encoder: Any,
+        augment: AugmentConfig,
+        img_size: tuple[int, int],  # noqa: ARG002
+        total_steps: int,
+        steps_per_epoch: int,
+    ) -> None:
+        super().__init__()
+        check_prototypes(cfg)
+        check_above_zero(cfg, "warmup_teacher_patch_temp", "teacher_patch_temp")
+        check_at_least(cfg, pred_start_epoch=0)
+        check_share(cfg, "mask_prob")
+        low, high = cfg.mask_ratio - cfg.mask_ratio_var, cfg.mask_ratio + cfg.mask_ratio_var
+        if not 0 < low <= high < 1:
+            given = f"objective.mask_ratio={cfg.mask_ratio}, objective.mask_ratio_var={cfg.mask_ratio_var}"
+            raise UserError(f"{given}: ratio - var and ratio + var must lie between 0 and 1, both excluded")
+        self.cfg, self.total_steps, self.steps_per_epoch = cfg, total_steps, steps_per_epoch
+        self.start_momentum, self.n_views = cfg.momentum, 2 + cfg.local_crops
+        self.draw = MaskedCropDraw(multi_crop_draw(cfg, encoder, augment), encoder.stride, cfg.mask_prob, (low, high))
+        self.encoder = encoder
+        self.mask_token: nn.Parameter | None = None
+        if isinstance(encoder, GCViT):
+            self.mask_token = nn.Parameter(torch.empty(encoder.channels[0]))
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
+        use_maps_alone(encoder, cfg.name)
+        self.projector = DINOHead(
+            encoder.num_features, cfg.hidden_dim, cfg.bottleneck_dim, cfg.out_dim, not cfg.norm_last_layer
+        )
+        self.teacher = momentum_copy(encoder)
+        self.momentum_projector = momentum_copy(self.projector)
+        self.center = Center(cfg.out_dim, cfg.center_momentum)
+        self.patch_center = Center(cfg.out_dim, cfg.center_momentum)
+
+    def patch_temp(self, step: int) -> float:
+        c = self.cfg
+        epochs = c.warmup_teacher_temp_epochs
+        return warmed_up(step, self.steps_per_epoch, c.warmup_teacher_patch_temp, c.teacher_patch_temp, epochs)
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        masks = torch.cat(batch["masks"][:2])  # 2B h w
+        if step < self.cfg.pred_start_epoch * self.steps_per_epoch:
+            masks = torch.zeros_like(masks)
+        with torch.no_grad():
+            taught = torch.cat(run_maps(self.teacher, batch, range(2))).flatten(2).transpose(1, 2)  # 2B n C
+            seen = taught.mean(1)  # 2B C
+            outputs, patches = self.momentum_projector(seen), self.momentum_projector(taught)  # 2B K, 2B n K
+            self.center.note(outputs, step)
+            self.patch_center.note(patches, step)
+            teacher = self.center(outputs, self.teacher_temp(step)).chunk(2)
+            teacher_patches = self.patch_center(patches, self.patch_temp(step))
+
+        def hidden(x: Tensor, noise: Tensor | None) -> Tensor:
+            return self.encoder.forward_features(hide_pixels(x, masks), masks, self.mask_token, noise)
+
+        large = torch.cat(run_views(hidden, batch, range(2))).flatten(2).transpose(1, 2)  # 2B n C
+        small = [m.mean((2, 3)) for m in run_maps(self.encoder, batch, range(2, self.n_views))]
+        student = self.projector(torch.cat([large.mean(1), *small])).chunk(self.n_views)
+        view = crops_loss(teacher, student, self.cfg.student_temp)
+        patch = masked_loss(teacher_patches, self.projector(large), masks.flatten(1), self.cfg.student_temp)
+        gathered = [all_gather_no_grad(h) for h in seen.chunk(2)]
+        uncertain = entropy(teacher)
+        return {
+            "loss": view + patch,
+            "loss/view": view.detach(),
+            "loss/patch": patch.detach(),
+            "teacher_entropy": uncertain,
+            "kl": view.detach() - uncertain,
+            **signs(gathered, gathered),
+        }

@@ -1,0 +1,71 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from gcssl.errors import UserError
+from gcssl.models.build import build_backbone
+from gcssl.ssl.esvit import matched_regions, region_loss
+
+Make = Callable[..., Any]
+
+
+def test_same_view_matches_itself() -> None:
+    x = torch.randn(2, 9, 8)
+    assert torch.equal(matched_regions(x, x), torch.arange(9).expand(2, 9))
+    order = torch.randperm(9)
+    assert torch.equal(order[matched_regions(x, 3 * x[:, order])], torch.arange(9).expand(2, 9))  # whatever the length
+
+
+def test_region_loss_equals_the_slow_version() -> None:
+    log_q = [torch.randn(2, 4, 6).log_softmax(-1) for _ in range(2)]
+    student = [torch.randn(2, n, 6) for n in (4, 4, 1)]  # a small crop has fewer regions
+    tf, sf = [torch.randn(2, 4, 5) for _ in range(2)], [torch.randn(2, n, 5) for n in (4, 4, 1)]
+    pairs = []
+    for t in range(2):
+        for v in range(3):
+            if t == v:
+                continue
+            each = []
+            for b in range(2):
+                for i in range(student[v].shape[1]):
+                    similar = torch.stack([torch.cosine_similarity(sf[v][b, i], tf[t][b, j], 0) for j in range(4)])
+                    q = log_q[t][b, similar.argmax()].exp()
+                    each.append(-(q * (student[v][b, i] / 0.1).log_softmax(0)).sum())
+            pairs.append(torch.stack(each).mean())
+    torch.testing.assert_close(region_loss(log_q, student, tf, sf, 0.1), torch.stack(pairs).mean())
+
+
+def test_loss_is_the_mean_of_view_and_region(make_objective: Make, make_batch: Make) -> None:
+    objective = make_objective("esvit", local_crops=2, local_size=32)
+    out = objective(make_batch(4, views=2, small=2), 0)
+    torch.testing.assert_close(out["loss"].detach(), (out["loss/view"] + out["loss/region"]) / 2)
+    assert out["loss/view"] != out["loss/region"]
+
+
+def test_both_heads_freeze_follow_and_have_centres(make_objective: Make, make_batch: Make) -> None:
+    objective, batch = make_objective("esvit", total_steps=10), make_batch(4, views=2)
+    objective(batch, 0)["loss"].backward()
+    objective.freeze(0)
+    assert objective.projector.last.weight.grad is None and objective.region_projector.last.weight.grad is None
+    assert objective.region_projector.mlp[0].weight.grad is not None
+    start = objective.momentum_region_projector.mlp[0].weight.clone()
+    with torch.no_grad():
+        objective.region_projector.mlp[0].weight.add_(1.0)
+    objective.after_step(0)
+    moved = objective.momentum_region_projector.mlp[0].weight - start
+    torch.testing.assert_close(moved, torch.full_like(moved, 1 - objective.momentum(0)), rtol=1e-3, atol=1e-6)
+    assert objective.center.mean.abs().sum() > 0 and objective.region_center.mean.abs().sum() > 0
+    assert not torch.equal(objective.center.mean, objective.region_center.mean)
+
+
+def test_joint_cannot_share_its_maps(make_objective: Make) -> None:
+    with pytest.raises(UserError, match="share=true: esvit"):
+        make_objective("joint", view="esvit", share=True)
+
+
+def test_every_parameter_of_a_timm_backbone_that_is_not_frozen_learns(make_objective: Make, make_batch: Make) -> None:
+    objective = make_objective("esvit", build_backbone("test_convnext", 64))
+    objective(make_batch(4, views=2), 0)["loss"].backward()
+    assert all((p.grad is not None) == p.requires_grad for p in objective.parameters())

@@ -1,0 +1,117 @@
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gcssl.errors import UserError
+from gcssl.ssl.dino import crops_loss
+from gcssl.ssl.ibot import masked_loss
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def batch(make_batch: Make) -> dict[str, Any]:
+    return make_batch(4, views=2, grid=(2, 2))
+
+
+def test_masked_loss_equals_the_slow_version() -> None:
+    log_q, student = torch.randn(3, 4, 6).log_softmax(-1), torch.randn(3, 4, 6)
+    mask = torch.tensor([[True, False, True, False], [False] * 4, [True] * 4])
+    samples = []
+    for b in range(3):
+        hidden = [-(log_q[b, i].exp() * (student[b, i] / 0.1).log_softmax(0)).sum() for i in range(4) if mask[b, i]]
+        samples.append(torch.stack(hidden).mean() if hidden else torch.tensor(0.0))
+    torch.testing.assert_close(masked_loss(log_q, student, mask, 0.1), torch.stack(samples).mean())
+
+
+def test_nothing_hidden_is_no_loss_and_no_nan(make_objective: Make, batch: dict[str, Any]) -> None:
+    objective = make_objective("ibot")
+    batch["masks"] = [torch.zeros_like(m) for m in batch["masks"]]
+    out = objective(batch, 0)
+    out["loss"].backward()
+    assert out["loss/patch"] == 0.0
+    assert all(p.grad.isfinite().all() for p in objective.parameters() if p.requires_grad)
+
+
+def test_view_loss_is_dinos_on_the_masked_views(make_objective: Make, batch: dict[str, Any]) -> None:
+    objective = make_objective("ibot")
+    out = objective(batch, 0)
+    with torch.no_grad():
+        hidden = [x.masked_fill(m.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None], 0) for x, m in
+                  zip(batch["views"], batch["masks"], strict=True)]  # fmt: skip
+        maps = [objective.encoder.forward_features(x, m, objective.mask_token) for x, m in
+                zip(hidden, batch["masks"], strict=True)]  # fmt: skip
+        student = [objective.projector(m.mean((2, 3))) for m in maps]
+        teacher = [objective.center(objective.momentum_projector(objective.teacher(x)), 0.04) for x in batch["views"]]
+    torch.testing.assert_close(out["loss/view"], crops_loss(teacher, student, 0.1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out["loss"].detach(), out["loss/view"] + out["loss/patch"])
+
+
+def test_mask_leak_of_the_student_and_not_of_the_teacher(make_objective: Make, batch: dict[str, Any]) -> None:
+    """Hidden pixels reach the loss through the teacher's targets alone."""
+    objective = make_objective("ibot")
+    seen: list[torch.Tensor] = []
+    objective.projector.register_forward_hook(lambda _m, args, _out: seen.append(args[0].detach()))
+    objective(batch, 0)
+    first = [x.clone() for x in seen]
+    seen.clear()
+    hidden = [m.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None] for m in batch["masks"]]
+    noisy = [torch.where(m, 100 * torch.randn_like(x), x) for x, m in zip(batch["views"], hidden, strict=True)]
+    other = objective(batch | {"views": noisy}, 0)
+    assert all(torch.equal(a, b) for a, b in zip(first, seen, strict=True))
+    assert not torch.equal(other["teacher_entropy"], objective(batch, 0)["teacher_entropy"])
+    objective.encoder.forward_features = lambda x, *_: type(objective.encoder).forward_features(objective.encoder, x)
+    seen.clear()  # negative control: pixels hidden, tokens not; the mask's place shows in the tokens then
+    objective(batch, 0)
+    assert not torch.equal(first[0], seen[0])
+
+
+def test_prediction_starts_when_it_is_told_to(make_objective: Make, batch: dict[str, Any]) -> None:
+    objective = make_objective("ibot", pred_start_epoch=2)  # of 10 steps
+    early, late = objective(batch, 19), objective(batch, 20)
+    assert early["loss/patch"] == 0.0 and late["loss/patch"] > 0.0
+    early["loss"].backward()
+    assert objective.mask_token.grad is not None  # DistributedDataParallel waits for it
+
+
+def test_two_centres_and_temperatures(make_objective: Make, batch: dict[str, Any]) -> None:
+    objective = make_objective("ibot", warmup_teacher_temp_epochs=2, teacher_temp=0.06)
+    assert (objective.patch_temp(0), objective.patch_temp(20)) == (0.04, pytest.approx(0.07))
+    assert objective.teacher_temp(20) == pytest.approx(0.06)
+    objective(batch, 0)
+    objective.after_step(0)
+    assert not torch.equal(objective.center.mean, objective.patch_center.mean)
+    assert objective.patch_center.mean.abs().sum() > 0
+
+
+def test_draw_masks_half_of_the_large_crops(make_objective: Make) -> None:
+    draw = pickle.loads(pickle.dumps(make_objective("ibot", local_crops=2, local_size=32).draw))
+    counts = []
+    for seed in range(200):
+        views, masks = draw(np.random.default_rng(seed), (256, 256))
+        assert len(views) == 4 and masks[2:] == [None, None] and masks[0].shape == (8, 8)
+        counts += [int(m.sum()) for m in masks[:2]]
+    hidden = [c for c in counts if c]
+    assert 0.4 < len(hidden) / len(counts) < 0.6
+    assert min(hidden) >= round(0.1 * 64) and max(hidden) <= round(0.5 * 64)
+    assert 0.27 < np.mean(hidden) / 64 < 0.33
+
+
+def test_student_and_not_teacher_learns(make_objective: Make, batch: dict[str, Any]) -> None:
+    objective = make_objective("ibot")
+    objective(batch, 0)["loss"].backward()
+    for key, p in objective.named_parameters():
+        assert (p.grad is None) == key.startswith(("teacher.", "momentum_")), key
+    assert objective.projector.last.gain.requires_grad  # norm_last_layer is false in iBOT
+
+
+@pytest.mark.parametrize(
+    "cfg", [{"mask_ratio": 0.1}, {"mask_ratio": 0.9}, {"mask_prob": 1.5}, {"teacher_patch_temp": 0.0}]
+)
+def test_bad_values_are_refused(make_objective: Make, cfg: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"objective.{next(iter(cfg))}="):
+        make_objective("ibot", **cfg)

@@ -23,6 +23,7 @@ from gcssl.ssl.moby import MoBY, MoBYConfig
 from gcssl.ssl.mocov3 import MoCoV3, MoCoV3Config
 from gcssl.ssl.simclr import SimCLR, SimCLRConfig
 from gcssl.ssl.simmim import MaskedDraw, SimMIM, SimMIMConfig
+from gcssl.ssl.targets import TARGETS
 from gcssl.ssl.vicreg import VICReg, VICRegConfig
 from gcssl.ssl.views import PairDraw
 
@@ -47,6 +48,8 @@ class JointConfig:
     share: bool = False
     mask_ratio: float | None = None
     mask_unit: int | None = None
+    target: str | None = field(default=None, metadata={"choices": TARGETS})
+    fill: str | None = field(default=None, metadata={"choices": ("zero", "learned")})
     hidden_dim: int | None = None
     projector_layers: int | None = None
     predictor_layers: int | None = None

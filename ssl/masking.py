@@ -8,6 +8,7 @@ uniformly.
 import math
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gcssl.errors import UserError
@@ -65,11 +66,15 @@ def upsample_mask(mask: Tensor, height: int, width: int) -> Tensor:
     return mask.repeat_interleave(height // h, -2).repeat_interleave(width // w, -1)  # B H W
 
 
-def hide_pixels(x: Tensor, mask: Tensor) -> Tensor:
-    """Normalised images B C H W with the pixels of hidden units (mask B h w) set to 0, the mean colour.
+def hide_pixels(x: Tensor, mask: Tensor, color: Tensor | None = None) -> Tensor:
+    """Normalised images B C H W with the pixels of hidden units (mask B h w) set to 0, the mean colour, or to
+    `color` (C).
 
     Filled, not multiplied, so that nothing of a hidden pixel is left, not even a NaN or the sign of a zero.
     Hiding pixels before the stem is what keeps GC ViT from leaking: its stem's 3x3 convolutions overlap the
     units and its squeeze-excite pools over the whole image.
     """
-    return x.masked_fill(upsample_mask(mask, *x.shape[-2:]).unsqueeze(1), 0.0)
+    hidden = upsample_mask(mask, *x.shape[-2:]).unsqueeze(1)  # B 1 H W
+    if color is None:
+        return x.masked_fill(hidden, 0.0)
+    return torch.where(hidden, color.to(x.dtype).view(1, -1, 1, 1), x)

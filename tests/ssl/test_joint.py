@@ -1,3 +1,4 @@
+import dataclasses
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.build import build_backbone
-from gcssl.ssl.joint import Joint, JointConfig
+from gcssl.ssl.joint import MASKED, VIEW, Joint, JointConfig
 
 Make = Callable[..., Any]
 
@@ -143,10 +144,21 @@ def test_pictures_are_those_of_the_masked_crop(make_objective: Make, make_batch:
     torch.testing.assert_close(shown["original"], (batch["views"][2] * std + mean).clamp(0, 1))
 
 
+def test_every_key_of_every_part_is_a_key_of_joint() -> None:
+    def keys(schema: Any) -> set[str]:
+        return {f.name for f in dataclasses.fields(schema)}
+
+    for name, (_, schema) in (MASKED | VIEW).items():
+        assert keys(schema) <= keys(JointConfig), name
+    choices = {f.name: f.metadata.get("choices") for f in dataclasses.fields(JointConfig)}
+    parts = [f for _, schema in (MASKED | VIEW).values() for f in dataclasses.fields(schema) if f.name != "name"]
+    assert not [f.name for f in parts if choices[f.name] != f.metadata.get("choices")]
+
+
 @pytest.mark.parametrize(
     "cfg",
     [
-        {"masked": "mae"},
+        {"masked": "mocov3"},
         {"view": "simmim"},
         {"weights": [1.0]},
         {"weights": [-1.0, 1.0]},

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gcssl.augment import SIMMIM, View, ViewSpec, draw_view, override
 from gcssl.config import AugmentConfig
 from gcssl.log import say
+from gcssl.models.build import Backbone
 from gcssl.models.gcvit import GCViT
 from gcssl.ssl.masking import check_ratio, check_unit, default_unit, draw_mask, hide_pixels
 from gcssl.ssl.targets import HOG_CELL, TARGETS, check_target, first_samples, show, target_head, target_loss
@@ -54,7 +55,7 @@ class SimMIM(nn.Module):
     def __init__(
         self,
         cfg: SimMIMConfig,
-        encoder: nn.Module,
+        encoder: Backbone,
         augment: AugmentConfig,
         img_size: tuple[int, int],
         total_steps: int,  # noqa: ARG002

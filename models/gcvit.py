@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gcssl.augment import IMAGENET_MEAN, IMAGENET_STD
 from gcssl.errors import UserError
-from gcssl.models.windows import RelPosBias, check_size, pair, query_levels
+from gcssl.models.windows import STRIDES, RelPosBias, check_size, pair, query_levels
 
 WINDOW_RATIO = (32, 32, 16, 32)  # a stage's window has side / ratio tokens a side
 
@@ -238,7 +238,7 @@ def init_weights(module: nn.Module) -> None:
 class GCViT(nn.Module):
     """The backbone. `img_size` is where the bias tables live; it takes any sides that are multiples of 32."""
 
-    stride = 32
+    stride, strides = 32, STRIDES
     interpolation = "bicubic"
 
     def __init__(
@@ -358,9 +358,15 @@ class GCViT(nn.Module):
         """
         return self._maps(x, mask, mask_token, noise)[-1].permute(0, 3, 1, 2)
 
-    def forward_pyramid(self, x: Tensor) -> list[Tensor]:
-        """B 3 H W -> four maps B C h w at strides 4, 8, 16, 32; the last one is normed."""
-        return [m.permute(0, 3, 1, 2) for m in self._maps(x)]
+    def forward_pyramid(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> list[Tensor]:
+        """B 3 H W -> four maps B C h w at strides 4, 8, 16, 32; the last one is normed. See forward_features."""
+        return [m.permute(0, 3, 1, 2) for m in self._maps(x, mask, mask_token, noise)]
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """B 3 H W -> logits, or the average-pooled features B C when there is no head."""

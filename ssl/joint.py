@@ -19,6 +19,7 @@ from gcssl.errors import UserError
 from gcssl.models.gcvit import GCViT
 from gcssl.ssl.byol import BYOL, BYOLConfig
 from gcssl.ssl.gather import all_reduce_mean
+from gcssl.ssl.localmim import LocalMIM, LocalMIMConfig
 from gcssl.ssl.moby import MoBY, MoBYConfig
 from gcssl.ssl.mocov3 import MoCoV3, MoCoV3Config
 from gcssl.ssl.simclr import SimCLR, SimCLRConfig
@@ -27,7 +28,10 @@ from gcssl.ssl.targets import TARGETS
 from gcssl.ssl.vicreg import VICReg, VICRegConfig
 from gcssl.ssl.views import PairDraw
 
-MASKED: dict[str, tuple[type, type]] = {"simmim": (SimMIM, SimMIMConfig)}
+MASKED: dict[str, tuple[type, type]] = {
+    "localmim": (LocalMIM, LocalMIMConfig),
+    "simmim": (SimMIM, SimMIMConfig),
+}
 VIEW: dict[str, tuple[type, type]] = {
     "byol": (BYOL, BYOLConfig),
     "moby": (MoBY, MoBYConfig),
@@ -158,10 +162,11 @@ class Joint(nn.Module):
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
         own = self.masked_batch(batch)
         if self.share:
-            fmap = self.masked.features(own)  # B C h w
+            features = self.masked.features(own)  # B C h w, or one such map a stage
+            last = features if isinstance(features, Tensor) else features[-1]
             noise = batch["noise"][1] if batch.get("noise") else None
-            pooled = [fmap.mean((2, 3)), self.encoder(batch["views"][1], noise)]  # B C
-            outs = self.masked.loss(fmap, own), self.view.loss(pooled, batch)
+            pooled = [last.mean((2, 3)), self.encoder(batch["views"][1], noise)]  # B C
+            outs = self.masked.loss(features, own), self.view.loss(pooled, batch)
         else:
             outs = self.masked(own, step), self.view(batch, step)
         parts = {name: w * out["loss"] for name, w, out in zip(self.names, self.weights, outs, strict=True)}

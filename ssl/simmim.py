@@ -46,6 +46,18 @@ class MaskedDraw:
         return [(spec, draw_view(rng, spec))], [draw_mask(rng, grid, self.ratio)]
 
 
+def make_mask_token(encoder: Backbone, objective: str) -> nn.Parameter | None:
+    """What stands in for a hidden stem token of GC ViT, C; other backbones have no place for one.
+
+    Of those, the parameters that no map depends on are frozen: DistributedDataParallel stops on them.
+    """
+    if isinstance(encoder, GCViT):
+        return nn.Parameter(nn.init.trunc_normal_(torch.empty(encoder.channels[0]), std=0.02))
+    if unused := encoder.freeze_unused():
+        say(f"{objective} uses the encoder's maps alone, so these stay as they are: {', '.join(unused)}")
+    return None
+
+
 class SimMIM(nn.Module):
     """Masked image modelling on any backbone; one that takes no mask token is masked in its pixels only."""
 
@@ -67,14 +79,9 @@ class SimMIM(nn.Module):
         check_ratio((img_size[0] // unit) * (img_size[1] // unit), cfg.mask_ratio)
         self.encoder: Any = encoder
         self.target, self.cell = cfg.target, HOG_CELL if cfg.target == "hog" else unit
-        check_target(cfg.target, unit, self.encoder.stride)
-        self.head = target_head(cfg.target, self.encoder.num_features, self.encoder.stride, self.cell)
-        self.mask_token: nn.Parameter | None = None
-        if isinstance(encoder, GCViT):
-            self.mask_token = nn.Parameter(torch.empty(encoder.channels[0]))
-            nn.init.trunc_normal_(self.mask_token, std=0.02)
-        elif unused := self.encoder.freeze_unused():
-            say(f"simmim uses the encoder's last map alone, so these stay as they are: {', '.join(unused)}")
+        check_target(cfg.target, unit, encoder.stride)
+        self.head = target_head(cfg.target, encoder.num_features, encoder.stride, self.cell)
+        self.mask_token = make_mask_token(encoder, cfg.name)
         self.mask_color = nn.Parameter(torch.zeros(3)) if cfg.fill == "learned" else None  # 0: the mean colour
         self.draw = MaskedDraw(override(replace(SIMMIM, size=img_size), augment), unit, cfg.mask_ratio)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gcssl.config import AugmentConfig
 from gcssl.models.gcvit import GCViT
+from gcssl.ssl.joint import VIEW
 from gcssl.ssl.masking import draw_mask
 from gcssl.ssl.objectives import OBJECTIVES
 
@@ -42,7 +43,7 @@ def make_encoder() -> Callable[..., GCViT]:
 def make_objective() -> Callable[..., Any]:
     def make(name: str, encoder: nn.Module | None = None, total_steps: int = 100, **cfg: Any) -> Any:
         torch.manual_seed(0)
-        if name != "simmim":
+        if name == "joint" or name in VIEW:
             cfg = {"hidden_dim": 32, "out_dim": 16} | cfg
         cls, schema = OBJECTIVES[name]
         return cls(schema(**cfg), encoder or small_encoder(), AugmentConfig(), SIZE, total_steps, 10)

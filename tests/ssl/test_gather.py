@@ -15,6 +15,7 @@ from gcssl.ssl import gather
 from gcssl.ssl.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[2]
+JOINTS = ("joint-share", "joint-localmim", "joint-simclr")
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
@@ -38,7 +39,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("case", [*OBJECTIVES, "joint-share", "joint-simclr", "collectives"])
+@pytest.mark.parametrize("case", [*OBJECTIVES, *JOINTS, "collectives"])
 def test_two_processes_equal_one_on_the_joined_batch(results: dict[str, Any], case: str) -> None:
     many, one = results["many"][case], results["one"][case]
     assert results["world"] == 2

@@ -8,12 +8,14 @@ formula can make the two differ.
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gcssl.config import AugmentConfig
+from gcssl.loader import collate
 from gcssl.models.gcvit import GCViT
 from gcssl.models.heads import BatchNorm, mlp
 from gcssl.ssl import gather
@@ -23,6 +25,7 @@ N = 8  # images of the joined batch
 HEADS = {"hidden_dim": 32, "out_dim": 16}
 CASES: dict[str, dict[str, Any]] = {
     "simmim": {"name": "simmim"},
+    "localmim": {"name": "localmim"},
     "simclr": {"name": "simclr", **HEADS},
     "mocov3": {"name": "mocov3", **HEADS},
     "moby": {"name": "moby", "queue": 6, **HEADS},
@@ -30,19 +33,20 @@ CASES: dict[str, dict[str, Any]] = {
     "vicreg": {"name": "vicreg", **HEADS},
     "joint": {"name": "joint", "weights": [2.0, 1.0], **HEADS},
     "joint-share": {"name": "joint", "share": True, **HEADS},
+    "joint-localmim": {"name": "joint", "masked": "localmim", "share": True, "target": "hog", **HEADS},
     "joint-simclr": {"name": "joint", "view": "simclr", **HEADS},
 }
 
 
-def make_batch(names: slice, noise_rows: int) -> dict[str, Any]:
-    """Samples `names` of the joined batch: three views, of which the first and the third have masks."""
+def make_batch(names: slice, draw: Any, noise_rows: int) -> dict[str, Any]:
+    """Samples `names` of the joined batch: three views, and the masks that the objective draws for its own."""
     g = torch.Generator().manual_seed(1)
     views = [torch.randn(N, 3, 64, 64, generator=g, dtype=torch.float64) for _ in range(3)]
-    mask = torch.rand(N, 8, 8, generator=g).argsort(-1) < 5  # five units a row
+    drawn = collate([{"masks": draw(np.random.default_rng(i), (64, 64))[1]} for i in range(N)])["masks"]
     noise = [torch.rand(noise_rows, N, generator=g) for _ in range(3)]
     return {
         "views": [v[names] for v in views],
-        "masks": [mask[names], None, mask[names]],
+        "masks": [mask if mask is None else mask[names] for mask in drawn],
         "noise": [n[:, names] for n in noise],
     }
 
@@ -60,7 +64,7 @@ def make_objective(cfg: dict[str, Any]) -> Any:
 
 def run(cfg: dict[str, Any], share: slice) -> dict[str, Any]:
     objective = make_objective(cfg)
-    batch = make_batch(share, objective.encoder.n_noise)
+    batch = make_batch(share, objective.draw, objective.encoder.n_noise)
     model = DistributedDataParallel(objective, broadcast_buffers=False) if dist.is_initialized() else objective
     out = model(batch, 0)
     norms = objective.grad_norms(out) if hasattr(objective, "grad_norms") else {}

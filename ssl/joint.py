@@ -25,13 +25,16 @@ from gcssl.ssl.mocov3 import MoCoV3, MoCoV3Config
 from gcssl.ssl.simclr import SimCLR, SimCLRConfig
 from gcssl.ssl.simmim import MaskedDraw, SimMIM, SimMIMConfig
 from gcssl.ssl.targets import TARGETS
+from gcssl.ssl.ummae import UMMAE, UMMAEConfig, UniformDraw
 from gcssl.ssl.vicreg import VICReg, VICRegConfig
 from gcssl.ssl.views import PairDraw
 
 MASKED: dict[str, tuple[type, type]] = {
     "localmim": (LocalMIM, LocalMIMConfig),
     "simmim": (SimMIM, SimMIMConfig),
+    "ummae": (UMMAE, UMMAEConfig),
 }
+SHARING = ("localmim", "simmim")  # whose encoder sees the whole of view 1, hidden units too
 VIEW: dict[str, tuple[type, type]] = {
     "byol": (BYOL, BYOLConfig),
     "moby": (MoBY, MoBYConfig),
@@ -54,6 +57,9 @@ class JointConfig:
     mask_unit: int | None = None
     target: str | None = field(default=None, metadata={"choices": TARGETS})
     fill: str | None = field(default=None, metadata={"choices": ("zero", "learned")})
+    secondary_ratio: float | None = None
+    decoder_dim: int | None = None
+    decoder_depth: int | None = None
     hidden_dim: int | None = None
     projector_layers: int | None = None
     predictor_layers: int | None = None
@@ -73,7 +79,7 @@ class JointDraw:
     """
 
     view: PairDraw
-    masked: MaskedDraw
+    masked: MaskedDraw | UniformDraw
     share: bool
 
     def __call__(
@@ -101,6 +107,8 @@ def check_config(cfg: JointConfig) -> None:
     for f in dataclasses.fields(JointConfig):
         if f.default is None and getattr(cfg, f.name) is not None and f.name not in known:
             raise UserError(f"objective.{f.name}: neither {cfg.masked} nor {cfg.view} has this key; leave it out")
+    if cfg.share and cfg.masked not in SHARING:
+        raise UserError(f"objective.share=true: {cfg.masked} drops what it hides; one of {', '.join(SHARING)} can")
     if len(cfg.weights) != 2 or min(cfg.weights) < 0 or max(cfg.weights) <= 0:
         raise UserError(f"objective.weights={list(cfg.weights)} must be two numbers >= 0: masked, view")
 
@@ -155,7 +163,7 @@ class Joint(nn.Module):
         self.view: Any = view  # after teacher, so that its train() has the last word and keeps that in eval mode
 
     def masked_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The masked part's one view: view 1 when shared, else the crop after the view objective's."""
+        """The masked part's one view and its masks: view 1 when shared, else the crop after the view objective's."""
         at = slice(0, 1) if self.share else slice(self.view.n_views, None)
         return {key: batch[key][at] for key in ("views", "masks", "noise") if batch.get(key)}
 

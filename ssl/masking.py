@@ -58,6 +58,25 @@ def draw_mask(rng: np.random.Generator, grid: tuple[int, int], ratio: float) -> 
     return mask.reshape(grid)
 
 
+def draw_uniform_mask(rng: np.random.Generator, grid: tuple[int, int]) -> np.ndarray:
+    """Boolean mask h w that leaves one unit of each 2 x 2 block visible, any of the four equally likely."""
+    h, w = grid[0] // 2, grid[1] // 2
+    mask = np.ones((h, w, 4), dtype=bool)
+    np.put_along_axis(mask, rng.integers(4, size=(h, w, 1)), False, axis=2)
+    return mask.reshape(h, w, 2, 2).swapaxes(1, 2).reshape(grid)
+
+
+def keep_units(x: Tensor, mask: Tensor) -> Tensor:
+    """B C H W -> B C H/2 W/2: the one visible unit of each 2 x 2 block (draw_uniform_mask), side by side."""
+    b, c, height, width = x.shape
+    h, w = mask.shape[1] // 2, mask.shape[2] // 2
+    kept = (~mask).view(b, h, 2, w, 2).transpose(2, 3).reshape(b, h, w, 4).long().argmax(-1)  # B h w, in 0..3
+    blocks = x.reshape(b, c, h, 2, height // (2 * h), w, 2, width // (2 * w))  # B C h 2 u w 2 u
+    blocks = blocks.permute(0, 1, 2, 4, 5, 7, 3, 6).flatten(6)  # B C h u w u 4
+    index = kept.view(b, 1, h, 1, w, 1, 1).expand(*blocks.shape[:-1], 1)
+    return blocks.gather(-1, index).reshape(b, c, height // 2, width // 2)
+
+
 def upsample_mask(mask: Tensor, height: int, width: int) -> Tensor:
     """B h w -> B height width by repetition. ValueError when h w do not divide height width."""
     h, w = mask.shape[-2:]

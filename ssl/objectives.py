@@ -7,11 +7,13 @@ from gcssl.ssl.moby import MoBY, MoBYConfig
 from gcssl.ssl.mocov3 import MoCoV3, MoCoV3Config
 from gcssl.ssl.simclr import SimCLR, SimCLRConfig
 from gcssl.ssl.simmim import SimMIM, SimMIMConfig
+from gcssl.ssl.ummae import UMMAE, UMMAEConfig
 from gcssl.ssl.vicreg import VICReg, VICRegConfig
 
 OBJECTIVES: dict[str, tuple[type, type]] = {
     "simmim": (SimMIM, SimMIMConfig),
     "localmim": (LocalMIM, LocalMIMConfig),
+    "ummae": (UMMAE, UMMAEConfig),
     "simclr": (SimCLR, SimCLRConfig),
     "mocov3": (MoCoV3, MoCoV3Config),
     "moby": (MoBY, MoBYConfig),

@@ -23,9 +23,11 @@ from gcssl.ssl.objectives import OBJECTIVES
 
 N = 8  # images of the joined batch
 HEADS = {"hidden_dim": 32, "out_dim": 16}
+SIDES = {"ummae": 128, "joint-ummae": 128}  # of the images, else 64: the encoder sees half of it
 CASES: dict[str, dict[str, Any]] = {
     "simmim": {"name": "simmim"},
     "localmim": {"name": "localmim"},
+    "ummae": {"name": "ummae", "mask_unit": 16, "decoder_dim": 32},
     "simclr": {"name": "simclr", **HEADS},
     "mocov3": {"name": "mocov3", **HEADS},
     "moby": {"name": "moby", "queue": 6, **HEADS},
@@ -34,15 +36,16 @@ CASES: dict[str, dict[str, Any]] = {
     "joint": {"name": "joint", "weights": [2.0, 1.0], **HEADS},
     "joint-share": {"name": "joint", "share": True, **HEADS},
     "joint-localmim": {"name": "joint", "masked": "localmim", "share": True, "target": "hog", **HEADS},
+    "joint-ummae": {"name": "joint", "masked": "ummae", "decoder_dim": 32, **HEADS},
     "joint-simclr": {"name": "joint", "view": "simclr", **HEADS},
 }
 
 
-def make_batch(names: slice, draw: Any, noise_rows: int) -> dict[str, Any]:
+def make_batch(names: slice, draw: Any, noise_rows: int, side: int) -> dict[str, Any]:
     """Samples `names` of the joined batch: three views, and the masks that the objective draws for its own."""
     g = torch.Generator().manual_seed(1)
-    views = [torch.randn(N, 3, 64, 64, generator=g, dtype=torch.float64) for _ in range(3)]
-    drawn = collate([{"masks": draw(np.random.default_rng(i), (64, 64))[1]} for i in range(N)])["masks"]
+    views = [torch.randn(N, 3, side, side, generator=g, dtype=torch.float64) for _ in range(3)]
+    drawn = collate([{"masks": draw(np.random.default_rng(i), (side, side))[1]} for i in range(N)])["masks"]
     noise = [torch.rand(noise_rows, N, generator=g) for _ in range(3)]
     return {
         "views": [v[names] for v in views],
@@ -51,20 +54,20 @@ def make_batch(names: slice, draw: Any, noise_rows: int) -> dict[str, Any]:
     }
 
 
-def make_objective(cfg: dict[str, Any]) -> Any:
+def make_objective(cfg: dict[str, Any], side: int) -> Any:
     torch.manual_seed(0)
     encoder = GCViT(16, (2, 2, 2, 2), (1, 1, 2, 2), img_size=64, window_ratio=(16, 16, 16, 32), drop_path=0.3)
     cls, schema = OBJECTIVES[cfg["name"]]
-    objective = cls(schema(**cfg), encoder, AugmentConfig(), (64, 64), 10, 5).double().train()
+    objective = cls(schema(**cfg), encoder, AugmentConfig(), (side, side), 10, 5).double().train()
     if hasattr(objective, "teacher"):  # not equal to the student, as after some steps
         for p in objective.teacher.parameters():
             p.data.add_(0.02 * torch.randn_like(p))
     return objective
 
 
-def run(cfg: dict[str, Any], share: slice) -> dict[str, Any]:
-    objective = make_objective(cfg)
-    batch = make_batch(share, objective.draw, objective.encoder.n_noise)
+def run(cfg: dict[str, Any], share: slice, side: int) -> dict[str, Any]:
+    objective = make_objective(cfg, side)
+    batch = make_batch(share, objective.draw, objective.encoder.n_noise, side)
     model = DistributedDataParallel(objective, broadcast_buffers=False) if dist.is_initialized() else objective
     out = model(batch, 0)
     norms = objective.grad_norms(out) if hasattr(objective, "grad_norms") else {}
@@ -98,7 +101,9 @@ def run_collectives(share: slice) -> dict[str, Any]:
 
 
 def run_all(share: slice) -> dict[str, Any]:
-    return {name: run(cfg, share) for name, cfg in CASES.items()} | {"collectives": run_collectives(share)}
+    return {name: run(cfg, share, SIDES.get(name, 64)) for name, cfg in CASES.items()} | {
+        "collectives": run_collectives(share)
+    }
 
 
 def main(path: str) -> None:

@@ -20,6 +20,7 @@ from gcssl.models.gcvit import GCViT
 from gcssl.ssl.byol import BYOL, BYOLConfig
 from gcssl.ssl.gather import all_reduce_mean
 from gcssl.ssl.localmim import LocalMIM, LocalMIMConfig
+from gcssl.ssl.mae import MAE, MAEConfig
 from gcssl.ssl.moby import MoBY, MoBYConfig
 from gcssl.ssl.mocov3 import MoCoV3, MoCoV3Config
 from gcssl.ssl.simclr import SimCLR, SimCLRConfig
@@ -31,6 +32,7 @@ from gcssl.ssl.views import PairDraw
 
 MASKED: dict[str, tuple[type, type]] = {
     "localmim": (LocalMIM, LocalMIMConfig),
+    "mae": (MAE, MAEConfig),
     "simmim": (SimMIM, SimMIMConfig),
     "ummae": (UMMAE, UMMAEConfig),
 }

@@ -3,6 +3,7 @@
 from gcssl.ssl.byol import BYOL, BYOLConfig
 from gcssl.ssl.joint import Joint, JointConfig
 from gcssl.ssl.localmim import LocalMIM, LocalMIMConfig
+from gcssl.ssl.mae import MAE, MAEConfig
 from gcssl.ssl.moby import MoBY, MoBYConfig
 from gcssl.ssl.mocov3 import MoCoV3, MoCoV3Config
 from gcssl.ssl.simclr import SimCLR, SimCLRConfig
@@ -13,6 +14,7 @@ from gcssl.ssl.vicreg import VICReg, VICRegConfig
 OBJECTIVES: dict[str, tuple[type, type]] = {
     "simmim": (SimMIM, SimMIMConfig),
     "localmim": (LocalMIM, LocalMIMConfig),
+    "mae": (MAE, MAEConfig),
     "ummae": (UMMAE, UMMAEConfig),
     "simclr": (SimCLR, SimCLRConfig),
     "mocov3": (MoCoV3, MoCoV3Config),

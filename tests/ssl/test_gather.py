@@ -15,7 +15,7 @@ from gcssl.ssl import gather
 from gcssl.ssl.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[2]
-JOINTS = ("joint-share", "joint-localmim", "joint-ummae", "joint-simclr")
+JOINTS = ("joint-share", "joint-localmim", "joint-mae", "joint-ummae", "joint-simclr")
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 

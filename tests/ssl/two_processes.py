@@ -27,6 +27,7 @@ SIDES = {"ummae": 128, "joint-ummae": 128}  # of the images, else 64: the encode
 CASES: dict[str, dict[str, Any]] = {
     "simmim": {"name": "simmim"},
     "localmim": {"name": "localmim"},
+    "mae": {"name": "mae", "mask_ratio": 0.5, "decoder_dim": 32, "decoder_depth": 2},  # one token has no attention
     "ummae": {"name": "ummae", "mask_unit": 16, "decoder_dim": 32},
     "simclr": {"name": "simclr", **HEADS},
     "mocov3": {"name": "mocov3", **HEADS},
@@ -36,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "joint": {"name": "joint", "weights": [2.0, 1.0], **HEADS},
     "joint-share": {"name": "joint", "share": True, **HEADS},
     "joint-localmim": {"name": "joint", "masked": "localmim", "share": True, "target": "hog", **HEADS},
+    "joint-mae": {"name": "joint", "masked": "mae", "mask_ratio": 0.5, "decoder_dim": 32, "decoder_depth": 1, **HEADS},
     "joint-ummae": {"name": "joint", "masked": "ummae", "decoder_dim": 32, **HEADS},
     "joint-simclr": {"name": "joint", "view": "simclr", **HEADS},
 }

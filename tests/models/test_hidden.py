@@ -259,6 +259,8 @@ def test_attention_leaves_blind_keys_out_and_spares_wholly_hidden_windows() -> N
         torch.testing.assert_close(out[:, 1:], attend(q[:, 1:], k[:, 1:], v[:, 1:], bias, body))
 
 
-def test_average_by_hand() -> None:
-    x, sites = torch.tensor([[[[1.0], [0.0]], [[3.0], [0.0]]]]), torch.tensor([[[[False], [True]], [[False], [True]]]])
-    assert average(x, sites).item() == 2.0 and average(x, None).item() == 1.0
+def test_average_by_hand_of_samples_that_hide_different_counts() -> None:
+    x = torch.tensor([[[1.0, 0.0], [3.0, 0.0]], [[1.0, 3.0], [5.0, 7.0]]])[..., None]  # B m n C
+    sites = torch.tensor([[[False, True], [False, True]], [[False, False], [False, False]]])[..., None]
+    assert average(x, sites).tolist() == [[2.0], [4.0]] and average(x, None).tolist() == [[1.0], [4.0]]
+    assert average(x.half(), sites).dtype == torch.float16 and average(x.double(), sites).dtype == torch.float64

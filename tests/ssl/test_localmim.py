@@ -38,6 +38,12 @@ def test_mask_leak_none_from_hidden_pixels_in_any_stage(make_objective: Make, ma
         assert not any(equal(first, objective.features(batch)))
 
 
+def test_the_last_map_is_simmims(make_objective: Make, make_batch: Make) -> None:
+    localmim, simmim, batch = make_objective("localmim"), make_objective("simmim"), make_batch(2)
+    simmim.load_state_dict({k: v for k, v in localmim.state_dict().items() if not k.startswith("heads.")}, strict=False)
+    assert torch.equal(localmim.features(batch)[-1], simmim.features(batch))
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_loss_is_the_mean_of_the_stages_each_at_its_own_scale(
     make_objective: Make, make_batch: Make, target: str
@@ -130,4 +136,4 @@ def test_overfits_a_few_images(make_objective: Make, make_batch: Make) -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0], losses[::10]
+    assert losses[-1] < 0.5 * min(1.0, losses[0]), losses[::10]  # 1: that of predicting nothing

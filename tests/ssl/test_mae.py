@@ -111,14 +111,14 @@ def test_pictures_undo_the_units_moments(mae: Any, draw_batch: Make) -> None:
 
 
 def test_overfits_a_few_images(make_objective: Make, draw_batch: Make) -> None:
-    mae = make_objective("mae", decoder_dim=64, decoder_depth=2)
+    mae = make_objective("mae", decoder_dim=64, decoder_depth=1)
     batch = draw_batch(mae, 16)
     optimizer = torch.optim.AdamW(mae.parameters(), 3e-3)
     losses = []
-    for step in range(80):
+    for step in range(60):
         loss = mae(batch, step)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0], losses[::10]
+    assert losses[-1] < 0.5 * min(1.0, losses[0]), losses[::10]  # 1: that of predicting nothing

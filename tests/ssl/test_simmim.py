@@ -9,7 +9,7 @@ import torch
 from gcssl.errors import UserError
 from gcssl.models.decoders import PixelHead
 from gcssl.ssl.masking import hide_pixels, upsample_mask
-from gcssl.ssl.targets import TARGETS, l1_hidden
+from gcssl.ssl.targets import TARGETS, l1_hidden, make_target, target_loss
 
 Make = Callable[..., Any]
 
@@ -213,12 +213,14 @@ def test_a_wrapped_backbone_is_masked_in_its_pixels(make_objective: Make, make_b
 @pytest.mark.parametrize("target", TARGETS)
 def test_overfits_a_few_images(make_objective: Make, make_batch: Make, target: str) -> None:
     objective, batch = make_objective("simmim", target=target), make_batch(16)
-    optimizer = torch.optim.AdamW(objective.parameters(), 5e-3)
+    optimizer = torch.optim.AdamW(objective.parameters(), 2e-3 if target == "hog" else 5e-3)
+    x, mask = batch["views"][0], batch["masks"][0]
     losses = []
-    for step in range(60):
+    for step in range(40):
         loss = objective(batch, step)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    nothing = target_loss(target, torch.zeros_like(make_target(target, x, 8)), x, mask, 8).item()
+    assert losses[-1] < 0.5 * min(nothing, losses[0]), losses[::10]

@@ -208,4 +208,4 @@ def test_overfits_a_few_images(make_objective: Make, draw_batch: Make) -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0], losses[::10]
+    assert losses[-1] < 0.5 * min(1.0, losses[0]), losses[::10]  # 1: that of predicting nothing

@@ -4,9 +4,10 @@
 
 Early stages thus learn from their own head and not through all that follows. A stage of stride s predicts cells of
 s pixels: norm_pixels are standardised in them, hog counts gradients in them (4, 8, 16, 32 px in GC ViT). Where a
-mask unit is not made of whole cells, they are the largest that do fit both. Departures: the heads are linear (the
-paper's hold a transformer block each), hog has MaskFeat's 9 bins (theirs 18), and pixels and stem tokens are both
-hidden, as in simmim.py, because GC ViT leaks otherwise.
+mask unit is not made of whole cells, they are the largest that do fit both. Departures from the paper's Swin: it
+reads each stage behind its downsampler (cells of 8, 16, 32, 32 px), through a norm and a transformer block instead
+of a linear head; it sums the losses; its hog has 18 bins; its encoder computes visible tokens alone. Here pixels and
+stem tokens are both hidden, as in simmim.py, because GC ViT leaks otherwise.
 """
 
 import math
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gcssl.augment import SIMMIM, override
+from gcssl.augment import MAE, override
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.build import Backbone
@@ -62,7 +63,7 @@ class LocalMIM(nn.Module):
             target_head(cfg.target, dim, stride, cell) for (dim, stride), cell in zip(stages, self.cells, strict=True)
         )
         self.mask_token = make_mask_token(encoder, cfg.name)
-        self.draw = MaskedDraw(override(replace(SIMMIM, size=img_size), augment), unit, cfg.mask_ratio)
+        self.draw = MaskedDraw(override(replace(MAE, size=img_size), augment), unit, cfg.mask_ratio)
 
     def features(self, batch: dict[str, Any]) -> list[Tensor]:
         """The maps B C h w of all stages, the finest first, of the first view with its mask applied."""

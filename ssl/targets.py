@@ -45,15 +45,16 @@ def norm_pixels(x: Tensor, cell: int) -> Tensor:
 def hog(x: Tensor, cell: int) -> Tensor:
     """B C H W -> B C*9 H/cell W/cell: votes for 9 unsigned orientations, of l2 norm 1 a cell and channel.
 
-    A pixel's gradient is the difference of its two neighbours along each axis (the border pixel stands in for
-    the one that is not there); it votes with its magnitude for the bin [k, k + 1) * 20 degrees that holds its
-    direction modulo 180. A cell without gradients is all 0.
+    A pixel's gradient is Sobel's, with the image mirrored at its border; it votes with its magnitude for the bin
+    [k, k + 1) * 20 degrees that holds atan2(gx, gy) modulo 180, as in MaskFeat's code (without the Gaussian window
+    that it offers). A cell without gradients is all 0.
     """
-    padded = F.pad(at_least_fp32(x), (1, 1, 1, 1), mode="replicate")
-    gx = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]  # B C H W
-    gy = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
+    x = F.pad(at_least_fp32(x), (1, 1, 1, 1), mode="reflect")  # B C H+2 W+2
+    gx, gy = x[..., 2:] - x[..., :-2], x[..., 2:, :] - x[..., :-2, :]
+    gx = gx[..., :-2, :] + 2 * gx[..., 1:-1, :] + gx[..., 2:, :]  # B C H W
+    gy = gy[..., :-2] + 2 * gy[..., 1:-1] + gy[..., 2:]
     size = torch.hypot(gx, gy)
-    bins = (torch.atan2(gy, gx) * (BINS / math.pi)).floor() % BINS  # -0 degrees and 180 degrees are bin 0
+    bins = (torch.atan2(gx, gy) * (BINS / math.pi)).floor() % BINS  # 180 degrees are bin 0
     votes = [F.avg_pool2d(torch.where(bins == k, size, 0.0), cell) for k in range(BINS)]  # B C h w each
     return F.normalize(torch.stack(votes, 2), dim=2).flatten(1, 2)
 

@@ -117,6 +117,7 @@ def test_draw_pickles_and_hides_three_quarters(make_objective: Make) -> None:
     draw = pickle.loads(pickle.dumps(make_objective("localmim").draw))
     views, masks = draw(np.random.default_rng(0), (64, 64))
     assert len(views) == len(masks) == 1 and masks[0].shape == (8, 8) and masks[0].sum() == 48
+    assert views[0][0].scale == (0.2, 1.0) and views[0][0].interpolation == "bicubic"
 
 
 @pytest.mark.parametrize("target", TARGETS)

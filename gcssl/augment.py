@@ -50,6 +50,7 @@ class ViewSpec:
 
 
 SIMMIM = ViewSpec(scale=(0.67, 1.0))
+MAE = ViewSpec(scale=(0.2, 1.0), interpolation="bicubic")
 SIMCLR = ViewSpec(jitter_p=0.8, jitter=(0.8, 0.8, 0.8, 0.2), gray_p=0.2, blur_p=0.5, interpolation="bicubic")
 BYOL_1 = ViewSpec(jitter_p=0.8, jitter=(0.4, 0.4, 0.2, 0.1), gray_p=0.2, blur_p=1.0)
 BYOL_2 = replace(BYOL_1, blur_p=0.1, solarize_p=0.2)

@@ -3,8 +3,12 @@
 Layout: maps are B H W C, tokens inside a stage B W N C (W windows of N tokens, row-major), attention is
 B W K N D (K heads). Parameter names and shapes are those of timm's GlobalContextVit, so state dicts load
 strictly both ways.
+
+Most forward methods take `hidden`, a mask B h w of units (True = hidden) that take no part in anything: see
+forward_visible. None, everywhere else, costs nothing.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gcssl.augment import IMAGENET_MEAN, IMAGENET_STD
 from gcssl.errors import UserError
-from gcssl.models.windows import RelPosBias, check_size, pair, query_levels
+from gcssl.models.hidden import average, blind_keys, hide, hide_tokens, spread
+from gcssl.models.windows import STRIDES, RelPosBias, check_size, pair, query_levels
 
 WINDOW_RATIO = (32, 32, 16, 32)  # a stage's window has side / ratio tokens a side
 
@@ -23,15 +28,19 @@ WINDOW_RATIO = (32, 32, 16, 32)  # a stage's window has side / ratio tokens a si
 # ---- attention
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, body: str | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, body: str | None = None, blind: Tensor | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v: B W K N D.
 
-    q: B W K N D, or B 1 K N D shared by all windows; k, v: B W K N D; bias: K N N.
+    q: B W K N D, or B 1 K N D shared by all windows; k, v: B W K N D; bias: K N N; blind: B W N, keys left out.
     body: "matmul", "sdpa", or None: matmul where the bias needs a gradient on a CPU (faster), else sdpa.
     """
     if body is None:
         body = "matmul" if q.device.type == "cpu" and bias.requires_grad else "sdpa"
-    q, bias = q.to(k.dtype), bias.to(k.dtype)
+    q, bias = q.to(k.dtype), bias.to(k.dtype)[None, None]  # bias: B W K N N, or 1 for B and W
+    if blind is not None:
+        bias = torch.where(blind[:, :, None, None], -math.inf, bias)
     if body == "matmul":
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # B W K N N
         return scores.add_(bias).softmax(-1) @ v
@@ -39,7 +48,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, body: str | None = Non
         raise ValueError(f"body must be 'matmul', 'sdpa' or None, got {body!r}")
     shape = k.shape
     q, k, v = (t.expand(shape).flatten(0, 1) for t in (q, k, v))  # B*W K N D: what the fast kernels take
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None]).view(shape)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1)).view(shape)
 
 
 class Attention(nn.Module):
@@ -50,14 +59,14 @@ class Attention(nn.Module):
         self.rel_pos = RelPosBias(window, num_heads, mode)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, query: Tensor, window: tuple[int, int]) -> Tensor:
-        """x: B W N C; query: B N C, used by global blocks only -> B W N C."""
+    def forward(self, x: Tensor, query: Tensor, window: tuple[int, int], blind: Tensor | None = None) -> Tensor:
+        """x: B W N C; query: B N C, used by global blocks only; blind: B W N keys left out -> B W N C."""
         b, w, n, c = x.shape
         parts = self.qkv(x).view(b, w, n, -1, self.num_heads, c // self.num_heads).unbind(3)  # B W N K D each
         if self.is_global:
             parts = (query.view(b, 1, n, self.num_heads, -1), *parts)
         q, k, v = (t.transpose(2, 3) for t in parts)  # B W K N D
-        out = attend(q, k, v, self.rel_pos(window))
+        out = attend(q, k, v, self.rel_pos(window), blind=blind)
         return self.proj(out.transpose(2, 3).reshape(b, w, n, c))
 
 
@@ -105,10 +114,12 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.ls1, self.ls2 = (nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in "12")
 
-    def forward(self, x: Tensor, query: Tensor, window: tuple[int, int], noise: Tensor | None) -> Tensor:
-        """x: B W N C, query: B N C, noise: 2 B or None -> B W N C."""
+    def forward(
+        self, x: Tensor, query: Tensor, window: tuple[int, int], noise: Tensor | None, blind: Tensor | None = None
+    ) -> Tensor:
+        """x: B W N C, query: B N C, noise: 2 B or None, blind: B W N or None -> B W N C."""
         first, second = (None, None) if noise is None else noise.unbind(0)
-        x = x + drop_path(self.ls1(self.attn(self.norm1(x), query, window)), self.rate, first)
+        x = x + drop_path(self.ls1(self.attn(self.norm1(x), query, window, blind)), self.rate, first)
         return x + drop_path(self.ls2(self.mlp(self.norm2(x))), self.rate, second)
 
 
@@ -121,8 +132,9 @@ class SqueezeExcite(nn.Module):
         self.fc1 = nn.Conv2d(dim, hidden, 1, bias=False)
         self.fc2 = nn.Conv2d(hidden, dim, 1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        s = F.gelu(F.linear(x.mean((1, 2)), self.fc1.weight.flatten(1)))  # B hidden
+    def forward(self, x: Tensor, sites: Tensor | None = None) -> Tensor:
+        """x: B H W C, 0 at the hidden sites B H W 1, of which the average takes none."""
+        s = F.gelu(F.linear(average(x, sites), self.fc1.weight.flatten(1)))  # B hidden
         return x * F.linear(s, self.fc2.weight.flatten(1)).sigmoid()[:, None, None]
 
 
@@ -135,9 +147,11 @@ class ConvBlock(nn.Module):
         self.se = SqueezeExcite(dim)
         self.conv_pw = nn.Conv2d(dim, dim, 1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.gelu(conv(x, self.conv_dw))
-        return x + F.linear(self.se(y), self.conv_pw.weight.flatten(1))
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        sites = spread(hidden, *x.shape[1:3])
+        x = hide(x, sites)
+        y = hide(F.gelu(conv(x, self.conv_dw)), sites)
+        return x + F.linear(self.se(y, sites), self.conv_pw.weight.flatten(1))
 
 
 def conv(x: Tensor, layer: nn.Module) -> Tensor:
@@ -155,8 +169,8 @@ class Downsample(nn.Module):
         self.reduction = nn.Conv2d(dim, dim_out, 3, stride=2, padding=1, bias=False)
         self.norm2 = nn.LayerNorm(dim_out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm2(conv(self.conv_block(self.norm1(x)), self.reduction))
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        return self.norm2(conv(self.conv_block(self.norm1(x), hidden), self.reduction))
 
 
 class Stem(nn.Module):
@@ -167,9 +181,11 @@ class Stem(nn.Module):
         self.conv1 = nn.Conv2d(in_chans, dim, 3, stride=2, padding=1)
         self.down = Downsample(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        if hidden is not None:
+            x = hide(x.permute(0, 2, 3, 1), spread(hidden, *x.shape[2:])).permute(0, 3, 1, 2)
         x = self.conv1(x.contiguous(memory_format=torch.channels_last))
-        return self.down(x.permute(0, 2, 3, 1))
+        return self.down(x.permute(0, 2, 3, 1), hidden)
 
 
 class QueryGenerator(nn.Module):
@@ -181,11 +197,20 @@ class QueryGenerator(nn.Module):
         self.blocks = nn.ModuleDict({f"conv{i + 1}": ConvBlock(dim) for i in range(max(1, levels))})
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
         for block in self.blocks.values():
-            x = block(x)
-            x = conv(x, self.pool) if self.levels else x
+            x = block(x, hidden)
+            if self.levels:
+                x = conv(hide(x, spread(hidden, *x.shape[1:3]), -math.inf), self.pool)
+                x = hide(x, spread(hidden, *x.shape[1:3]))
         return x.flatten(1, 2).contiguous()
+
+
+def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """B H W C -> B W N C."""
+    b, h, w, c = x.shape
+    (wh, ww), rows, cols = window, h // window[0], w // window[1]
+    return x.reshape(b, rows, wh, cols, ww, c).transpose(2, 3).reshape(b, rows * cols, wh * ww, c)
 
 
 class Stage(nn.Module):
@@ -197,19 +222,25 @@ class Stage(nn.Module):
         self.norm = norm
         self.grad_checkpointing = False
 
-    def forward(self, x: Tensor, window: tuple[int, int], noise: Tensor | None, blocks: list[Tensor] | None) -> Tensor:
+    def forward(
+        self, x: Tensor, window: tuple[int, int], noise: Tensor | None, blocks: list[Tensor] | None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """x: B H W C, noise: 2*depth B -> B H' W' C'. Each block's token average (B C) goes to `blocks`."""
-        x = self.downsample(x)
-        query = self.global_block(x)
+        if isinstance(self.downsample, Downsample):
+            x = self.downsample(x, hidden)
+        query = self.global_block(x, hidden)
         b, h, w, c = x.shape
         (wh, ww), rows, cols = window, h // window[0], w // window[1]
-        x = x.reshape(b, rows, wh, cols, ww, c).transpose(2, 3).reshape(b, rows * cols, wh * ww, c)
+        x, sites = to_windows(x, window), spread(hidden, h, w)
+        sites = None if sites is None else to_windows(sites, window)  # B W N 1
+        blind = blind_keys(sites)
         for i, block in enumerate(self.blocks):
-            args = (x, query, window, None if noise is None else noise[2 * i : 2 * i + 2])
+            args = (x, query, window, None if noise is None else noise[2 * i : 2 * i + 2], blind)
             keep = self.grad_checkpointing and self.training and torch.is_grad_enabled()
             x = checkpoint(block, *args, use_reentrant=False) if keep else block(*args)
             if blocks is not None:
-                blocks.append(x.mean((1, 2)))
+                blocks.append(average(hide(x, sites), sites))
         x = x.view(b, rows, cols, wh, ww, c).transpose(2, 3).reshape(b, h, w, c)
         return self.norm(x)
 
@@ -238,7 +269,7 @@ def init_weights(module: nn.Module) -> None:
 class GCViT(nn.Module):
     """The backbone. `img_size` is where the bias tables live; it takes any sides that are multiples of 32."""
 
-    stride = 32
+    stride, strides = 32, STRIDES
     interpolation = "bicubic"
 
     def __init__(
@@ -326,6 +357,7 @@ class GCViT(nn.Module):
         mask_token: Tensor | None = None,
         noise: Tensor | None = None,
         blocks: list[Tensor] | None = None,
+        hidden: Tensor | None = None,
     ) -> list[Tensor]:
         """B 3 H W -> the stages' four maps B h w C, the last one normed; block averages go to `blocks`."""
         windows = self.windows_at((x.shape[-2], x.shape[-1]))
@@ -333,12 +365,12 @@ class GCViT(nn.Module):
             noise = None
         elif noise is None:
             noise = torch.rand(self.n_noise, x.shape[0], device=x.device)
-        x = self.stem(x)
+        x = self.stem(x, hidden)
         if mask is not None and mask_token is not None:
             x = hide_tokens(x, mask, mask_token)
         maps, first = [], 0
         for stage, window, depth in zip(self.stages, windows, self.depths, strict=True):
-            x = stage(x, window, None if noise is None else noise[2 * first : 2 * (first + depth)], blocks)
+            x = stage(x, window, None if noise is None else noise[2 * first : 2 * (first + depth)], blocks, hidden)
             first += depth
             maps.append(x)
         return maps
@@ -358,9 +390,25 @@ class GCViT(nn.Module):
         """
         return self._maps(x, mask, mask_token, noise)[-1].permute(0, 3, 1, 2)
 
-    def forward_pyramid(self, x: Tensor) -> list[Tensor]:
-        """B 3 H W -> four maps B C h w at strides 4, 8, 16, 32; the last one is normed."""
-        return [m.permute(0, 3, 1, 2) for m in self._maps(x)]
+    def forward_visible(self, x: Tensor, mask: Tensor, noise: Tensor | None = None) -> Tensor:
+        """B 3 H W -> B C H/32 W/32, normed, as if what mask (B h w, True = hidden) covers did not exist.
+
+        Hidden sites are 0 for every convolution, left out of every average and pooling and no key of attention;
+        0 in the result too. A query of the global blocks at a hidden place is 0. Dense: it saves no time. The
+        units are multiples of 32 px and of the window ratios, so that every token and query is hidden as a whole.
+        """
+        last = self._maps(x, noise=noise, hidden=mask)[-1]
+        return hide(last, spread(mask, *last.shape[1:3])).permute(0, 3, 1, 2)
+
+    def forward_pyramid(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> list[Tensor]:
+        """B 3 H W -> four maps B C h w at strides 4, 8, 16, 32; the last one is normed. See forward_features."""
+        return [m.permute(0, 3, 1, 2) for m in self._maps(x, mask, mask_token, noise)]
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """B 3 H W -> logits, or the average-pooled features B C when there is no head."""
@@ -387,12 +435,3 @@ class GCViT(nn.Module):
         if path[2] == "blocks":
             return before + int(path[3]) + 1
         return before + {"downsample": 0, "global_block": 1, "norm": self.depths[-1]}[path[2]]
-
-
-def hide_tokens(x: Tensor, mask: Tensor, token: Tensor) -> Tensor:
-    """Writes `token` (C) over the tokens of x (B h w C) that `mask` (B h' w' bool, True = hidden) covers."""
-    (h, w), (mh, mw) = x.shape[1:3], mask.shape[1:]
-    if h % mh or w % mw:
-        raise ValueError(f"a mask of {mh} x {mw} units does not divide a grid of {h} x {w} stride-4 tokens")
-    hidden = mask.repeat_interleave(h // mh, 1).repeat_interleave(w // mw, 2)[..., None]  # B h w 1
-    return torch.where(hidden, token.to(x.dtype), x)

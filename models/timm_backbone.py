@@ -44,7 +44,8 @@ class TimmBackbone(nn.Module):
         last_at = {level["reduction"]: i for i, level in enumerate(info)}  # the last map of each stride
         self.levels = list(last_at.values())
         self.channels = tuple(info[i]["num_chs"] for i in self.levels)
-        self.stride = info[-1]["reduction"]
+        self.strides = tuple(info[i]["reduction"] for i in self.levels)
+        self.stride = self.strides[-1]
         self.num_features = self.model.head_hidden_size
         check_size(self.img_size, self.stride)
         cfg = self.model.pretrained_cfg
@@ -101,8 +102,17 @@ class TimmBackbone(nn.Module):
         """B 3 H W -> B C h w at the last stride; mask, mask_token and noise are ignored."""
         return self._maps(x, self.levels[-1:])[-1]
 
-    def forward_pyramid(self, x: Tensor) -> list[Tensor]:
-        """B 3 H W -> one map B C h w for each stride the model has (one in all for a plain ViT)."""
+    def forward_pyramid(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,  # noqa: ARG002
+        mask_token: Tensor | None = None,  # noqa: ARG002
+        noise: Tensor | None = None,  # noqa: ARG002
+    ) -> list[Tensor]:
+        """B 3 H W -> one map B C h w for each stride the model has (one in all for a plain ViT).
+
+        mask, mask_token and noise are ignored.
+        """
         return self._maps(x, self.levels)
 
     def pooled(self, x: Tensor) -> dict[str, Tensor]:

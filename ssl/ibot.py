@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gcssl.augment import View, ViewSpec
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
-from gcssl.models.gcvit import GCViT
 from gcssl.models.heads import DINOHead
 from gcssl.ssl.dino import (
     Center,
@@ -31,6 +30,7 @@ from gcssl.ssl.dino import (
 from gcssl.ssl.ema import momentum_copy
 from gcssl.ssl.gather import all_gather_no_grad
 from gcssl.ssl.masking import draw_blocks, hide_pixels
+from gcssl.ssl.simmim import make_mask_token
 from gcssl.ssl.views import (
     CropDraw,
     check_above_zero,
@@ -39,7 +39,6 @@ from gcssl.ssl.views import (
     run_maps,
     run_views,
     signs,
-    use_maps_alone,
 )
 
 
@@ -114,11 +113,7 @@ class IBOT(PrototypeObjective):
         self.start_momentum, self.n_views = cfg.momentum, 2 + cfg.local_crops
         self.draw = MaskedCropDraw(multi_crop_draw(cfg, encoder, augment), encoder.stride, cfg.mask_prob, (low, high))
         self.encoder = encoder
-        self.mask_token: nn.Parameter | None = None
-        if isinstance(encoder, GCViT):
-            self.mask_token = nn.Parameter(torch.empty(encoder.channels[0]))
-            nn.init.trunc_normal_(self.mask_token, std=0.02)
-        use_maps_alone(encoder, cfg.name)
+        self.mask_token = make_mask_token(encoder, cfg.name)
         self.projector = DINOHead(
             encoder.num_features, cfg.hidden_dim, cfg.bottleneck_dim, cfg.out_dim, not cfg.norm_last_layer
         )

@@ -21,15 +21,24 @@ from gcssl.ssl.byol import BYOL, BYOLConfig
 from gcssl.ssl.dino import DINO, DINOConfig
 from gcssl.ssl.esvit import EsViT, EsViTConfig
 from gcssl.ssl.gather import all_reduce_mean
+from gcssl.ssl.localmim import LocalMIM, LocalMIMConfig
+from gcssl.ssl.mae import MAE, MAEConfig
 from gcssl.ssl.moby import MoBY, MoBYConfig
 from gcssl.ssl.mocov3 import MoCoV3, MoCoV3Config
 from gcssl.ssl.simclr import SimCLR, SimCLRConfig
 from gcssl.ssl.simdino import SimDINO, SimDINOConfig
 from gcssl.ssl.simmim import MaskedDraw, SimMIM, SimMIMConfig
+from gcssl.ssl.ummae import UMMAE, UMMAEConfig, UniformDraw
 from gcssl.ssl.vicreg import VICReg, VICRegConfig
 from gcssl.ssl.views import CropDraw, run_views
 
-MASKED: dict[str, tuple[type, type]] = {"simmim": (SimMIM, SimMIMConfig)}
+MASKED: dict[str, tuple[type, type]] = {
+    "localmim": (LocalMIM, LocalMIMConfig),
+    "mae": (MAE, MAEConfig),
+    "simmim": (SimMIM, SimMIMConfig),
+    "ummae": (UMMAE, UMMAEConfig),
+}
+SHARING = ("localmim", "simmim")  # whose encoder sees the whole of view 1, hidden units too
 VIEW: dict[str, tuple[type, type]] = {
     "byol": (BYOL, BYOLConfig),
     "dino": (DINO, DINOConfig),
@@ -70,7 +79,7 @@ class JointDraw:
     """
 
     view: CropDraw
-    masked: MaskedDraw
+    masked: MaskedDraw | UniformDraw
     share: bool
 
     def __call__(
@@ -98,6 +107,8 @@ def check_config(cfg: JointConfig) -> None:
     for f in dataclasses.fields(JointConfig):
         if f.default is None and getattr(cfg, f.name) is not None and f.name not in known:
             raise UserError(f"objective.{f.name}: neither {cfg.masked} nor {cfg.view} has this key; leave it out")
+    if cfg.share and cfg.masked not in SHARING:
+        raise UserError(f"objective.share=true: {cfg.masked} drops what it hides; one of {', '.join(SHARING)} can")
     if len(cfg.weights) != 2 or min(cfg.weights) < 0 or max(cfg.weights) <= 0:
         raise UserError(f"objective.weights={list(cfg.weights)} must be two numbers >= 0: masked, view")
 
@@ -156,16 +167,17 @@ class Joint(nn.Module):
         self.view: Any = view  # after teacher, so that its train() has the last word and keeps that in eval mode
 
     def masked_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The masked part's one view: view 1 when shared, else the crop after the view objective's."""
+        """The masked part's one view and its masks: view 1 when shared, else the crop after the view objective's."""
         at = slice(0, 1) if self.share else slice(self.view.n_views, None)
         return {key: batch[key][at] for key in ("views", "masks", "noise") if batch.get(key)}
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
         own = self.masked_batch(batch)
         if self.share:
-            fmap = self.masked.features(own)  # B C h w
-            pooled = [fmap.mean((2, 3)), *run_views(self.encoder, batch, range(1, self.view.n_views))]  # B C
-            outs = self.masked.loss(fmap, own), self.view.loss(pooled, batch, step)
+            features = self.masked.features(own)  # B C h w, or one such map a stage
+            last = features if isinstance(features, Tensor) else features[-1]
+            pooled = [last.mean((2, 3)), *run_views(self.encoder, batch, range(1, self.view.n_views))]  # B C
+            outs = self.masked.loss(features, own), self.view.loss(pooled, batch, step)
         else:
             outs = self.masked(own, step), self.view(batch, step)
         parts = {name: w * out["loss"] for name, w, out in zip(self.names, self.weights, outs, strict=True)}

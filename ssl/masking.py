@@ -8,6 +8,7 @@ uniformly.
 import math
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gcssl.errors import UserError
@@ -75,6 +76,25 @@ def draw_blocks(rng: np.random.Generator, grid: tuple[int, int], count: int) -> 
     return mask
 
 
+def draw_uniform_mask(rng: np.random.Generator, grid: tuple[int, int]) -> np.ndarray:
+    """Boolean mask h w that leaves one unit of each 2 x 2 block visible, any of the four equally likely."""
+    h, w = grid[0] // 2, grid[1] // 2
+    mask = np.ones((h, w, 4), dtype=bool)
+    np.put_along_axis(mask, rng.integers(4, size=(h, w, 1)), False, axis=2)
+    return mask.reshape(h, w, 2, 2).swapaxes(1, 2).reshape(grid)
+
+
+def keep_units(x: Tensor, mask: Tensor) -> Tensor:
+    """B C H W -> B C H/2 W/2: the one visible unit of each 2 x 2 block (draw_uniform_mask), side by side."""
+    b, c, height, width = x.shape
+    h, w = mask.shape[1] // 2, mask.shape[2] // 2
+    kept = (~mask).view(b, h, 2, w, 2).transpose(2, 3).reshape(b, h, w, 4).long().argmax(-1)  # B h w, in 0..3
+    blocks = x.reshape(b, c, h, 2, height // (2 * h), w, 2, width // (2 * w))  # B C h 2 u w 2 u
+    blocks = blocks.permute(0, 1, 2, 4, 5, 7, 3, 6).flatten(6)  # B C h u w u 4
+    index = kept.view(b, 1, h, 1, w, 1, 1).expand(*blocks.shape[:-1], 1)
+    return blocks.gather(-1, index).reshape(b, c, height // 2, width // 2)
+
+
 def upsample_mask(mask: Tensor, height: int, width: int) -> Tensor:
     """B h w -> B height width by repetition. ValueError when h w do not divide height width."""
     h, w = mask.shape[-2:]
@@ -83,11 +103,15 @@ def upsample_mask(mask: Tensor, height: int, width: int) -> Tensor:
     return mask.repeat_interleave(height // h, -2).repeat_interleave(width // w, -1)  # B H W
 
 
-def hide_pixels(x: Tensor, mask: Tensor) -> Tensor:
-    """Normalised images B C H W with the pixels of hidden units (mask B h w) set to 0, the mean colour.
+def hide_pixels(x: Tensor, mask: Tensor, color: Tensor | None = None) -> Tensor:
+    """Normalised images B C H W with the pixels of hidden units (mask B h w) set to 0, the mean colour, or to
+    `color` (C).
 
     Filled, not multiplied, so that nothing of a hidden pixel is left, not even a NaN or the sign of a zero.
     Hiding pixels before the stem is what keeps GC ViT from leaking: its stem's 3x3 convolutions overlap the
     units and its squeeze-excite pools over the whole image.
     """
-    return x.masked_fill(upsample_mask(mask, *x.shape[-2:]).unsqueeze(1), 0.0)
+    hidden = upsample_mask(mask, *x.shape[-2:]).unsqueeze(1)  # B 1 H W
+    if color is None:
+        return x.masked_fill(hidden, 0.0)
+    return torch.where(hidden, color.to(x.dtype).view(1, -1, 1, 1), x)

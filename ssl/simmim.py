@@ -1,11 +1,11 @@
-"""SimMIM (arXiv:2111.09886): predict the normalised RGB of hidden pixels with a linear head, L1.
+"""SimMIM (arXiv:2111.09886): predict the normalised RGB of hidden pixels, or another target, with a linear head.
 
 Two departures, both because GC ViT's overlapping stem and squeeze-excite leak: the hidden pixels are set to 0
-before the stem, and the stem's tokens there are replaced by the mask token after it (SimMIM does only the
-latter).
+(`fill=learned`: to a trainable colour, as in FastMIM, arXiv:2212.06593) before the stem, and the stem's tokens
+there are replaced by the mask token after it (SimMIM does only the latter).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,11 @@ from torch import Tensor, nn
 
 from gcssl.augment import SIMMIM, View, ViewSpec, draw_view, override
 from gcssl.config import AugmentConfig
-from gcssl.models.decoders import PixelHead
+from gcssl.models.build import Backbone
 from gcssl.models.gcvit import GCViT
-from gcssl.models.heads import at_least_fp32
-from gcssl.ssl.masking import check_ratio, check_unit, default_unit, draw_mask, hide_pixels, upsample_mask
+from gcssl.ssl.masking import check_ratio, check_unit, default_unit, draw_mask, hide_pixels
+from gcssl.ssl.targets import HOG_CELL, TARGETS, check_target, first_samples, show, target_head, target_loss
 from gcssl.ssl.views import use_maps_alone
-
-N_PICTURES = 8
 
 
 @dataclass
@@ -28,6 +26,8 @@ class SimMIMConfig:
     name: str = "simmim"
     mask_ratio: float = 0.6
     mask_unit: int | None = None  # pixels; None: 32 from 192 px up, 16 from 96, 8 below
+    target: str = field(default="pixels", metadata={"choices": TARGETS})
+    fill: str = field(default="zero", metadata={"choices": ("zero", "learned")})  # of hidden pixels
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,15 @@ class MaskedDraw:
         return [(spec, draw_view(rng, spec))], [draw_mask(rng, grid, self.ratio)]
 
 
-def l1_hidden(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean absolute error over hidden pixels and channels: a mean per sample, then over samples.
+def make_mask_token(encoder: Backbone, objective: str) -> nn.Parameter | None:
+    """What stands in for a hidden stem token of GC ViT, C; other backbones have no place for one.
 
-    pred, target B 3 H W; mask B h w. Every sample hides the same count, so this is also SimMIM's mean over
-    all hidden pixels of the batch, and the mean over N equal processes is the loss of one process on the
-    joined batch.
+    Of those, the parameters that no map depends on are frozen: DistributedDataParallel stops on them.
     """
-    hidden = upsample_mask(mask, *target.shape[-2:])  # B H W
-    error = (at_least_fp32(pred) - at_least_fp32(target)).abs().mean(1)  # B H W
-    error = torch.where(hidden, error, 0.0)
-    return (error.sum((1, 2)) / hidden.sum((1, 2)).clamp(min=1)).mean()
+    if isinstance(encoder, GCViT):
+        return nn.Parameter(nn.init.trunc_normal_(torch.empty(encoder.channels[0]), std=0.02))
+    use_maps_alone(encoder, objective)
+    return None
 
 
 class SimMIM(nn.Module):
@@ -68,7 +66,7 @@ class SimMIM(nn.Module):
     def __init__(
         self,
         cfg: SimMIMConfig,
-        encoder: nn.Module,
+        encoder: Backbone,
         augment: AugmentConfig,
         img_size: tuple[int, int],
         total_steps: int,  # noqa: ARG002
@@ -79,23 +77,23 @@ class SimMIM(nn.Module):
         check_unit(img_size, unit)
         check_ratio((img_size[0] // unit) * (img_size[1] // unit), cfg.mask_ratio)
         self.encoder: Any = encoder
-        self.head = PixelHead(encoder.num_features, encoder.stride)  # type: ignore[arg-type]
-        self.mask_token: nn.Parameter | None = None
-        if isinstance(encoder, GCViT):
-            self.mask_token = nn.Parameter(torch.empty(encoder.channels[0]))
-            nn.init.trunc_normal_(self.mask_token, std=0.02)
-        use_maps_alone(encoder, cfg.name)
+        self.target, self.cell = cfg.target, HOG_CELL if cfg.target == "hog" else unit
+        check_target(cfg.target, unit, encoder.stride)
+        self.head = target_head(cfg.target, encoder.num_features, encoder.stride, self.cell)
+        self.mask_token = make_mask_token(encoder, cfg.name)
+        self.mask_color = nn.Parameter(torch.zeros(3)) if cfg.fill == "learned" else None  # 0: the mean colour
         self.draw = MaskedDraw(override(replace(SIMMIM, size=img_size), augment), unit, cfg.mask_ratio)
 
     def features(self, batch: dict[str, Any]) -> Tensor:
         """The last map B C h w of the first view with its mask applied."""
         x, mask = batch["views"][0], batch["masks"][0]  # B 3 H W; B h w, True = hidden
         noise = batch["noise"][0] if batch.get("noise") else None
-        return self.encoder.forward_features(hide_pixels(x, mask), mask, self.mask_token, noise)
+        return self.encoder.forward_features(hide_pixels(x, mask, self.mask_color), mask, self.mask_token, noise)
 
     def loss(self, features: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Loss from the last map (B C h w) of the first view, whose own pixels are the target."""
-        return {"loss": l1_hidden(self.head(features), batch["views"][0], batch["masks"][0])}
+        x, mask = batch["views"][0], batch["masks"][0]
+        return {"loss": target_loss(self.target, self.head(features), x, mask, self.cell)}
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         return self.loss(self.features(batch), batch)
@@ -105,13 +103,8 @@ class SimMIM(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """original, hidden (what the encoder sees), reconstructed (prediction in the hidden units): n 3 H W,
-        0..1. The caller has put the module in eval mode.
-        """
-        few = {key: [part[:N_PICTURES] for part in batch[key][:1]] for key in ("views", "masks")}
-        pred = at_least_fp32(self.head(self.features(few)))
+        """What `show` makes of the first samples. The caller has put the module in eval mode."""
+        few = first_samples(batch)
         x, mask = few["views"][0], few["masks"][0]
-        mean, std = (x.new_tensor(v).view(1, -1, 1, 1) for v in (self.encoder.mean, self.encoder.std))
-        hidden = upsample_mask(mask, *x.shape[-2:]).unsqueeze(1)  # n 1 H W
-        shown = {"original": x, "hidden": hide_pixels(x, mask), "reconstructed": torch.where(hidden, pred, x)}
-        return {name: (image * std + mean).clamp(0.0, 1.0) for name, image in shown.items()}
+        seen = hide_pixels(x, mask, self.mask_color)
+        return show(self.encoder, x, mask, seen, self.head(self.features(few)), self.target, self.cell)

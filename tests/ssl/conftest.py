@@ -42,21 +42,23 @@ def make_encoder() -> Callable[..., GCViT]:
 
 @pytest.fixture
 def make_objective() -> Callable[..., Any]:
-    def make(name: str, encoder: nn.Module | None = None, total_steps: int = 100, **cfg: Any) -> Any:
+    def make(
+        name: str, encoder: nn.Module | None = None, total_steps: int = 100, size: tuple[int, int] = SIZE, **cfg: Any
+    ) -> Any:
         torch.manual_seed(0)
         cls, schema = OBJECTIVES[name]
         part = OBJECTIVES[cfg.get("view", "mocov3")][1] if name == "joint" else schema
         known = {f.name for f in dataclasses.fields(part)}
         cfg = {key: value for key, value in HEADS.items() if key in known} | cfg
-        return cls(schema(**cfg), encoder or small_encoder(), AugmentConfig(), SIZE, total_steps, 10)
+        return cls(schema(**cfg), encoder or small_encoder(), AugmentConfig(), size, total_steps, 10)
 
     return make
 
 
-def smooth_images(n: int, seed: int = 0) -> Tensor:
-    """n 3 64 64: low-frequency noise of about unit variance."""
+def smooth_images(n: int, seed: int = 0, size: tuple[int, int] = SIZE) -> Tensor:
+    """n 3 *size: low-frequency noise of about unit variance."""
     g = torch.Generator().manual_seed(seed)
-    return F.interpolate(torch.randn(n, 3, 5, 5, generator=g), SIZE, mode="bicubic")
+    return F.interpolate(torch.randn(n, 3, 5, 5, generator=g), size, mode="bicubic")
 
 
 @pytest.fixture
@@ -76,3 +78,15 @@ def make_batch() -> Callable[..., dict[str, Any]]:
         }
 
     return make
+
+
+@pytest.fixture
+def draw_batch() -> Callable[..., dict[str, Any]]:
+    """batch(objective, n, size): one image per sample, and the masks that the objective draws."""
+
+    def draw(objective: Any, n: int, size: tuple[int, int] = SIZE) -> dict[str, Any]:
+        drawn = [objective.draw(np.random.default_rng(i), size)[1] for i in range(n)]
+        masks = [torch.from_numpy(np.stack(same)) for same in zip(*drawn, strict=True)]
+        return {"index": torch.arange(n), "views": [smooth_images(n, 0, size)], "masks": masks}
+
+    return draw

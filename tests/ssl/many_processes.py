@@ -8,12 +8,14 @@ formula can make the two differ.
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gcssl.config import AugmentConfig
+from gcssl.loader import collate
 from gcssl.models.gcvit import GCViT
 from gcssl.models.heads import BatchNorm, mlp
 from gcssl.ssl import gather
@@ -22,8 +24,12 @@ from gcssl.ssl.objectives import OBJECTIVES
 N = 6  # images of the joined batch
 HEADS = {"hidden_dim": 32, "out_dim": 16}
 CROPS = {"bottleneck_dim": 12, "local_crops": 2, "local_size": 32}
+SIDES = {"ummae": 128, "joint-ummae": 128}  # of the images, else 64: the encoder sees half of it
 CASES: dict[str, dict[str, Any]] = {
     "simmim": {"name": "simmim"},
+    "localmim": {"name": "localmim"},
+    "mae": {"name": "mae", "mask_ratio": 0.5, "decoder_dim": 32, "decoder_depth": 2},  # one token has no attention
+    "ummae": {"name": "ummae", "mask_unit": 16, "decoder_dim": 32},
     "simclr": {"name": "simclr", **HEADS},
     "mocov3": {"name": "mocov3", **HEADS},
     "moby": {"name": "moby", "queue": 6, **HEADS},
@@ -35,42 +41,42 @@ CASES: dict[str, dict[str, Any]] = {
     "ibot": {"name": "ibot", **HEADS, **CROPS},
     "joint": {"name": "joint", "weights": [2.0, 1.0], **HEADS},
     "joint-share": {"name": "joint", "share": True, **HEADS},
+    "joint-localmim": {"name": "joint", "masked": "localmim", "share": True, "target": "hog", **HEADS},
+    "joint-mae": {"name": "joint", "masked": "mae", "mask_ratio": 0.5, "decoder_dim": 32, "decoder_depth": 1, **HEADS},
+    "joint-ummae": {"name": "joint", "masked": "ummae", "decoder_dim": 32, **HEADS},
     "joint-simclr": {"name": "joint", "view": "simclr", **HEADS},
     "joint-dino": {"name": "joint", "view": "dino", **HEADS, **CROPS},
 }
 
 
-def make_batch(cfg: dict[str, Any], names: slice, noise_rows: int) -> dict[str, Any]:
-    """Samples `names` of the joined batch: two views, the small crops that `cfg` wants, a third view; the large
-    ones have masks.
-    """
+def make_batch(names: slice, draw: Any, noise_rows: int, side: int) -> dict[str, Any]:
+    """Samples `names` of the joined batch: random views and masks of the shapes that the objective draws."""
     g = torch.Generator().manual_seed(1)
-    n_small, units = cfg.get("local_crops", 0), 2 if cfg["name"] == "ibot" else 8
-    sizes = [64, 64, *[32] * n_small, 64]
-    views = [torch.randn(N, 3, s, s, generator=g, dtype=torch.float64) for s in sizes]
-    masks = [torch.rand(N, units, units, generator=g).argsort(-1) < units * 5 // 8 for _ in range(3)]  # 5 of 8 a row
-    noise = [torch.rand(noise_rows, N, generator=g) for _ in sizes]
+    drawn = [draw(np.random.default_rng(i), (side, side)) for i in range(N)]
+    views = [torch.randn(N, 3, *spec.size, generator=g, dtype=torch.float64) for spec, _ in drawn[0][0]]
+    masks = collate([{"masks": hidden} for _, hidden in drawn])["masks"]
+    noise = [torch.rand(noise_rows, N, generator=g) for _ in views]
     return {
         "views": [v[names] for v in views],
-        "masks": [masks[0][names], masks[1][names], *[None] * n_small, masks[2][names]],
+        "masks": [mask if mask is None else mask[names] for mask in masks],
         "noise": [n[:, names] for n in noise],
     }
 
 
-def make_objective(cfg: dict[str, Any]) -> Any:
+def make_objective(cfg: dict[str, Any], side: int) -> Any:
     torch.manual_seed(0)
     encoder = GCViT(16, (2, 2, 2, 2), (1, 1, 2, 2), img_size=64, window_ratio=(16, 16, 16, 32), drop_path=0.3)
     cls, schema = OBJECTIVES[cfg["name"]]
-    objective = cls(schema(**cfg), encoder, AugmentConfig(), (64, 64), 10, 5).double().train()
+    objective = cls(schema(**cfg), encoder, AugmentConfig(), (side, side), 10, 5).double().train()
     if hasattr(objective, "teacher"):  # not equal to the student, as after some steps
         for p in objective.teacher.parameters():
             p.data.add_(0.02 * torch.randn_like(p))
     return objective
 
 
-def run(cfg: dict[str, Any], share: slice) -> dict[str, Any]:
-    objective = make_objective(cfg)
-    batch = make_batch(cfg, share, objective.encoder.n_noise)
+def run(cfg: dict[str, Any], share: slice, side: int) -> dict[str, Any]:
+    objective = make_objective(cfg, side)
+    batch = make_batch(share, objective.draw, objective.encoder.n_noise, side)
     model = DistributedDataParallel(objective, broadcast_buffers=False) if dist.is_initialized() else objective
     out = model(batch, 0)
     norms = objective.grad_norms(out) if hasattr(objective, "grad_norms") else {}
@@ -104,7 +110,9 @@ def run_collectives(share: slice) -> dict[str, Any]:
 
 
 def run_all(share: slice) -> dict[str, Any]:
-    return {name: run(cfg, share) for name, cfg in CASES.items()} | {"collectives": run_collectives(share)}
+    return {name: run(cfg, share, SIDES.get(name, 64)) for name, cfg in CASES.items()} | {
+        "collectives": run_collectives(share)
+    }
 
 
 def main(path: str) -> None:

@@ -17,7 +17,8 @@ from gcssl.ssl.objectives import OBJECTIVES
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("many_processes.py")
 WORLDS = [2, pytest.param(3, marks=pytest.mark.slow)]
-CASES = [*OBJECTIVES, "joint-share", "joint-simclr", "joint-dino", "collectives"]
+JOINTS = ("joint-share", "joint-localmim", "joint-mae", "joint-ummae", "joint-simclr", "joint-dino")
+CASES = [*OBJECTIVES, *JOINTS, "collectives"]
 
 
 @pytest.fixture(scope="module", params=WORLDS)

@@ -1,3 +1,4 @@
+import dataclasses
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.build import build_backbone
-from gcssl.ssl.joint import VIEW, Joint, JointConfig
+from gcssl.ssl.joint import MASKED, VIEW, Joint, JointConfig
 
 Make = Callable[..., Any]
 
@@ -171,6 +172,17 @@ def test_small_crops_come_before_the_masked_one(make_objective: Make, make_batch
 def test_keys_of_neither_part_are_refused(make_objective: Make, cfg: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"objective.{list(cfg)[-1]}: neither simmim nor"):
         make_objective("joint", **cfg)
+
+
+def test_every_key_of_every_part_is_a_key_of_joint() -> None:
+    def keys(schema: Any) -> set[str]:
+        return {f.name for f in dataclasses.fields(schema)}
+
+    for name, (_, schema) in (MASKED | VIEW).items():
+        assert keys(schema) <= keys(JointConfig), name
+    choices = {f.name: f.metadata.get("choices") for f in dataclasses.fields(JointConfig)}
+    parts = [f for _, schema in (MASKED | VIEW).values() for f in dataclasses.fields(schema) if f.name != "name"]
+    assert not [f.name for f in parts if choices[f.name] != f.metadata.get("choices")]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from gcssl.errors import UserError
 from gcssl.models.decoders import PixelHead
 from gcssl.ssl.masking import hide_pixels, upsample_mask
-from gcssl.ssl.simmim import l1_hidden
+from gcssl.ssl.targets import TARGETS, l1_hidden, make_target, target_loss
 
 Make = Callable[..., Any]
 
@@ -98,7 +98,7 @@ def test_loss_gradient_is_on_hidden_pixels_only(make_batch: Make) -> None:
 
 
 def test_head_puts_channel_row_and_column_on_the_right_pixel() -> None:
-    head = PixelHead(4, stride=8)
+    head = PixelHead(4, upscale=8)
     with torch.no_grad():
         head.proj.weight.zero_()
         head.proj.bias.copy_(torch.arange(3 * 64.0))
@@ -109,7 +109,7 @@ def test_head_puts_channel_row_and_column_on_the_right_pixel() -> None:
 
 
 def test_head_of_one_token_covers_its_own_cell() -> None:
-    head = PixelHead(4, stride=32)
+    head = PixelHead(4, upscale=32)
     x = torch.randn(1, 4, 2, 2)
     y, moved = head(x), x.clone()
     moved[..., 0, 1] += 1.0
@@ -122,6 +122,37 @@ def test_gradient_reaches_every_parameter(make_objective: Make, make_batch: Make
     objective(make_batch(2), 0)["loss"].backward()
     assert not [n for n, p in objective.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert objective.mask_token.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("cfg", [{"target": "norm_pixels"}, {"target": "hog"}, {"target": "hog", "fill": "learned"}])
+def test_other_targets_and_fill(make_objective: Make, make_batch: Make, cfg: dict[str, Any]) -> None:
+    """No leak, a gradient for every parameter, two samples = the mean of each alone, pictures."""
+    objective, batch = make_objective("simmim", **cfg), make_batch(2)
+    loss = objective(batch, 0)["loss"]
+    loss.backward()
+    assert not [n for n, p in objective.named_parameters() if p.grad is None or not p.grad.any()]
+    halves = [objective({k: [v[i : i + 1] for v in batch[k]] for k in ("views", "masks")}, 0)["loss"] for i in (0, 1)]
+    torch.testing.assert_close(loss, torch.stack(halves).mean())
+    objective.eval()
+    with torch.no_grad():
+        assert torch.equal(objective.features(batch), objective.features(scramble(batch)))
+        assert objective(scramble(batch), 0)["loss"] != loss  # the hidden pixels are the target
+    shown = objective.pictures(batch, 0)
+    assert ("reconstructed" in shown) == (cfg["target"] != "hog")
+    assert all(p.shape == (2, 3, 64, 64) and 0 <= p.min() and p.max() <= 1 for p in shown.values())
+
+
+def test_learned_fill_is_one_colour_for_hidden_pixels(make_objective: Make, make_batch: Make) -> None:
+    objective, plain, batch = make_objective("simmim", fill="learned"), make_objective("simmim"), make_batch(2)
+    assert torch.equal(objective(batch, 0)["loss"], plain(batch, 0)["loss"])  # it begins as the zero fill
+    with torch.no_grad():
+        objective.mask_color.copy_(torch.tensor([0.1, 0.2, 0.3]))
+    shown = objective.eval().pictures(batch, 0)["hidden"]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (objective.encoder.mean, objective.encoder.std))
+    colour = (objective.mask_color.detach().view(3, 1, 1) * std + mean).expand_as(shown)
+    hidden = upsample_mask(batch["masks"][0], 64, 64)[:, None].expand_as(shown)
+    torch.testing.assert_close(shown[hidden], colour[hidden])
+    assert not torch.equal(objective.features(batch), plain.features(batch))
 
 
 def test_bf16_run_has_an_fp32_loss(make_objective: Make, make_batch: Make) -> None:
@@ -150,7 +181,16 @@ def test_pictures_show_what_is_hidden_and_predicted(make_objective: Make, make_b
     torch.testing.assert_close(shown["hidden"][hidden], mean[hidden])
 
 
-@pytest.mark.parametrize("cfg", [{"mask_unit": 12}, {"mask_unit": 64}, {"mask_ratio": 1.0}, {"mask_ratio": 0.999}])
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        {"mask_unit": 12},
+        {"mask_unit": 64},
+        {"mask_ratio": 1.0},
+        {"mask_ratio": 0.999},
+        {"mask_unit": 4, "target": "hog"},
+    ],
+)
 def test_masks_that_do_not_fit_are_refused(make_objective: Make, cfg: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="objective.mask_"):
         make_objective("simmim", **cfg)
@@ -170,14 +210,17 @@ def test_a_wrapped_backbone_is_masked_in_its_pixels(make_objective: Make, make_b
     assert objective(batch, 0)["loss"].isfinite()
 
 
-def test_overfits_a_few_images(make_objective: Make, make_batch: Make) -> None:
-    objective, batch = make_objective("simmim"), make_batch(16)
-    optimizer = torch.optim.AdamW(objective.parameters(), 5e-3)
+@pytest.mark.parametrize("target", TARGETS)
+def test_overfits_a_few_images(make_objective: Make, make_batch: Make, target: str) -> None:
+    objective, batch = make_objective("simmim", target=target), make_batch(16)
+    optimizer = torch.optim.AdamW(objective.parameters(), 2e-3 if target == "hog" else 5e-3)
+    x, mask = batch["views"][0], batch["masks"][0]
     losses = []
-    for step in range(60):
+    for step in range(40):
         loss = objective(batch, step)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    nothing = target_loss(target, torch.zeros_like(make_target(target, x, 8)), x, mask, 8).item()
+    assert losses[-1] < 0.5 * min(nothing, losses[0]), losses[::10]

@@ -1,0 +1,88 @@
+"""MAE (arXiv:2111.06377) in its exact, dense form on GC ViT: the encoder sees visible units only.
+
+    loss = mean (prediction - norm_pixels)^2 over hidden units
+
+GC ViT cannot drop tokens before its stem: convolutions, squeeze-excite and the global query all join units. Here
+every layer runs on the whole map, and hidden units take no part in anything (GCViT.forward_visible, the masked
+semantics of SparK, arXiv:2301.03580), so nothing of a mask token, fill colour or hole is learnt. It is the
+reference for what cheaper forms approximate, and saves no time: ummae.py does. Departures: a unit is a token of
+the last stage, 32 px (ViT's: 16 px), and positions enter through the decoder and the bias tables alone.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gcssl.augment import MAE as CROP
+from gcssl.augment import override
+from gcssl.config import AugmentConfig
+from gcssl.errors import UserError
+from gcssl.models.build import Backbone
+from gcssl.models.decoders import TokenDecoder
+from gcssl.models.gcvit import GCViT
+from gcssl.ssl.masking import check_ratio, check_unit, hide_pixels, upsample_mask
+from gcssl.ssl.simmim import MaskedDraw
+from gcssl.ssl.targets import first_samples, mse_hidden, norm_pixels, show
+
+
+@dataclass
+class MAEConfig:
+    name: str = "mae"
+    mask_ratio: float = 0.75
+    mask_unit: int = 32  # pixels
+    decoder_dim: int = 512
+    decoder_depth: int = 8
+
+
+class MAE(nn.Module):
+    """Masked autoencoder on GC ViT."""
+
+    default_encoder = "student"
+    couples_batch = False
+
+    def __init__(
+        self,
+        cfg: MAEConfig,
+        encoder: Backbone,
+        augment: AugmentConfig,
+        img_size: tuple[int, int],
+        total_steps: int,  # noqa: ARG002
+        steps_per_epoch: int,  # noqa: ARG002
+    ) -> None:
+        super().__init__()
+        if not isinstance(encoder, GCViT):
+            raise UserError(f"objective.name=mae: needs GC ViT, which can leave tokens out; given {encoder.name}")
+        self.unit = unit = cfg.mask_unit
+        whole = max(encoder.stride, *encoder.window_ratio)
+        if unit % whole:
+            raise UserError(f"objective.mask_unit={unit}: mae hides whole tokens and queries, so multiples of {whole}")
+        check_unit(img_size, unit)
+        check_ratio((img_size[0] // unit) * (img_size[1] // unit), cfg.mask_ratio)
+        self.encoder: Any = encoder
+        cell = encoder.stride
+        grid = (img_size[0] // cell, img_size[1] // cell)
+        self.decoder = TokenDecoder(encoder.num_features, grid, cell, 1, cfg.decoder_dim, cfg.decoder_depth)
+        self.draw = MaskedDraw(override(replace(CROP, size=img_size), augment), unit, cfg.mask_ratio)
+
+    def predict(self, batch: dict[str, Any]) -> Tensor:
+        """Normalised pixels B 3 H W of the first view, from its visible units."""
+        x, mask = batch["views"][0], batch["masks"][0]  # B 3 H W; B h w, True = hidden
+        noise = batch["noise"][0] if batch.get("noise") else None
+        features = self.encoder.forward_visible(x, mask, noise)  # B C H/32 W/32
+        return self.decoder(features, upsample_mask(mask, *features.shape[2:]))
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+        x, mask = batch["views"][0], batch["masks"][0]
+        return {"loss": mse_hidden(self.predict(batch), norm_pixels(x, self.unit), mask)}
+
+    def after_step(self, step: int) -> None:
+        """Nothing to commit."""
+
+    @torch.no_grad()
+    def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+        """What `show` makes of the first samples. The caller has put the module in eval mode."""
+        few = first_samples(batch)
+        x, mask = few["views"][0], few["masks"][0]
+        return show(self.encoder, x, mask, hide_pixels(x, mask), self.predict(few), "norm_pixels", self.unit)

@@ -1,0 +1,131 @@
+"""UM-MAE (arXiv:2205.10063): the encoder sees a quarter of the image, stitched to an image of half the side.
+
+Of each 2 x 2 block of units one is kept, at random (uniform sampling); the kept ones, side by side, are an image
+that any backbone takes, and nothing of the dropped ones is in it. Part of the kept units is hidden once more
+(secondary masking), since a task of one in four alone is too easy. A light decoder predicts the dropped units:
+
+    loss = mean (prediction - norm_pixels)^2 over dropped units
+
+masks[0] B h w: the units of the image, True = dropped. masks[1] B h/2 w/2: the kept units, True = hidden. Both
+belong to the one view. Departures: the secondary mask hides pixels before the stem as well as tokens after it, as
+in simmim.py; bias tables read the stitched image's own positions, not the kept units' places in the whole one.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gcssl.augment import MAE, View, ViewSpec, draw_view, override
+from gcssl.config import AugmentConfig
+from gcssl.errors import UserError
+from gcssl.models.build import Backbone
+from gcssl.models.decoders import TokenDecoder
+from gcssl.models.gcvit import GCViT
+from gcssl.ssl.masking import (
+    STEM_STRIDE,
+    default_unit,
+    draw_mask,
+    draw_uniform_mask,
+    hidden_count,
+    hide_pixels,
+    keep_units,
+    upsample_mask,
+)
+from gcssl.ssl.simmim import make_mask_token
+from gcssl.ssl.targets import first_samples, mse_hidden, norm_pixels, show
+
+
+@dataclass
+class UMMAEConfig:
+    name: str = "ummae"
+    mask_unit: int | None = None  # pixels; None: 16 from 96 px up, 8 below
+    secondary_ratio: float = 0.25  # of the kept units
+    decoder_dim: int = 512
+    decoder_depth: int = 2
+
+
+@dataclass(frozen=True)
+class UniformDraw:
+    """A sample's one crop and its two masks: (rng, (H, W)) -> ([(spec, view)], [mask h w, mask h/2 w/2])."""
+
+    spec: ViewSpec  # its size is that of the call
+    unit: int
+    secondary_ratio: float
+
+    def __call__(
+        self, rng: np.random.Generator, img_size: tuple[int, int]
+    ) -> tuple[list[tuple[ViewSpec, View]], list[np.ndarray | None]]:
+        spec = replace(self.spec, size=img_size)
+        h, w = img_size[0] // self.unit, img_size[1] // self.unit
+        view, mask = draw_view(rng, spec), draw_uniform_mask(rng, (h, w))
+        return [(spec, view)], [mask, draw_mask(rng, (h // 2, w // 2), self.secondary_ratio)]
+
+
+def check_sizes(encoder: Backbone, img_size: tuple[int, int], unit: int, secondary_ratio: float) -> None:
+    """UserError unless units tile the encoder's tokens, half the image suits it, and a kept unit stays visible."""
+    legal = [u for u in range(STEM_STRIDE, encoder.stride + 1, STEM_STRIDE) if encoder.stride % u == 0]
+    if unit not in legal:
+        raise UserError(f"objective.mask_unit={unit}: ummae needs a divisor of the stride {encoder.stride}: {legal}")
+    side = 2 * (max(encoder.stride, *encoder.window_ratio) if isinstance(encoder, GCViT) else encoder.stride)
+    if img_size[0] % side or img_size[1] % side:
+        height, width = img_size
+        raise UserError(f"model.img_size={height}x{width}: ummae halves it, so both sides must be multiples of {side}")
+    n_kept = img_size[0] * img_size[1] // (2 * unit) ** 2
+    if not 0.0 <= secondary_ratio < 1.0 or hidden_count(n_kept, secondary_ratio) >= n_kept:
+        raise UserError(
+            f"objective.secondary_ratio={secondary_ratio} must lie in [0, 1) and leave one of {n_kept} kept units"
+        )
+
+
+class UMMAE(nn.Module):
+    """Uniformly masked autoencoder on any backbone; one that takes no mask token is masked in its pixels only."""
+
+    default_encoder = "student"
+    couples_batch = False
+
+    def __init__(
+        self,
+        cfg: UMMAEConfig,
+        encoder: Backbone,
+        augment: AugmentConfig,
+        img_size: tuple[int, int],
+        total_steps: int,  # noqa: ARG002
+        steps_per_epoch: int,  # noqa: ARG002
+    ) -> None:
+        super().__init__()
+        self.unit = unit = cfg.mask_unit if cfg.mask_unit is not None else min(16, default_unit(img_size))
+        check_sizes(encoder, img_size, unit, cfg.secondary_ratio)
+        self.encoder: Any = encoder
+        self.mask_token = make_mask_token(encoder, cfg.name)
+        grid = (img_size[0] // unit, img_size[1] // unit)
+        split = encoder.stride // unit
+        self.decoder = TokenDecoder(encoder.num_features, grid, unit, split, cfg.decoder_dim, cfg.decoder_depth)
+        self.draw = UniformDraw(override(replace(MAE, size=img_size), augment), unit, cfg.secondary_ratio)
+
+    def predict(self, batch: dict[str, Any]) -> Tensor:
+        """Normalised pixels B 3 H W of the first view, from its stitched and masked kept units."""
+        x, (mask, second) = batch["views"][0], batch["masks"][:2]  # B 3 H W; B h w; B h/2 w/2
+        noise = batch["noise"][0] if batch.get("noise") else None
+        seen = hide_pixels(keep_units(x, mask), second)  # B 3 H/2 W/2
+        return self.decoder(self.encoder.forward_features(seen, second, self.mask_token, noise), mask)
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+        x, mask = batch["views"][0], batch["masks"][0]
+        return {"loss": mse_hidden(self.predict(batch), norm_pixels(x, self.unit), mask)}
+
+    def after_step(self, step: int) -> None:
+        """Nothing to commit."""
+
+    @torch.no_grad()
+    def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+        """What `show` makes of the first samples; hidden: what the encoder sees, each unit in its place.
+
+        The caller has put the module in eval mode.
+        """
+        few = first_samples(batch)
+        x, (mask, second) = few["views"][0], few["masks"][:2]
+        seen = hide_pixels(x, mask | upsample_mask(second, *mask.shape[1:]))
+        return show(self.encoder, x, mask, seen, self.predict(few), "norm_pixels", self.unit)

@@ -1,0 +1,58 @@
+import torch
+
+from gcssl.models.decoders import TokenDecoder, sincos_positions
+
+
+def test_positions_by_hand() -> None:
+    p = sincos_positions(2, 3, 8)  # frequencies 1 and 1/100
+    assert p.shape == (6, 8)
+    row, col = 1.0, 2.0
+    want = torch.tensor([col, col / 100, col, col / 100, row, row / 100, row, row / 100])
+    torch.testing.assert_close(p[5], torch.cat([want[:2].sin(), want[2:4].cos(), want[4:6].sin(), want[6:].cos()]))
+    assert torch.equal(p[0], torch.tensor([0.0, 0, 1, 1, 0, 0, 1, 1]))
+
+
+def test_each_kept_token_lands_in_its_own_cell() -> None:
+    """One encoder token of 2 x 2 kept units on a grid of 4 x 4, without blocks, norm and positions."""
+    decoder = TokenDecoder(4, (4, 4), cell=1, split=2, dim=32, depth=1)
+    decoder.blocks, decoder.norm = torch.nn.ModuleList(), torch.nn.Identity()
+    with torch.no_grad():
+        decoder.positions.zero_()
+        decoder.mask_token.fill_(-1.0)
+        decoder.pred.weight.copy_(torch.eye(3, 32))
+        decoder.embed.weight.zero_()
+        decoder.embed.bias.copy_(
+            torch.arange(4.0).repeat(32)
+        )  # channel c's value in row i, column j of a token: 2i + j
+    mask = torch.ones(1, 4, 4, dtype=torch.bool)
+    mask[0, 1, 0] = mask[0, 0, 3] = mask[0, 2, 1] = mask[0, 3, 3] = False
+    got = decoder(torch.zeros(1, 4, 1, 1), mask)
+    want = torch.tensor([[-1, -1, -1, 1], [0, -1, -1, -1], [-1, 2, -1, -1], [-1, -1, -1, 3.0]])
+    assert torch.equal(got, want.expand(1, 3, 4, 4))
+
+
+def test_pixels_of_a_cell_are_in_order() -> None:
+    decoder = TokenDecoder(4, (2, 3), cell=8, split=1, dim=32, depth=1)
+    with torch.no_grad():
+        decoder.pred.weight.zero_()
+        decoder.pred.bias.copy_(torch.arange(3 * 64.0))
+    y = decoder(torch.randn(1, 4, 2, 3), torch.zeros(1, 2, 3, dtype=torch.bool))
+    c, i, j = torch.meshgrid(torch.arange(3), torch.arange(16), torch.arange(24), indexing="ij")
+    assert torch.equal(y[0], (c * 64 + i % 8 * 8 + j % 8).float())
+
+
+def test_hidden_cells_start_as_the_mask_token_and_know_their_place() -> None:
+    torch.manual_seed(0)
+    decoder = TokenDecoder(4, (2, 2), cell=4, split=1, dim=32, depth=2)
+    mask = torch.tensor([[[True, True], [True, False]]])
+    x = torch.randn(1, 4, 2, 2)
+    with torch.no_grad():
+        y = decoder(x, mask)
+        other = x.clone()
+        other[..., 0, :] = 100.0
+        other[..., 1, 0] = float("inf")
+        assert torch.equal(decoder(other, mask), y)
+        assert not torch.equal(y[..., :4, :4], y[..., :4, 4:])
+        other[..., 1, 1] += 1.0
+        assert not torch.equal(decoder(other, mask), y)
+    assert "positions" not in decoder.state_dict()

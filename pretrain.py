@@ -25,11 +25,11 @@ from gcssl.checkpoint import (
     save_checkpoint,
     write_backbone,
 )
+from gcssl.collapse import CollapseWatch
 from gcssl.config import PretrainConfig, load_config
-from gcssl.data import Images, held_out, open_data
+from gcssl.data import open_data
 from gcssl.errors import NumericStop, Preempted, UserError
-from gcssl.eval.features import Pace, extract
-from gcssl.eval.knn import knn_accuracy
+from gcssl.eval.online import Probe, evaluated_encoder, online_probe
 from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, run_sizes, train_loader
 from gcssl.log import RunLog, say
 from gcssl.meter import BadSamples, Meter
@@ -39,9 +39,6 @@ from gcssl.runfolder import RunFolder
 from gcssl.runtime import StopSignal, entry, make_accelerator, rng, seed_torch
 from gcssl.ssl.objectives import OBJECTIVES
 from gcssl.streams import DROP_PATH, INIT, MODEL
-
-KNN_K = 20  # the k of the online probe
-Probe = Callable[[int, Any], dict[str, float]]  # of (step, objective): metrics, or none at this step
 
 
 def main(argv: list[str]) -> None:
@@ -141,6 +138,7 @@ def fit(
     loader = train_loader(dataset, plan, cfg.data.workers, cfg.data.timeout)
     logged = (run.path, sizes.total_steps, step, cfg.log.every, cfg.log.trackers, accelerator.is_main_process)
     meter, bad = Meter(accelerator), BadSamples(run.path, len(dataset), cfg.data.max_bad)
+    watch = CollapseWatch(objective.chance(sizes.global_batch) if hasattr(objective, "chance") else {})
     objective.train()
     with StopSignal(train.max_hours) as stop, RunLog(*logged) as log:
         for batch in meter.waiting(loader):
@@ -149,8 +147,8 @@ def fit(
             with accelerator.accumulate(model):
                 seed_torch(train.seed, MODEL, step, accelerator.process_index, meter.micro)
                 out = model(batch, step)
-                if hasattr(objective, "grad_norms") and (step + 1) % cfg.log.every == 0:
-                    out |= objective.grad_norms(out)
+                if hasattr(objective, "grad_norms") and ((step + 1) % cfg.log.every == 0 or objective.balances(step)):
+                    out |= objective.grad_norms(out, step)
                 accelerator.backward(out["loss"])
                 meter.add(out)
                 if not accelerator.sync_gradients:
@@ -172,6 +170,8 @@ def fit(
                 bad.record(meter.take_bad(), accelerator)
             stopping = values.pop("stop") and step < sizes.total_steps
             values |= schedules(objective, optimizer, step, sizes)
+            if step > train.warmup_epochs * sizes.steps_per_epoch:
+                collapsed(watch, step, values, train.on_collapse)
             log.step(step, values, sizes.global_batch, meter.take_wait())
             with log.pause():
                 if step % sizes.steps_per_epoch == 0 or step == sizes.total_steps:
@@ -184,6 +184,15 @@ def fit(
                 raise Preempted(told)
     say(log.summary())
     accelerator.free_memory()  # another fit with this accelerator must not clip, scale or save what this one trained
+
+
+def collapsed(watch: CollapseWatch, step: int, values: dict[str, float], on_collapse: str) -> None:
+    """Say so, or stop, when a sign of a collapse has stayed."""
+    if sign := watch.see(values):
+        told = f"step {step}: collapse? for {watch.patience} steps {sign.told}"
+        if on_collapse == "stop":
+            raise NumericStop(told)
+        say(told)
 
 
 def start(
@@ -254,37 +263,6 @@ def save(
     tensors_by_file = {"model": objective.state_dict(), "optimizer": tensors}
     save_checkpoint(run.path, step, tensors_by_file, state, cfg.checkpoint.keep, keep_every)
     run.progress(step)
-
-
-def online_probe(cfg: PretrainConfig, images: Images, accelerator: Accelerator, steps_per_epoch: int) -> Probe | None:
-    """kNN of the held-out slice against the rest of train, on the features that evaluation uses."""
-    if images.labels is None:
-        say("no labels in this data set: the online kNN probe is skipped")
-    every = cfg.eval.online_every * steps_per_epoch
-    if images.labels is None or not every:
-        return None
-    rest, held = held_out(images)
-    if not len(held):
-        raise UserError("eval.online_every: with one image a class none can be held out; set eval.online_every=0")
-
-    def probe(step: int, objective: Any) -> dict[str, float]:
-        if step % every:
-            return {}
-        encoder = evaluated_encoder(cfg, objective)
-        pace = Pace(workers=cfg.data.workers, timeout=cfg.data.timeout)
-        bank, queries = (extract(encoder, images, part, accelerator, pace=pace, quiet=True) for part in (rest, held))
-        top1 = knn_accuracy(bank.x["last"], bank.y, queries.x["last"], queries.y, (KNN_K,), backend=cfg.eval.backend)
-        value = next(iter(top1.values()))
-        say(f"step {step}: online knn/top1@{KNN_K} {value:.1f} on {len(held)} held-out training images")
-        return {f"online_knn/top1@{KNN_K}": value}
-
-    return probe
-
-
-def evaluated_encoder(cfg: PretrainConfig, objective: Any) -> Backbone:
-    """The encoder that the objective's paper evaluates, unless `encoder` says otherwise."""
-    which = cfg.encoder or objective.default_encoder
-    return objective.teacher if which == "teacher" else objective.encoder
 
 
 def save_backbone(cfg: PretrainConfig, folder: Path, objective: Any, step: int, classes: list[str] | None) -> None:

@@ -41,6 +41,16 @@ def percent(correct: Tensor) -> float:
     return 100.0 * correct.double().mean().item()
 
 
+def rankme(x: Tensor) -> float:
+    """Effective rank of features N C (RankMe, arXiv:2210.02885, equation 1): e^entropy of the normalised singular
+    values; between 1 and min(N, C).
+    """
+    eigenvalues = torch.linalg.eigvalsh(x.double().T @ x.double())  # of C C: the squares of the singular values
+    p = eigenvalues.clamp(min=0).sqrt()
+    p = p / p.sum() + 1e-7
+    return math.exp(-(p * p.log()).sum().item())
+
+
 def mcnemar(correct_a: Tensor, correct_b: Tensor) -> dict[str, float | int]:
     """McNemar's exact paired test of two models on the same images (Psychometrika 1947, binomial form).
 

@@ -93,6 +93,7 @@ class TrainConfig:
     compile: bool = False
     deterministic: bool = False
     max_hours: float | None = None
+    on_collapse: str = "warn"  # warn | stop, with exit code 78
     seed: int = 0
 
 

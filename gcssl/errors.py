@@ -15,7 +15,7 @@ class Preempted(Exception):
 
 
 class NumericStop(Exception):
-    """Stopped on a number that is not finite. Exit 78."""
+    """Stopped on a number that is not finite, or on a collapse. Exit 78."""
 
 
 def outcome(error: BaseException | None) -> tuple[str, int, str]:

@@ -23,6 +23,7 @@ CHOICES = {
     "augment.interpolation": ("bilinear", "bicubic"),
     "train.optimizer": ("adamw", "sgd", "lars", "lamb"),
     "train.lr_rule": ("linear", "sqrt", "none"),
+    "train.on_collapse": ("warn", "stop"),
     "train.precision": ("fp32", "bf16", "fp16"),
     "eval.backend": ("auto", "faiss", "torch"),
     "interpolation": ("nearest", "bilinear", "bicubic", "lanczos"),  # of the evaluations: augment.INTERPOLATIONS

@@ -2,6 +2,7 @@
 match the teacher's of the two large crops, which are centred and sharpened.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -210,3 +211,7 @@ class DINO(PrototypeObjective):
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         return self.loss(run_views(self.encoder, batch, range(self.n_views)), batch, step)
+
+    def chance(self, global_batch: int) -> dict[str, float]:  # noqa: ARG002
+        """The loss of embeddings that say nothing, for the collapse watch."""
+        return {"loss": math.log(self.cfg.out_dim)}

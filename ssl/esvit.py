@@ -2,6 +2,7 @@
 the teacher's region that looks most alike.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,3 +123,7 @@ class EsViT(PrototypeObjective):
             "kl": view.detach() - uncertain,
             **signs(gathered, gathered),
         }
+
+    def chance(self, global_batch: int) -> dict[str, float]:  # noqa: ARG002
+        """The loss of embeddings that say nothing, for the collapse watch."""
+        return {"loss/view": math.log(self.cfg.out_dim)}

@@ -5,6 +5,7 @@ Regions are the backbone's last tokens (32 pixels on GC ViT), pooled features th
 stem and tokens after it (ssl/simmim.py says why).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,3 +159,7 @@ class IBOT(PrototypeObjective):
             "kl": view.detach() - uncertain,
             **signs(gathered, gathered),
         }
+
+    def chance(self, global_batch: int) -> dict[str, float]:  # noqa: ARG002
+        """The loss of embeddings that say nothing, for the collapse watch."""
+        return {"loss/view": math.log(self.cfg.out_dim)}

@@ -50,6 +50,9 @@ VIEW: dict[str, tuple[type, type]] = {
     "vicreg": (VICReg, VICRegConfig),
 }
 
+BALANCE_EVERY = 10  # optimizer steps
+MOST_SCALE = 1e4
+
 
 def part_keys() -> list[tuple[str, Any, Any]]:
     """Every key of every part, for make_dataclass: None keeps the part's default."""
@@ -70,6 +73,7 @@ class JointConfig(make_dataclass("PartKeys", part_keys())):  # type: ignore[misc
     view: str = "mocov3"
     weights: list[float] = field(default_factory=lambda: [1.0, 1.0])  # of masked, of view
     share: bool = False
+    balance: bool = False  # scale the parts, every ten steps, to gradients of norms weights[0] : weights[1]
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def part_config(cfg: JointConfig, schema: type) -> Any:
 
 
 def check_config(cfg: JointConfig) -> None:
-    """UserError for an unknown part, weights that are not two numbers >= 0, or a key of neither part."""
+    """UserError for an unknown part, weights that cannot be, or a key of neither part."""
     for key, choices in (("masked", MASKED), ("view", VIEW)):
         if getattr(cfg, key) not in choices:
             raise UserError(f"objective.{key}={getattr(cfg, key)} is unknown; one of {sorted(choices)}")
@@ -111,6 +115,8 @@ def check_config(cfg: JointConfig) -> None:
         raise UserError(f"objective.share=true: {cfg.masked} drops what it hides; one of {', '.join(SHARING)} can")
     if len(cfg.weights) != 2 or min(cfg.weights) < 0 or max(cfg.weights) <= 0:
         raise UserError(f"objective.weights={list(cfg.weights)} must be two numbers >= 0: masked, view")
+    if cfg.balance and min(cfg.weights) == 0:
+        raise UserError(f"objective.balance=true: weights={list(cfg.weights)} must both be above 0; 1 and 1 is even")
 
 
 def lend(part: nn.Module, name: str) -> nn.Module:
@@ -129,6 +135,8 @@ class Joint(nn.Module):
     """Holds encoder.*, teacher.*, and the parts' heads under masked.* and view.*."""
 
     couples_batch = True
+    scale: Tensor  # of each part, when balanced
+    measured: Tensor | None  # norms of the parts' gradients in the last forward, for the scale
 
     def __init__(
         self,
@@ -142,6 +150,9 @@ class Joint(nn.Module):
         super().__init__()
         check_config(cfg)
         self.names, self.weights, self.share = (cfg.masked, cfg.view), tuple(cfg.weights), cfg.share
+        self.balance, self.measured = cfg.balance, None
+        if cfg.balance:
+            self.register_buffer("scale", torch.ones(2))
         # Of the overrides, the masked crop takes those that speak of the images, not of the view pair.
         plain = AugmentConfig(ratio=augment.ratio, flip_p=augment.flip_p, interpolation=augment.interpolation)
         rest = (img_size, total_steps, steps_per_epoch)
@@ -180,30 +191,63 @@ class Joint(nn.Module):
             outs = self.masked.loss(features, own), self.view.loss(pooled, batch, step)
         else:
             outs = self.masked(own, step), self.view(batch, step)
-        parts = {name: w * out["loss"] for name, w, out in zip(self.names, self.weights, outs, strict=True)}
+        scales = self.scale if self.balance else (1.0, 1.0)
+        weights = [w * scale for w, scale in zip(self.weights, scales, strict=True)]
+        parts = {name: w * out["loss"] for name, w, out in zip(self.names, weights, outs, strict=True)}
         result: dict[str, Any] = {"loss": torch.stack(list(parts.values())).sum(), "_parts": parts}
         for name, out in zip(self.names, outs, strict=True):
             result[f"loss/{name}"] = out.pop("loss").detach()
             result.update(out)
+        if self.balance:
+            result |= {f"scale/{name}": x for name, x in zip(self.names, self.scale.clone(), strict=True)}
         return result
 
-    def grad_norms(self, out: dict[str, Any]) -> dict[str, Tensor]:
-        """Norm of each weighted part's gradient on the encoder, of the mean loss over processes.
+    def balances(self, step: int) -> bool:
+        """Whether the gradients of optimizer step `step` set the scales of the next ones."""
+        return self.balance and step % BALANCE_EVERY == 0
+
+    def grad_norms(self, out: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """Of each weighted part's gradient on the encoder, of the mean loss over processes: its norm, that of each
+        stage, and the cosine between the two.
 
         Call it before `backward` and on every process: it runs each part's backward pass and keeps the graph.
         """
-        params = list(self.encoder.parameters())
-        norms = {}
+        named = list(self.encoder.named_parameters())
+        norms, flats = {}, []
         for name, loss in out["_parts"].items():
-            grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
-            flat = torch.cat([g.flatten() for g in grads if g is not None])
-            norms[f"grad_norm/{name}"] = all_reduce_mean(flat).norm()
-        return norms
+            grads = torch.autograd.grad(loss, [p for _, p in named], retain_graph=True, allow_unused=True)
+            whole = [torch.zeros_like(p) if g is None else g for (_, p), g in zip(named, grads, strict=True)]
+            flat = all_reduce_mean(torch.cat([g.flatten() for g in whole]))
+            norms[f"grad_norm/{name}"] = flat.norm()
+            pieces = flat.split([g.numel() for g in whole])
+            for stage in range(len(self.encoder.depths)) if isinstance(self.encoder, GCViT) else ():
+                inside = [x for x, (n, _) in zip(pieces, named, strict=True) if n.startswith(f"stages.{stage}.")]
+                norms[f"grad_norm/{name}/stage{stage + 1}"] = torch.cat(inside).norm()
+            flats.append(flat)
+        if self.balances(step):
+            self.measured = torch.stack([flat.norm() for flat in flats])
+        return norms | {"grad_cosine": torch.cosine_similarity(flats[0], flats[1], dim=0)}
+
+    def chance(self, global_batch: int) -> dict[str, float]:
+        """The view part's losses when its embeddings say nothing, under their names here."""
+        parts = self.view.chance(global_batch) if hasattr(self.view, "chance") else {}
+        return {f"loss/{self.names[1]}" if key == "loss" else key: value for key, value in parts.items()}
+
+    @torch.no_grad()
+    def commit_scale(self, step: int) -> None:
+        """Move the scales towards those at which the unweighted parts' gradients would be of equal norm."""
+        assert self.measured is not None
+        raw = self.measured.to(self.scale) / (self.scale * self.scale.new_tensor(self.weights))
+        wanted = (raw.mean() / raw.clamp(min=1e-12)).clamp(1 / MOST_SCALE, MOST_SCALE)
+        self.scale.lerp_(wanted, 1.0 if step < BALANCE_EVERY else 0.1)
+        self.measured = None
 
     def after_step(self, step: int) -> None:
         """Both parts' commits after optimizer step `step`, the one that `forward` got."""
         self.masked.after_step(step)
         self.view.after_step(step)
+        if self.measured is not None:
+            self.commit_scale(step)
 
     def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """The masked part's original, hidden and reconstructed images."""

@@ -1,5 +1,6 @@
 """MoBY (arXiv:2105.04553): MoCo v2's queue of keys with BYOL's predictor and crops, made for Swin."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,3 +96,7 @@ class MoBY(MomentumObjective):
         keys = self._keys.to(self.queue.dtype)
         self.queue.copy_(torch.cat([keys, self.queue], 1)[:, : self.queue.shape[1]])
         super().after_step(step)
+
+    def chance(self, global_batch: int) -> dict[str, float]:  # noqa: ARG002
+        """The loss of embeddings that say nothing, for the collapse watch."""
+        return {"loss": 2.0 * math.log(1 + self.cfg.queue)}

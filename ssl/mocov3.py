@@ -6,6 +6,7 @@ loss is ctr(q1, k2) + ctr(q2, k1), where ctr is 2T times the cross-entropy of q'
 T (algorithm 1).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,3 +93,7 @@ class MoCoV3(MomentumObjective):
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         return self.loss(run_views(self.encoder, batch, range(2)), batch, step)
+
+    def chance(self, global_batch: int) -> dict[str, float]:
+        """The loss of embeddings that say nothing, for the collapse watch."""
+        return {"loss": 4.0 * self.cfg.temperature * math.log(global_batch)}

@@ -2,6 +2,7 @@
 batch.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,10 @@ class SimCLR(nn.Module):
 
     def after_step(self, step: int) -> None:
         """Nothing to commit."""
+
+    def chance(self, global_batch: int) -> dict[str, float]:
+        """The loss of embeddings that say nothing, for the collapse watch."""
+        return {"loss": 2.0 * math.log(2 * global_batch - 1)}
 
 
 def _norm(dim: int, affine: bool) -> nn.Module:

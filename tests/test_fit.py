@@ -3,17 +3,13 @@
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace as Namespace
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import gcssl.pretrain as program
 from gcssl.config import PretrainConfig, load_config
-from gcssl.data import held_out, open_data
 from gcssl.errors import Preempted
 from gcssl.pretrain import pretrain
 from gcssl.ssl.objectives import OBJECTIVES
@@ -53,27 +49,6 @@ def test_each_update_gets_its_lr_weight_decay_and_clipped_gradient(
     assert [line["wd"] for line in told] == pytest.approx(decay, rel=1e-5)
     assert all(line["grad_norm"] > 1e-2 for line in told)  # as measured, before the clip
     assert norms == pytest.approx([1e-3] * 5, rel=1e-2)
-
-
-def test_the_probe_asks_for_the_held_out_images_and_knows_only_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def knn(bank: Any, bank_y: Any, queries: Any, queries_y: Any, *_: Any, **__: Any) -> dict[int, float]:
-        assert bank is bank_y and queries is queries_y
-        asked.append((bank, queries))
-        return {20: 0.0}
-
-    asked: list[tuple[np.ndarray, np.ndarray]] = []
-    monkeypatch.setattr(program, "extract", lambda _, __, part, *___, **____: Namespace(x={"last": part}, y=part))
-    monkeypatch.setattr(program, "knn_accuracy", knn)
-    cfg = config("simmim", tmp_path, "eval.online_every=1", "data.shapes_n=64")
-    images = open_data(cfg.data, (64, 64)).train
-    probe = program.online_probe(cfg, images, Namespace(), 1)
-    assert probe is not None
-    probe(1, Namespace(encoder=None, default_encoder="student"))
-    [(bank, queries)] = asked
-    assert sorted([*bank, *queries]) == list(range(64))
-    assert queries.tolist() == held_out(images)[1].tolist()
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gcssl.errors import UserError
-from gcssl.eval.metrics import check_result, mcnemar, percent, settings_of, table, topk_correct, write_result
+from gcssl.eval.metrics import check_result, mcnemar, percent, rankme, settings_of, table, topk_correct, write_result
 
 
 def test_topk_counts_by_hand() -> None:
@@ -76,3 +76,14 @@ def test_settings_leave_out_what_does_not_change_the_numbers() -> None:
 def test_table_is_aligned() -> None:
     lines = table([["", "run"], ["knn/top1@20", 5.0], ["n", 12.345]])
     assert lines == ["               run", "knn/top1@20   5.00", "n            12.35"]
+
+
+def test_rankme_counts_directions() -> None:
+    torch.manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(32, 5)).Q.T  # 5 orthonormal rows
+    assert rankme(torch.randn(4096, 5) @ directions) == pytest.approx(5.0, abs=0.05)
+    assert rankme(torch.ones(100, 8)) == pytest.approx(1.0, abs=1e-3)
+    x = torch.randn(50, 8)
+    p = torch.linalg.svdvals(x.double())
+    p = p / p.sum()
+    assert rankme(x) == pytest.approx(torch.exp(-(p * p.log()).sum()).item(), rel=1e-4)

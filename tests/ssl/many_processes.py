@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "esvit": {"name": "esvit", **HEADS, **CROPS},
     "ibot": {"name": "ibot", **HEADS, **CROPS},
     "joint": {"name": "joint", "weights": [2.0, 1.0], **HEADS},
+    "joint-balance": {"name": "joint", "weights": [2.0, 1.0], "balance": True, **HEADS},
     "joint-share": {"name": "joint", "share": True, **HEADS},
     "joint-localmim": {"name": "joint", "masked": "localmim", "share": True, "target": "hog", **HEADS},
     "joint-mae": {"name": "joint", "masked": "mae", "mask_ratio": 0.5, "decoder_dim": 32, "decoder_depth": 1, **HEADS},
@@ -79,7 +80,7 @@ def run(cfg: dict[str, Any], share: slice, side: int) -> dict[str, Any]:
     batch = make_batch(share, objective.draw, objective.encoder.n_noise, side)
     model = DistributedDataParallel(objective, broadcast_buffers=False) if dist.is_initialized() else objective
     out = model(batch, 0)
-    norms = objective.grad_norms(out) if hasattr(objective, "grad_norms") else {}
+    norms = objective.grad_norms(out, 0) if hasattr(objective, "grad_norms") else {}
     out["loss"].backward()
     logged = {k: gather.all_reduce_mean(v) for k, v in out.items() if isinstance(v, Tensor)}
     grads = {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}

@@ -17,7 +17,7 @@ from gcssl.ssl.objectives import OBJECTIVES
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("many_processes.py")
 WORLDS = [2, pytest.param(3, marks=pytest.mark.slow)]
-JOINTS = ("joint-share", "joint-localmim", "joint-mae", "joint-ummae", "joint-simclr", "joint-dino")
+JOINTS = ("joint-balance", "joint-share", "joint-localmim", "joint-mae", "joint-ummae", "joint-simclr", "joint-dino")
 CASES = [*OBJECTIVES, *JOINTS, "collectives"]
 
 

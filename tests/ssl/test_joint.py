@@ -90,7 +90,7 @@ def test_what_the_masked_part_froze_learns_from_the_view_part(make_objective: Ma
 def test_grad_norms_are_those_of_the_parts(make_objective: Make, make_batch: Make) -> None:
     joint, batch = make_objective("joint", weights=[3.0, 1.0]), joint_batch(make_batch, share=False)
     out = joint(batch, 0)
-    norms = joint.grad_norms(out)
+    norms = joint.grad_norms(out, 0)
     out["loss"].backward()  # the graph is still there
     for key, weight, loss in (
         ("grad_norm/simmim", 3.0, lambda: joint.masked(joint.masked_batch(batch), 0)["loss"]),
@@ -100,6 +100,38 @@ def test_grad_norms_are_those_of_the_parts(make_objective: Make, make_batch: Mak
         loss().backward()
         flat = torch.cat([p.grad.flatten() for p in joint.encoder.parameters() if p.grad is not None])
         torch.testing.assert_close(norms[key], weight * flat.norm())
+
+
+def test_norms_of_stages_and_cosine(make_objective: Make, make_batch: Make) -> None:
+    joint, batch = make_objective("joint"), joint_batch(make_batch, share=False)
+    norms = joint.grad_norms(joint(batch, 0), 0)
+    grads = []
+    for loss in (joint.masked(joint.masked_batch(batch), 0)["loss"], joint.view(batch, 0)["loss"]):
+        joint.zero_grad()
+        loss.backward()
+        grads.append({n: p.grad.clone() for n, p in joint.encoder.named_parameters()})
+    flat = [torch.cat([g.flatten() for g in each.values()]) for each in grads]
+    torch.testing.assert_close(norms["grad_cosine"], torch.cosine_similarity(*flat, dim=0))
+    third = torch.cat([g.flatten() for n, g in grads[1].items() if n.startswith("stages.2.")])
+    torch.testing.assert_close(norms["grad_norm/mocov3/stage3"], third.norm())
+    assert {f"grad_norm/simmim/stage{i}" for i in (1, 2, 3, 4)} <= norms.keys()
+
+
+def test_balance_brings_the_gradients_to_the_ratio_of_the_weights(make_objective: Make, make_batch: Make) -> None:
+    joint, batch = make_objective("joint", weights=[3.0, 1.0], balance=True), joint_batch(make_batch, share=False)
+    out = joint(batch, 0)
+    before = joint.grad_norms(out, 0)
+    torch.testing.assert_close(out["loss"], 3 * out["loss/simmim"] + out["loss/mocov3"])  # scales are 1 at first
+    joint.after_step(0)
+    assert joint.scale.tolist() != [1.0, 1.0] and "scale" in joint.state_dict()
+    joint.view.teacher.load_state_dict(joint.encoder.state_dict())  # undo the teacher's step
+    after = joint.grad_norms(joint(batch, 1), 1)
+    ratio = [n["grad_norm/simmim"] / n["grad_norm/mocov3"] for n in (before, after)]
+    assert ratio[1].item() == pytest.approx(3.0, rel=1e-3) and abs(ratio[0].item() - 3.0) > 0.1
+    assert joint.balances(10) and not joint.balances(11)
+    scale = joint.scale.clone()
+    joint.after_step(1)  # not a balancing step: nothing measured, nothing moves
+    assert torch.equal(joint.scale, scale) and not make_objective("joint").balances(0)
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -193,6 +225,7 @@ def test_every_key_of_every_part_is_a_key_of_joint() -> None:
         {"weights": [1.0]},
         {"weights": [-1.0, 1.0]},
         {"weights": [0.0, 0.0]},
+        {"balance": True, "weights": [0.0, 1.0]},
     ],
 )
 def test_bad_values_are_refused(make_objective: Make, cfg: dict[str, Any]) -> None:

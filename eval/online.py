@@ -1,0 +1,50 @@
+"""What pretraining measures on its way: kNN and RankMe of the held-out slice, on the features evaluation uses."""
+
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import Accelerator
+
+from gcssl.config import PretrainConfig
+from gcssl.data import Images, held_out
+from gcssl.errors import UserError
+from gcssl.eval.features import Pace, extract
+from gcssl.eval.knn import knn_accuracy
+from gcssl.eval.metrics import rankme
+from gcssl.log import say
+from gcssl.models.build import Backbone
+
+KNN_K = 20
+Probe = Callable[[int, Any], dict[str, float]]  # of (step, objective): metrics, or none at this step
+
+
+def online_probe(cfg: PretrainConfig, images: Images, accelerator: Accelerator, steps_per_epoch: int) -> Probe | None:
+    """kNN of the held-out slice against the rest of train every eval.online_every epochs, and their RankMe."""
+    if images.labels is None:
+        say("no labels in this data set: the online kNN probe is skipped")
+    every = cfg.eval.online_every * steps_per_epoch
+    if images.labels is None or not every:
+        return None
+    rest, held = held_out(images)
+    if not len(held):
+        raise UserError("eval.online_every: with one image a class none can be held out; set eval.online_every=0")
+
+    def probe(step: int, objective: Any) -> dict[str, float]:
+        if step % every:
+            return {}
+        encoder = evaluated_encoder(cfg, objective)
+        pace = Pace(workers=cfg.data.workers, timeout=cfg.data.timeout)
+        bank, queries = (extract(encoder, images, part, accelerator, pace=pace, quiet=True) for part in (rest, held))
+        top1 = knn_accuracy(bank.x["last"], bank.y, queries.x["last"], queries.y, (KNN_K,), backend=cfg.eval.backend)
+        value, rank = next(iter(top1.values())), rankme(bank.x["last"])
+        told = f"{value:.1f} on {len(held)} held-out training images, RankMe {rank:.1f}"
+        say(f"step {step}: online knn/top1@{KNN_K} {told}")
+        return {f"online_knn/top1@{KNN_K}": value, "online_rankme": rank}
+
+    return probe
+
+
+def evaluated_encoder(cfg: PretrainConfig, objective: Any) -> Backbone:
+    """The encoder that the objective's paper evaluates, unless `encoder` says otherwise."""
+    which = cfg.encoder or objective.default_encoder
+    return objective.teacher if which == "teacher" else objective.encoder

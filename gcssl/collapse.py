@@ -1,0 +1,50 @@
+"""The signs of a collapse, watched on every optimizer step: which one stays, what it means, what usually helps."""
+
+import math
+from dataclasses import dataclass
+
+PATIENCE = 100  # steps in a row; a single batch proves nothing
+LEAST_STD = 0.01  # of feature_std; healthy runs here went from 0.03 to 0.9
+LEAST_RANK = 1.2
+NEAR = 0.01  # share of ln K or of the chance loss
+
+
+@dataclass(frozen=True)
+class Sign:
+    name: str
+    told: str
+
+
+class CollapseWatch:
+    """`see` each step's values once the warm-up is over; it returns a sign that has stayed for `patience` steps,
+    once.
+
+    chance: metric -> the loss of an objective whose embeddings say nothing, such as {"loss": ln K}.
+    """
+
+    def __init__(self, chance: dict[str, float], patience: int | None = None) -> None:
+        self.chance, self.patience = chance, PATIENCE if patience is None else patience
+        self.since: dict[str, int] = {}
+
+    def see(self, values: dict[str, float]) -> Sign | None:
+        present = {sign.name: sign for sign in self.signs(values)}
+        self.since = {name: self.since.get(name, 0) + 1 for name in present}
+        return next((present[name] for name, steps in self.since.items() if steps == self.patience), None)
+
+    def signs(self, values: dict[str, float]) -> list[Sign]:
+        found = []
+        if (std := values.get("feature_std", 1.0)) < LEAST_STD:
+            told = f"feature_std {std:.2g} (healthy: 0.03 to 1): all images have one feature"
+            found.append(Sign("feature_std", f"{told}; lower train.blr, raise objective.momentum or the batch"))
+        if (rank := values.get("feature_rank", math.inf)) < LEAST_RANK:
+            told = f"feature_rank {rank:.2f}: embeddings vary in one direction"
+            found.append(Sign("feature_rank", f"{told}; lower train.blr, lengthen train.warmup_epochs"))
+        for key, chance in self.chance.items():
+            loss = values.get(key, math.inf)
+            if abs(loss - chance) < NEAR * abs(chance):
+                told = f"{key} {loss:.4g} stays at {chance:.4g}, that of embeddings that say nothing"
+                cure = "lower train.blr or raise it, check augment.*"
+                if "teacher_entropy" in values:
+                    cure = "lower objective.teacher_temp (0.02), lengthen its warm-up and the last layer's freeze"
+                found.append(Sign(key, f"{told}; {cure}"))
+        return found

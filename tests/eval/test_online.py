@@ -1,0 +1,36 @@
+"""The online probe: which images it asks, and what it reports."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gcssl.eval.online as online
+from gcssl.config import PretrainConfig
+from gcssl.data import held_out, open_data
+
+
+def test_the_probe_asks_for_the_held_out_images_and_knows_only_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def knn(bank: Any, bank_y: Any, queries: Any, queries_y: Any, *_: Any, **__: Any) -> dict[int, float]:
+        assert bank is bank_y and queries is queries_y
+        asked.append((bank, queries))
+        return {20: 0.0}
+
+    asked: list[tuple[np.ndarray, np.ndarray]] = []
+    monkeypatch.setattr(online, "extract", lambda _, __, part, *___, **____: Namespace(x={"last": part}, y=part))
+    monkeypatch.setattr(online, "knn_accuracy", knn)
+    monkeypatch.setattr(online, "rankme", lambda bank: float(len(bank)))
+    cfg = PretrainConfig(out=str(tmp_path))
+    cfg.eval.online_every, cfg.data.shapes_n = 1, 64
+    images = open_data(cfg.data, (64, 64)).train
+    probe = online.online_probe(cfg, images, Namespace(), 1)
+    assert probe is not None
+    found = probe(1, Namespace(encoder=None, default_encoder="student"))
+    [(bank, queries)] = asked
+    assert sorted([*bank, *queries]) == list(range(64))
+    assert queries.tolist() == held_out(images)[1].tolist()
+    assert found == {"online_knn/top1@20": 0.0, "online_rankme": float(len(bank))}

@@ -1,0 +1,93 @@
+"""Does every objective learn? A few minutes of CPU each on the generated images, then kNN and a linear probe.
+
+    python -m scripts.learning [objective ...]       (all of them: about an hour on two cores)
+
+Pretrains gcvit_nano by each objective's nano recipe with the budget below, evaluates it and the untrained backbone,
+prints a row, and writes docs/results/learning/<objective>.json. `make test-learning` asks for the lines of LINES.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from gcssl.config import PretrainConfig, load_config
+from gcssl.errors import UserError
+from gcssl.eval import knn, linear_probe
+from gcssl.pretrain import pretrain
+from gcssl.runtime import make_accelerator, quiet_libraries
+from gcssl.ssl.objectives import OBJECTIVES
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs/results/learning"
+COMMON = ["data.shapes_n=4000", "data.workers=1", "eval.online_every=0", "log.trackers=[]", "train.warmup_epochs=0.5"]
+VIEW = ["train.steps=80", "train.blr=2e-3", "augment.scale=[0.4,1.0]"]
+CROPS = ["objective.local_crops=2"]
+PROTOTYPES = ["objective.freeze_last_layer_epochs=0.2", *CROPS]
+SETTINGS: dict[str, list[str]] = {
+    "simmim": ["train.steps=240", "train.blr=2e-3"],
+    "localmim": ["train.steps=200", "train.blr=2e-3"],
+    "ummae": ["train.steps=100", "train.blr=2e-3"],
+    "mae": ["train.steps=40", "train.blr=2e-3"],
+    "simclr": [*VIEW, "objective.temperature=0.1"],
+    "mocov3": [*VIEW, "objective.temperature=0.1"],
+    "moby": [*VIEW, "objective.temperature=0.1", "objective.momentum=0.9"],
+    "byol": [*VIEW, "objective.momentum=0.9"],
+    "vicreg": VIEW,
+    "dino": [*VIEW, *PROTOTYPES, "objective.momentum=0.9"],
+    "simdino": [*VIEW, *CROPS, "objective.momentum=0.9"],
+    "esvit": [*VIEW, *PROTOTYPES, "objective.momentum=0.9"],
+    "ibot": [*VIEW, *PROTOTYPES, "objective.momentum=0.9"],
+    "joint": [*VIEW, "objective.temperature=0.1"],
+}
+
+
+def learn(name: str, out: Path) -> dict[str, Any]:
+    """Pretrain by `name` in `out`, evaluate: {"knn/top1@20": ..., "untrained": {...}, ...}."""
+    shutil.rmtree(out, ignore_errors=True)
+    schemas = {key: schema for key, (_, schema) in OBJECTIVES.items()}
+    argv = [str(ROOT / f"configs/pretrain/{name}_gcvit_nano.yaml"), *COMMON, *SETTINGS[name], f"out={out}"]
+    cfg = load_config(PretrainConfig, argv, schemas)
+    start = time.perf_counter()
+    pretrain(cfg)
+    took = time.perf_counter() - start
+    accelerator = make_accelerator(cfg.train, cfg.runtime)
+    result: dict[str, Any] = {"objective": name, "settings": [*COMMON, *SETTINGS[name]], "seconds": round(took)}
+    result |= {"images": cfg.train.steps * cfg.train.batch_size, "seed": cfg.train.seed, "untrained": {}}
+    for module, schema in ((knn, knn.KnnConfig), (linear_probe, linear_probe.LinearProbeConfig)):
+        found = module.run(load_config(schema, [f"backbone={out}", "compare=random"]), accelerator)
+        for key in ("knn/top1@20", "linear/top1"):
+            if key in found:
+                result[key], result["untrained"][key] = found[key], found["compare"][key]
+    return result
+
+
+def row(result: dict[str, Any]) -> str:
+    cells = [f"{result['objective']:<9} {result['images']:7,d} {result['seconds']:5d} s"]
+    for key in ("knn/top1@20", "linear/top1"):
+        ours, theirs = result[key], result["untrained"][key]
+        cells.append(f"{ours:6.1f} ({theirs:.1f} untrained, {ours - theirs:+.1f})")
+    return "  ".join(cells)
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(SETTINGS)
+    if unknown := [name for name in names if name not in SETTINGS]:
+        raise UserError(f"{unknown[0]}: no such objective; one of {', '.join(SETTINGS)}")
+    quiet_libraries()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name in names:
+        result = learn(name, ROOT / f"runs/learning/{name}")
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        rows.append(row(result))
+        print(rows[-1], flush=True)
+    print("\nobjective  images  pretraining  kNN, k=20  linear probe (top-1 on the test images, %)", *rows, sep="\n")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    main()

@@ -16,6 +16,7 @@ from gcssl.eval.linear_probe import LinearProbeConfig
 from gcssl.eval.validate import ValidateConfig
 from gcssl.loader import ViewMaker, batch_to_device, collate, run_sizes
 from gcssl.models.build import BACKBONES, from_config
+from gcssl.optim import make_optimizer, param_groups, set_lr
 from gcssl.ssl.objectives import OBJECTIVES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,16 +45,26 @@ def test_a_recipe_loads_builds_and_fits_its_processes(path: Path) -> None:
     assert not (objective_class.couples_batch and sizes.accumulate > 1), sizes
 
     tiny = ["model.name=gcvit_nano", "model.img_size=64"]
-    small = {"hidden_dim": 16, "out_dim": 16, "local_size": 32}
+    small = {"hidden_dim": 16, "out_dim": 16, "local_size": 32, "local_crops": 2, "decoder_dim": 32}
     tiny += [f"objective.{key}={value}" for key, value in small.items() if getattr(cfg.objective, key, None)]
     cfg = load(path, *tiny)
     encoder = from_config(cfg.model)
     objective = objective_class(cfg.objective, encoder, cfg.augment, (64, 64), 4, 2)
     make = ViewMaker(objective.draw, (64, 64), cfg.augment.where)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8))
-    batch = collate([make(noise, None, (0, i)) for i in range(2)])
-    batch = batch_to_device(batch, "cpu", encoder.mean, encoder.std, cfg.augment.where)
-    assert torch.isfinite(objective(batch, 0)["loss"])
+    optimizer = make_optimizer(param_groups(objective.named_parameters(), cfg.train.weight_decay), cfg.train)
+    start = [p.detach().clone() for p in encoder.parameters()]
+    for step in range(2):
+        batch = collate([make(noise, None, (step, i)) for i in range(2)])
+        batch = batch_to_device(batch, "cpu", encoder.mean, encoder.std, cfg.augment.where)
+        loss = objective(batch, step)["loss"]
+        loss.backward()
+        set_lr(optimizer, 1e-4)
+        optimizer.step()
+        optimizer.zero_grad()
+        objective.after_step(step)
+        assert torch.isfinite(loss)
+    assert not all(torch.equal(a, b) for a, b in zip(start, encoder.parameters(), strict=True))
 
 
 def test_every_evaluation_yaml_loads() -> None:

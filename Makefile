@@ -5,11 +5,11 @@ PYTHON ?= python3
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test test-all check
+.PHONY: help setup demo test test-all test-learning check
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "make %-13s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.installed  ## make .venv and install everything into it, test tools included
 
@@ -24,10 +24,13 @@ demo: setup  ## pretrain, evaluate and export a small GC ViT on generated images
 	@$(PY) -m scripts.demo $(DEMO_ARGS)
 
 test: setup  ## the test suite without what takes long
-	@$(PY) -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	@$(PY) -m pytest -q -m "not slow and not learning" $(PYTEST_ARGS)
 
 test-all: setup  ## the whole test suite
-	@$(PY) -m pytest -q $(PYTEST_ARGS)
+	@$(PY) -m pytest -q -m "not learning" $(PYTEST_ARGS)
+
+test-learning: setup  ## does every objective learn; about an hour, for the night
+	@$(PY) -m pytest -q -m learning $(PYTEST_ARGS)
 
 check: setup  ## linter, formatter and type checker
 	@$(VENV)/bin/ruff check --quiet .

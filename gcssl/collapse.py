@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 PATIENCE = 100  # steps in a row; a single batch proves nothing
 LEAST_STD = 0.01  # of feature_std; healthy runs here went from 0.03 to 0.9
-LEAST_RANK = 1.2
+LEAST_RANK = 1.5  # of feature_rank; healthy: 4 and more
 NEAR = 0.01  # share of ln K or of the chance loss
 
 

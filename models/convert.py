@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,8 @@ def load_weights(
         size = img_size or saved_img_size(source)
         _same_architecture(model, state, where, size)
         notes += _fit_tables(model, state, size, where)
+    else:
+        notes += _fit_positions(model, state, own, img_size)
     _same_names(model, state, own, where)
     model.load_state_dict(state)
     return notes
@@ -290,6 +293,24 @@ def _same_architecture(model: GCViT, state: State, where: str, size: Sequence[in
             f"{where}: query generators of {held} blocks, {pools} for window_ratio "
             f"{list(model.window_ratio)}: it was trained with another; set model.window_ratio to its own"
         )
+
+
+def _fit_positions(model: Any, state: State, own: State, size: Sequence[int] | None) -> list[str]:
+    """Resizes a timm model's tables of another square image by timm's own rule for its class. Changes `state`."""
+    other = [k for k in state if k in own and state[k].shape != own[k].shape]
+    rule = getattr(sys.modules[type(model.model).__module__], "checkpoint_filter_fn", None)
+    if not other or rule is None or (size is not None and size[0] != size[-1]):
+        return []
+    try:
+        fitted = rule({k.removeprefix("model."): v for k, v in state.items()}, model.model)
+    except Exception:  # a rule may choke on weights that are not of its class: _same_names says what does not fit
+        return []
+    fits = [k for k in other if (v := fitted.get(k.removeprefix("model."))) is not None and v.shape == own[k].shape]
+    if not fits:
+        return []
+    first = f"{fits[0].removeprefix('model.')} {list(state[fits[0]].shape)} -> {list(own[fits[0]].shape)}"
+    state |= {k: fitted[k.removeprefix("model.")].to(own[k].dtype).contiguous() for k in fits}
+    return [f"{len(fits)} tables of another image size resized as timm does ({first})"]
 
 
 def _same_names(model: nn.Module, state: State, own: State, where: str) -> None:

@@ -1,8 +1,10 @@
 """Any timm model behind the same small interface as GCViT, and the GC ViT variants that timm lacks."""
 
+import copy
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import timm
@@ -15,9 +17,14 @@ from torch import Tensor, nn
 from gcssl.errors import UserError
 from gcssl.models.windows import check_size, pair
 
+UNNORMED = ("Hiera", "HieraDet")  # classes whose last norm comes after their pooling: timm norms no map of theirs
+
 
 class TimmBackbone(nn.Module):
     """A timm model: B 3 H W -> features. It takes no token mask.
+
+    The last map has num_features channels, as the pooled features do: where timm's head widens these, its layers are
+    run at every position of the map. A model without such a map says so in `no_map`; only its pooled features serve.
 
     It draws its own drop path noise, seeded by the step and the process: a resume is exact, but with drop path another
     process layout is another run.
@@ -38,17 +45,19 @@ class TimmBackbone(nn.Module):
         super().__init__()
         self.name, self.img_size, self.num_classes = name, pair(img_size), num_classes
         self.model = create(name, self.img_size, num_classes, drop_path, in_chans)
-        info = self.model.feature_info if isinstance(self.model.feature_info, list) else []
-        if not info or not hasattr(self.model, "forward_intermediates"):
-            raise UserError(f"model.name={name}: this timm model has no forward_intermediates, so it cannot be wrapped")
+        cfg = self.model.pretrained_cfg
+        self.num_features = self.model.head_hidden_size
+        info = stated_maps(self.model)
+        self.no_map = None if info else "timm states no pyramid of maps"
         last_at = {level["reduction"]: i for i, level in enumerate(info)}  # the last map of each stride
         self.levels = list(last_at.values())
-        self.channels = tuple(info[i]["num_chs"] for i in self.levels)
         self.strides = tuple(info[i]["reduction"] for i in self.levels)
-        self.stride = self.strides[-1]
-        self.num_features = self.model.head_hidden_size
+        self.stride = self.strides[-1] if info else 1
+        stated = tuple(info[i]["num_chs"] for i in self.levels)
+        self.widened = bool(info) and stated[-1] != self.num_features
+        self.channels = (*stated[:-1], self.num_features) if info else ()
+        self.normed = type(self.model).__name__ not in UNNORMED
         check_size(self.img_size, self.stride)
-        cfg = self.model.pretrained_cfg
         self.mean, self.std = tuple(cfg["mean"]), tuple(cfg["std"])
         self.crop_pct, self.interpolation = cfg["crop_pct"], cfg["interpolation"]
         self.model_args: dict[str, Any] = {
@@ -57,6 +66,36 @@ class TimmBackbone(nn.Module):
         }  # fmt: skip
         if grad_checkpointing:
             self.set_grad_checkpointing()
+        if not next(self.parameters()).is_meta:
+            self._try_out()
+
+    def _try_out(self) -> None:
+        """One blank image through a copy: UserError where timm's model does not run; `no_map` where its map is unfit.
+
+        A copy, because some models keep what they compute in eval mode.
+        """
+        trial = copy.deepcopy(self).eval()
+        height, width = self.img_size
+        blank = next(self.parameters()).new_zeros(1, self.model_args["in_chans"], height, width)
+        fit = (1, self.num_features, height // self.stride, width // self.stride)
+        with torch.no_grad():
+            try:
+                trial.model(blank)
+            except Exception as error:  # each class of timm raises its own
+                own = "x".join(map(str, self.model.pretrained_cfg["input_size"][1:]))
+                raise UserError(
+                    f"model.img_size: {self.name} does not run on {height}x{width} images ({reason(error)}); "
+                    f"give another size, its own is {own}"
+                ) from None
+            try:
+                shape = tuple(trial.forward_features(blank).shape)
+            except UserError:  # no_map, known already
+                return
+            except Exception as error:
+                self.no_map = reason(error)
+                return
+        if shape != fit:
+            self.no_map = f"its last map is {list(shape[1:])} instead of {list(fit[1:])}"
 
     @property
     def drop_path(self) -> float:
@@ -72,7 +111,7 @@ class TimmBackbone(nn.Module):
         self.model.set_grad_checkpointing(enable)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """torch.compile of both ways into the model."""
+        """torch.compile of both ways into timm's model."""
         self.model.compile(*args, **kwargs)
         self._maps = torch.compile(self._maps, *args, **kwargs)  # type: ignore[method-assign]
 
@@ -80,17 +119,43 @@ class TimmBackbone(nn.Module):
         self.num_classes = self.model_args["num_classes"] = num_classes
         self.model.reset_classifier(num_classes)
 
-    def _check(self, x: Tensor) -> None:
-        check_size((x.shape[-2], x.shape[-1]), self.stride)
+    def _run(self, call: Callable[[], Tensor | list[Tensor]], x: Tensor) -> Any:
+        """call(), for images x; UserError where x has a size that timm's model, built for another, does not take."""
+        size = (x.shape[-2], x.shape[-1])
+        check_size(size, self.stride)
+        if size == self.img_size:
+            return call()
+        try:
+            return call()
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+            built = f"{self.name} built for {self.img_size[0]}x{self.img_size[1]} images"
+            raise UserError(
+                f"image size {size[0]}x{size[1]}: {built} does not take it ({reason(error)}); "
+                "give all images that size (no smaller crops), or take another backbone"
+            ) from None
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """B 3 H W -> logits, or the pooled features B C when there is no head (timm's own pooling)."""
-        self._check(x)
-        return self.model(x)
+        return self._run(lambda: self.model(x), x)
 
     def _maps(self, x: Tensor, levels: list[int]) -> list[Tensor]:
-        self._check(x)
-        return self.model.forward_intermediates(x, indices=levels, norm=True, intermediates_only=True)
+        """B 3 H W -> the maps B C h w of `levels`, the last level being one of them."""
+        if not self.widened:
+            return self.model.forward_intermediates(x, indices=levels, norm=self.normed, intermediates_only=True)
+        last, maps = self.model.forward_intermediates(x, indices=levels, norm=self.normed)
+        b, c, h, w = last.shape
+        wide = self.model.forward_head(last.permute(0, 2, 3, 1).reshape(-1, c, 1, 1), pre_logits=True)  # B*h*w C
+        return [*maps[:-1], wide.view(b, h, w, -1).permute(0, 3, 1, 2)]
+
+    def _checked_maps(self, x: Tensor, levels: list[int]) -> list[Tensor]:
+        if self.no_map:
+            raise UserError(
+                f"model.name={self.name}: has no map of features for this ({self.no_map}); "
+                "take an objective of pooled features, such as simclr or byol, or another backbone"
+            )
+        return self._run(lambda: self._maps(x, levels), x)
 
     def forward_features(
         self,
@@ -100,7 +165,7 @@ class TimmBackbone(nn.Module):
         noise: Tensor | None = None,  # noqa: ARG002
     ) -> Tensor:
         """B 3 H W -> B C h w at the last stride; mask, mask_token and noise are ignored."""
-        return self._maps(x, self.levels[-1:])[-1]
+        return self._checked_maps(x, self.levels[-1:])[-1]
 
     def forward_pyramid(
         self,
@@ -113,15 +178,14 @@ class TimmBackbone(nn.Module):
 
         mask, mask_token and noise are ignored.
         """
-        return self._maps(x, self.levels)
+        return self._checked_maps(x, self.levels)
 
     def pooled(self, x: Tensor) -> dict[str, Tensor]:
         """Probe features: last B C (timm's own pooling); stages34 B (C3 + C4) where the model has stages."""
-        self._check(x)
-        last = self.model.forward_head(self.model.forward_features(x), pre_logits=True)  # B C
-        if len(self.levels) < 2:
+        last = self._run(lambda: self.model.forward_head(self.model.forward_features(x), pre_logits=True), x)  # B C
+        if self.no_map or len(self.levels) < 2:
             return {"last": last}
-        maps = self._maps(x, self.levels[-2:])
+        maps = self._checked_maps(x, self.levels[-2:])
         return {"last": last, "stages34": torch.cat([m.mean((2, 3)) for m in maps], 1)}
 
     def freeze_unused(self) -> list[str]:
@@ -129,19 +193,17 @@ class TimmBackbone(nn.Module):
 
         For objectives that use nothing else: DistributedDataParallel stops on parameters without a gradient.
         """
-        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        if not named or named[0][1].is_meta:  # only tried out
+        trial = copy.deepcopy(self).eval()  # a copy, as in _try_out
+        named = {n: p for n, p in trial.model.named_parameters() if p.requires_grad}
+        first = next(iter(named.values()), None)
+        if first is None or first.is_meta:  # only tried out
             return []
-        modes = [(module, module.training) for module in self.modules()]
-        device = named[0][1].device
-        features = self.eval().forward_features(torch.zeros(1, self.model_args["in_chans"], *self.img_size).to(device))
-        used = torch.autograd.grad(features.sum(), [p for _, p in named], allow_unused=True)
-        for module, mode in modes:
-            module.training = mode
-        unused = [(n, p) for (n, p), gradient in zip(named, used, strict=True) if gradient is None]
-        for _, parameter in unused:
-            parameter.requires_grad_(False)
-        return [name for name, _ in unused]
+        features = trial.forward_features(first.new_zeros(1, self.model_args["in_chans"], *self.img_size))
+        used = torch.autograd.grad(features.sum(), list(named.values()), allow_unused=True)
+        unused = [n for n, gradient in zip(named, used, strict=True) if gradient is None]
+        for name in unused:
+            self.model.get_parameter(name).requires_grad_(False)
+        return unused
 
     def no_weight_decay(self) -> set[str]:
         names = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
@@ -154,6 +216,22 @@ class TimmBackbone(nn.Module):
             return {f"model.{name}": depth for name, depth in ids.items()}
         parts = list(dict.fromkeys(name.split(".")[0] for name, _ in self.model.named_parameters()))
         return {f"model.{n}": parts.index(n.split(".")[0]) for n, _ in self.model.named_parameters()}
+
+
+def stated_maps(model: Any) -> list[dict[str, Any]]:
+    """timm's own description of a model's maps (num_chs, reduction), in order; empty where they make no pyramid.
+
+    CrossViT's are those of two branches side by side, of strides 12 and "17".
+    """
+    info = model.feature_info if isinstance(model.feature_info, list) else []
+    strides = [level["reduction"] for level in info]
+    nested = all(coarse % fine == 0 for fine, coarse in pairwise(strides))
+    return info if nested and hasattr(model, "forward_intermediates") else []
+
+
+def reason(error: Exception) -> str:
+    """One short line of what another library raised."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def create(name: str, size: tuple[int, int], num_classes: int, drop_path: float, in_chans: int) -> nn.Module:
@@ -169,9 +247,11 @@ def create(name: str, size: tuple[int, int], num_classes: int, drop_path: float,
                 raise
             if "drop_path_rate" in str(error):
                 raise UserError(f"model.drop_path={drop_path}: {name} has no drop path; leave it at 0") from None
-        except (ValueError, AssertionError, RuntimeError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{name} cannot be built for {size[0]}x{size[1]} images: {reason}") from None
+        except (ValueError, AssertionError, RuntimeError, IndexError, ZeroDivisionError) as error:
+            raise UserError(
+                f"model.img_size: {name} cannot be built for {size[0]}x{size[1]} images ({reason(error)}); "
+                "give another size"
+            ) from None
     raise UserError(f"{name}: timm cannot build it")
 
 

@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
@@ -84,7 +83,8 @@ FAMILIES = {
     "levit": "levit_128s levit_256d levit_conv_128s",
     "lowformer": "lowformer_b0",
     "mambaout": "mambaout_femto",
-    "maxxvit": "coatnet_pico_rw_224 coatnext_nano_rw_224 maxvit_pico_rw_256 maxvit_tiny_tf_224 maxxvit_rmlp_nano_rw_256",
+    "maxxvit": "coatnet_pico_rw_224 coatnext_nano_rw_224 maxvit_pico_rw_256 maxvit_tiny_tf_224 "
+    "maxxvit_rmlp_nano_rw_256",
     "metaformer": "caformer_s18 convformer_s18 poolformer_s12 poolformerv2_s12",
     "mixer": "mixer_s16_224 gmixer_12_224 gmlp_ti16_224 resmlp_12_224",
     "mnasnet": "mnasnet_small",
@@ -162,7 +162,8 @@ def judge(family: str, name: str) -> Row:
     small = size // 2 // backbone.stride * backbone.stride
     smaller = answer(lambda: check_pooled(backbone, small))
     unit = math.gcd(size, default_unit((size, size)))
-    masked = answer(lambda: try_objective("simmim", backbone, size, mask_unit=unit))  # last: it freezes what it does not use
+    # last: it freezes what it does not use
+    masked = answer(lambda: try_objective("simmim", backbone, size, mask_unit=unit))
     smaller = f"yes ({small})" if smaller == "yes" else smaller
     return Row(family, name, params, str(size), view, masked, smaller)
 
@@ -244,8 +245,8 @@ def document(rows: list[Row], command: str, seconds: float) -> str:
     lines = [
         "# Which models of timm can be pretrained",
         "",
-        "Any model of timm can be the backbone (`model.name=`); this table says what the smallest models of each family",
-        "were seen to do. Where one cannot do something, the cell holds the line that a run stops with.",
+        "Any model of timm can be the backbone (`model.name=`); this table says what the smallest models of each",
+        "family were seen to do. Where one cannot do something, the cell holds the line that a run stops with.",
         "",
         "- **image size**: the side in pixels that the model was built for here, the smallest tried that it takes.",
         "- **view objective**: one training step of SimCLR; MoCo v3, BYOL, VICReg, DINO and the like ask for the same.",

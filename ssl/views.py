@@ -95,9 +95,6 @@ def check_small(encoder: Any, size: int) -> None:
             encoder.eval()(like.new_zeros(1, encoder.model_args["in_chans"], size, size))
     except UserError as error:
         raise UserError(f"objective.local_size={size}: {error}") from None
-    except (RuntimeError, ValueError, AssertionError):
-        built = f"{encoder.name} built for {encoder.img_size[0]}x{encoder.img_size[1]} images takes no others"
-        raise UserError(f"objective.local_size={size}: {built}; set objective.local_crops=0") from None
     finally:
         encoder.train(mode)
 

@@ -1,4 +1,4 @@
-"""The wrapper around timm's models: the map it promises, sizes it refuses, and what trying a model out leaves behind."""
+"""The wrapper around timm's models: the map it promises, sizes it refuses, what trying a model out leaves behind."""
 
 from pathlib import Path
 
@@ -29,7 +29,9 @@ def test_a_head_that_widens_the_features_is_run_at_every_position(name: str) -> 
     with torch.no_grad():
         maps = model.forward_pyramid(x)
         assert stated < model.num_features == model.channels[-1] == maps[-1].shape[1]
-        assert [m.shape[1:] for m in maps] == [(c, 64 // s, 64 // s) for c, s in zip(model.channels, model.strides)]
+        assert [m.shape[1:] for m in maps] == [
+            (c, 64 // s, 64 // s) for c, s in zip(model.channels, model.strides, strict=True)
+        ]
         torch.testing.assert_close(model.forward_features(x), maps[-1])
         one = torch.randn(2, 3, 32, 32)  # its map has one position, so its mean is the pooled feature
         torch.testing.assert_close(model.forward_features(one).flatten(1), model(one))

@@ -127,6 +127,14 @@ def entropy(log_q: Sequence[Tensor]) -> Tensor:
     return torch.stack([-(x.exp() * x).sum(-1).mean() for x in log_q]).mean()
 
 
+def teacher_signs(view_loss: Tensor, teacher: Sequence[Tensor], seen: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What tells a collapse: entropy of the teacher's log-probabilities B K, what of the loss is above it, and the
+    spread of its pooled features B C over all processes.
+    """
+    uncertain, gathered = entropy(teacher), [all_gather_no_grad(h) for h in seen]
+    return {"teacher_entropy": uncertain, "kl": view_loss.detach() - uncertain, **signs(gathered, gathered)}
+
+
 def warmed_up(step: int, steps_per_epoch: int, start: float, end: float, epochs: float) -> float:
     """Linear from `start` at step 0 to `end` after `epochs` epochs, then `end`."""
     share = min(step / (epochs * steps_per_epoch), 1.0) if epochs else 1.0
@@ -204,10 +212,8 @@ class DINO(PrototypeObjective):
             self.center.note(torch.cat(outputs), step)
             teacher = [self.center(x, self.teacher_temp(step)) for x in outputs]
         student = self.projector(torch.cat(features)).chunk(len(features))
-        loss, uncertain = crops_loss(teacher, student, self.cfg.student_temp), entropy(teacher)
-        gathered = [all_gather_no_grad(h) for h in seen]
-        kl = loss.detach() - uncertain
-        return {"loss": loss, "teacher_entropy": uncertain, "kl": kl, **signs(gathered, gathered)}
+        loss = crops_loss(teacher, student, self.cfg.student_temp)
+        return {"loss": loss, **teacher_signs(loss, teacher, seen)}
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         return self.loss(run_views(self.encoder, batch, range(self.n_views)), batch, step)

@@ -19,12 +19,11 @@ from gcssl.ssl.dino import (
     check_prototypes,
     crops_loss,
     cross_entropy,
-    entropy,
     multi_crop_draw,
+    teacher_signs,
 )
 from gcssl.ssl.ema import momentum_copy
-from gcssl.ssl.gather import all_gather_no_grad
-from gcssl.ssl.views import run_maps, signs, use_maps_alone
+from gcssl.ssl.views import run_maps, use_maps_alone
 
 
 @dataclass
@@ -113,15 +112,11 @@ class EsViT(PrototypeObjective):
         student_regions = [self.region_projector(r) for r in found]  # B n K
         view = crops_loss(teacher, student, temperature)
         region = region_loss(teacher_regions, student_regions, taught, found, temperature)
-        gathered = [all_gather_no_grad(h) for h in seen]
-        uncertain = entropy(teacher)
         return {
             "loss": (view + region) / 2,
             "loss/view": view.detach(),
             "loss/region": region.detach(),
-            "teacher_entropy": uncertain,
-            "kl": view.detach() - uncertain,
-            **signs(gathered, gathered),
+            **teacher_signs(view, teacher, seen),
         }
 
     def chance(self, global_batch: int) -> dict[str, float]:  # noqa: ARG002

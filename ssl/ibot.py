@@ -24,12 +24,11 @@ from gcssl.ssl.dino import (
     check_prototypes,
     crops_loss,
     cross_entropy,
-    entropy,
     multi_crop_draw,
+    teacher_signs,
     warmed_up,
 )
 from gcssl.ssl.ema import momentum_copy
-from gcssl.ssl.gather import all_gather_no_grad
 from gcssl.ssl.masking import draw_blocks, hide_pixels
 from gcssl.ssl.simmim import make_mask_token
 from gcssl.ssl.views import (
@@ -39,7 +38,6 @@ from gcssl.ssl.views import (
     check_share,
     run_maps,
     run_views,
-    signs,
 )
 
 
@@ -149,15 +147,11 @@ class IBOT(PrototypeObjective):
         student = self.projector(torch.cat([large.mean(1), *small])).chunk(self.n_views)
         view = crops_loss(teacher, student, self.cfg.student_temp)
         patch = masked_loss(teacher_patches, self.projector(large), masks.flatten(1), self.cfg.student_temp)
-        gathered = [all_gather_no_grad(h) for h in seen.chunk(2)]
-        uncertain = entropy(teacher)
         return {
             "loss": view + patch,
             "loss/view": view.detach(),
             "loss/patch": patch.detach(),
-            "teacher_entropy": uncertain,
-            "kl": view.detach() - uncertain,
-            **signs(gathered, gathered),
+            **teacher_signs(view, teacher, seen.chunk(2)),
         }
 
     def chance(self, global_batch: int) -> dict[str, float]:  # noqa: ARG002

@@ -14,30 +14,24 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
-from gcssl.checkpoint import (
-    list_checkpoints,
-    load_checkpoint,
-    load_optimizer,
-    optimizer_tensors,
-    save_checkpoint,
-    write_backbone,
-)
+from gcssl.badsteps import BadSteps
+from gcssl.checkpoint import list_checkpoints, write_backbone
 from gcssl.collapse import CollapseWatch
 from gcssl.config import PretrainConfig, load_config
 from gcssl.data import open_data
-from gcssl.errors import NumericStop, Preempted, UserError
+from gcssl.errors import Preempted, UserError
 from gcssl.eval.online import Probe, evaluated_encoder, online_probe
 from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, run_sizes, train_loader
-from gcssl.log import RunLog, say
+from gcssl.log import RunLog, cut_after, say
 from gcssl.meter import BadSamples, Meter
 from gcssl.models.build import Backbone, backbone_info, from_config, load_backbone
 from gcssl.optim import groups_table, make_optimizer, param_groups, rates_at, set_lr
 from gcssl.runfolder import RunFolder
 from gcssl.runtime import StopSignal, entry, make_accelerator, rng, seed_torch
 from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.state import RunState
 from gcssl.streams import DROP_PATH, INIT, MODEL
 
 
@@ -133,17 +127,28 @@ def fit(
     """Train from the newest checkpoint, or the start, to the last step; long, so that a step reads in one place."""
     train = cfg.train
     save_steps = max(1, round(cfg.checkpoint.every * sizes.steps_per_epoch))
-    model, optimizer, step = start(cfg, accelerator, run, objective, groups)
+    objective.to(accelerator.device)
+    bad_steps = BadSteps(run.path, train, objective)
+    state = RunState(run, objective, make_optimizer(groups, train), accelerator, bad_steps)
+    step = state.resume()
+    run.start()  # nothing is left to refuse
+    if train.compile:
+        objective.encoder.compile()
+    model, optimizer = accelerator.prepare(objective, state.optimizer)
     plan = sizes.plan(len(dataset), accelerator.process_index, train.seed, step)
     loader = train_loader(dataset, plan, cfg.data.workers, cfg.data.timeout)
     logged = (run.path, sizes.total_steps, step, cfg.log.every, cfg.log.trackers, accelerator.is_main_process)
     meter, bad = Meter(accelerator), BadSamples(run.path, len(dataset), cfg.data.max_bad)
     watch = CollapseWatch(objective.chance(sizes.global_batch) if hasattr(objective, "chance") else {})
     objective.train()
+    if run.is_main:
+        cut_after(bad_steps.path, step)
     with StopSignal(train.max_hours) as stop, RunLog(*logged) as log:
         for batch in meter.waiting(loader):
             batch = to_device(batch, step)
-            meter.bad.extend(batch["bad"])
+            meter.note(batch)
+            if meter.micro == 0:
+                bad_steps.begin()
             with accelerator.accumulate(model):
                 seed_torch(train.seed, MODEL, step, accelerator.process_index, meter.micro)
                 out = model(batch, step)
@@ -157,55 +162,41 @@ def fit(
                     objective.freeze(step)
                 norm = accelerator.clip_grad_norm_(objective.parameters(), train.clip_grad or float("inf"))
                 values = meter.agree(norm, stop.requested)  # the step's one all-reduce and host read
-                if not values.pop("finite"):
-                    measured = f"loss {values['loss']}, grad norm {values['grad_norm']}"
-                    raise NumericStop(f"step {step}: {measured}: not finite")
+                fault = bad_steps.judge(values)
                 set_lr(optimizer, *rates_at(train, step, sizes))
-                optimizer.step()
+                if not fault:
+                    optimizer.step()
                 optimizer.zero_grad()
-            if not accelerator.optimizer_step_was_skipped:
-                objective.after_step(step)
             run.step = step = step + 1
+            if not fault and not accelerator.optimizer_step_was_skipped:
+                objective.after_step(step - 1)
+            if fault:
+                bad_steps.skip(step, fault, meter.indices, accelerator)
+                if len(in_a_row := bad_steps.in_a_row) >= train.max_bad_steps:
+                    told = f"step {step}: {len(in_a_row)} steps in a row were skipped, now by a {fault}"
+                    state.give_up(in_a_row[0]["step"] - 1, told, in_a_row)
             if values.pop("bad"):
                 bad.record(meter.take_bad(), accelerator)
             stopping = values.pop("stop") and step < sizes.total_steps
-            values |= schedules(objective, optimizer, step, sizes)
-            if step > train.warmup_epochs * sizes.steps_per_epoch:
-                collapsed(watch, step, values, train.on_collapse)
+            values |= schedules(objective, optimizer, step, sizes) | {"skipped": bad_steps.skipped}
+            warm = step > train.warmup_epochs * sizes.steps_per_epoch
+            if warm and not fault and (sign := watch.see(values)):
+                told = f"step {step}: collapse? for {watch.patience} steps {sign.told}"
+                if train.on_collapse == "stop":
+                    state.give_up(step, told, [])
+                say(told)
             log.step(step, values, sizes.global_batch, meter.take_wait())
             with log.pause():
                 if step % sizes.steps_per_epoch == 0 or step == sizes.total_steps:
                     epoch_end(objective, batch, step, log, probe)
                 if step % save_steps == 0 or step == sizes.total_steps or stopping:  # last: a resume repeats the others
-                    save(cfg, run, step, objective, optimizer, accelerator, sizes)
+                    state.save(step, cfg.checkpoint, sizes.steps_per_epoch)
             if stopping:
                 why = stop.reason or "another process was told to"
                 told = f"stopped at step {step} of {sizes.total_steps} ({why}); run the same command again to go on"
                 raise Preempted(told)
     say(log.summary())
     accelerator.free_memory()  # another fit with this accelerator must not clip, scale or save what this one trained
-
-
-def collapsed(watch: CollapseWatch, step: int, values: dict[str, float], on_collapse: str) -> None:
-    """Say so, or stop, when a sign of a collapse has stayed."""
-    if sign := watch.see(values):
-        told = f"step {step}: collapse? for {watch.patience} steps {sign.told}"
-        if on_collapse == "stop":
-            raise NumericStop(told)
-        say(told)
-
-
-def start(
-    cfg: Any, accelerator: Accelerator, run: RunFolder, objective: Any, groups: list[dict[str, Any]]
-) -> tuple[Any, Any, int]:
-    """The objective and its optimizer, resumed and prepared by Accelerate, and the number of steps already done."""
-    objective.to(accelerator.device)
-    optimizer = make_optimizer(groups, cfg.train)
-    run.step = resume(run, objective, optimizer, accelerator)
-    run.start()  # nothing is left to refuse
-    if cfg.train.compile:
-        objective.encoder.compile()
-    return *accelerator.prepare(objective, optimizer), run.step
 
 
 def epoch_end(objective: Any, batch: dict[str, Any], step: int, log: RunLog, probe: Probe | None) -> None:
@@ -227,42 +218,6 @@ def schedules(objective: Any, optimizer: torch.optim.Optimizer, step: int, sizes
     if hasattr(objective, "momentum"):
         values["momentum"] = objective.momentum(step - 1)
     return values
-
-
-def resume(run: RunFolder, objective: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> int:
-    """Load the newest checkpoint that verifies; returns the number of optimizer steps already done."""
-    if accelerator.scaler is not None:  # not the scale of an earlier fit
-        accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
-    loaded = load_checkpoint(run.path)
-    step = 0 if loaded is None else loaded.step
-    steps = gather_object([step]) if accelerator.num_processes > 1 else [step]
-    if len(set(steps)) > 1:
-        raise UserError(f"out: the processes find other steps in {run.path}: {steps}; give a folder that all share")
-    if loaded is None:
-        return 0
-    objective.load_state_dict(loaded.tensors["model"])
-    load_optimizer(optimizer, loaded.tensors["optimizer"], loaded.state["optimizer"])
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(loaded.state["scaler"])
-    say(f"resumed from {loaded.path.name}")
-    return loaded.step
-
-
-def save(
-    cfg: Any, run: RunFolder, step: int, objective: Any, optimizer: Any, accelerator: Accelerator, sizes: Sizes
-) -> None:
-    """A checkpoint, by the main process; status.json speaks of it once it is there."""
-    if not accelerator.is_main_process:
-        return
-    tensors, optimizer_state = optimizer_tensors(optimizer.optimizer)
-    default_encoder = getattr(objective, "default_encoder", "student")
-    state: dict[str, Any] = {"optimizer": optimizer_state, "default_encoder": default_encoder}
-    if accelerator.scaler is not None:
-        state["scaler"] = accelerator.scaler.state_dict()
-    keep_every = (cfg.checkpoint.keep_every or 0) * sizes.steps_per_epoch or None
-    tensors_by_file = {"model": objective.state_dict(), "optimizer": tensors}
-    save_checkpoint(run.path, step, tensors_by_file, state, cfg.checkpoint.keep, keep_every)
-    run.progress(step)
 
 
 def save_backbone(cfg: PretrainConfig, folder: Path, objective: Any, step: int, classes: list[str] | None) -> None:

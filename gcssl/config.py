@@ -94,6 +94,8 @@ class TrainConfig:
     deterministic: bool = False
     max_hours: float | None = None
     on_collapse: str = "warn"  # warn | stop, with exit code 78
+    spike_sigma: float | None = 6.0  # skip losses so many deviations above the last 128 steps'; null: none
+    max_bad_steps: int = 5  # skipped ones in a row that stop the run, with exit code 78
     seed: int = 0
 
 
@@ -119,6 +121,7 @@ class CheckpointConfig:
     every: float = 1.0  # epochs; at least one optimizer step
     keep: int = 2
     keep_every: int | None = None  # epochs whose checkpoints are never pruned
+    on_error: str = "stop"  # stop | warn and train on, where one cannot be written
 
 
 @dataclass

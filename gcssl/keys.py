@@ -24,6 +24,7 @@ CHOICES = {
     "train.optimizer": ("adamw", "sgd", "lars", "lamb"),
     "train.lr_rule": ("linear", "sqrt", "none"),
     "train.on_collapse": ("warn", "stop"),
+    "checkpoint.on_error": ("stop", "warn"),
     "train.precision": ("fp32", "bf16", "fp16"),
     "eval.backend": ("auto", "faiss", "torch"),
     "interpolation": ("nearest", "bilinear", "bicubic", "lanczos"),  # of the evaluations: augment.INTERPOLATIONS
@@ -50,6 +51,8 @@ RANGES: dict[str, tuple[float, float | None, int | None]] = {
     "train.clip_grad": (0, None, None),
     "train.lr_base": (1, None, None),
     "train.max_hours": (0, None, None),
+    "train.spike_sigma": (1, None, None),
+    "train.max_bad_steps": (1, None, None),
     "train.warmup_epochs": (0, None, None),
     "eval.online_every": (0, None, None),
     "runtime.timeout": (1, None, None),

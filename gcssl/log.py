@@ -59,7 +59,7 @@ class RunLog:
         self._plain_said = self._since = self._begun = time.monotonic()
         if not enabled:
             return
-        _truncate(self._jsonl, start_step)
+        cut_after(self._jsonl, start_step)
         self._file = open(self._jsonl, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
         if "tensorboard" in trackers:
             self._board = _open_board(Path(folder) / "tensorboard", start_step)
@@ -173,19 +173,19 @@ def _number(value: float) -> float | None:
     return number if number - number == 0 else None
 
 
-def _truncate(path: Path, start_step: int) -> None:
-    """Drop the lines after start_step, and a last line that a kill left half written."""
+def cut_after(path: Path, step: int) -> None:
+    """Drop a file's JSON lines of later steps, and a last line that a kill left half written."""
     if not path.exists():
         return
     old = path.read_text(encoding="utf-8", errors="replace")
-    kept = [line for line in old.splitlines(keepends=True) if _is_kept(line, start_step)]
+    kept = [line for line in old.splitlines(keepends=True) if _is_kept(line, step)]
     if "".join(kept) != old:
         atomic_write(path, "".join(kept))
 
 
-def _is_kept(line: str, start_step: int) -> bool:
+def _is_kept(line: str, last: int) -> bool:
     try:
-        return line.endswith("\n") and int(json.loads(line)["step"]) <= start_step
+        return line.endswith("\n") and int(json.loads(line)["step"]) <= last
     except (ValueError, KeyError, TypeError):
         return False
 

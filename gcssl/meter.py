@@ -27,6 +27,7 @@ class Meter:
         self.accelerator = accelerator
         self.outs: list[dict[str, Tensor]] = []
         self.bad: list[BadSample] = []
+        self.indices: list[Tensor] = []  # of the step's images
         self.waited = 0.0  # seconds that this step waited for its micro-batches
 
     def waiting(self, loader: Iterable[Any]) -> Iterator[Any]:
@@ -38,6 +39,11 @@ class Meter:
             start = time.perf_counter()
             batch = next(batches, None)
             self.waited += time.perf_counter() - start
+
+    def note(self, batch: dict[str, Any]) -> None:
+        """Which images a micro-batch holds, and which of them were bad; before its `add`."""
+        self.indices = [*(self.indices if self.outs else []), batch["index"]]
+        self.bad.extend(batch["bad"])
 
     def add(self, out: dict[str, Any]) -> None:
         """Keep the scalars of one micro-batch; keys that begin with an underscore are the objective's own."""

@@ -29,11 +29,20 @@ FREE_KEYS = (
     "checkpoint.",
     "runtime.",
     "train.max_hours",
+    "train.max_bad_steps",
+    "train.on_collapse",
     "out",
     "allow_env",
 )
 BATCH_KEYS = ("train.batch_size", "train.accumulate", "train.global_batch")
-PRODUCTS = ("checkpoints", "metrics.jsonl", "backbone.safetensors", "backbone.json", "bad_samples.jsonl")
+PRODUCTS = (
+    "checkpoints",
+    "metrics.jsonl",
+    "backbone.safetensors",
+    "backbone.json",
+    "bad_samples.jsonl",
+    "bad_steps.jsonl",
+)
 PACKAGES = (
     "gcssl",
     "torch",

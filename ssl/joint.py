@@ -183,6 +183,7 @@ class Joint(nn.Module):
         return {key: batch[key][at] for key in ("views", "masks", "noise") if batch.get(key)}
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
+        self.measured = None  # a step that was skipped leaves its own
         own = self.masked_batch(batch)
         if self.share:
             features = self.masked.features(own)  # B C h w, or one such map a stage

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gcssl.pretrain as program
+import gcssl.state
 from gcssl.config import PretrainConfig, load_config
 from gcssl.errors import Preempted, UserError
 from gcssl.pretrain import build_pretrain_backbone, pretrain
@@ -183,8 +184,8 @@ def test_run_folder_holds_what_it_promises(tmp_path: Path, monkeypatch: pytest.M
         spoken.append((step, json.loads((folder / "status.json").read_text())["step"]))
         return save_checkpoint(folder, step, *rest)
 
-    save_checkpoint = program.save_checkpoint
-    monkeypatch.setattr(program, "save_checkpoint", spying)
+    save_checkpoint = gcssl.state.save_checkpoint
+    monkeypatch.setattr(gcssl.state, "save_checkpoint", spying)
     out = pretrain(config("joint", tmp_path / "a", "train.steps=3", "eval.online_every=1"))
     for name in (
         "config.yaml",

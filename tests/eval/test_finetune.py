@@ -162,7 +162,7 @@ print("world", accelerator.num_processes)
 """
 
 
-@pytest.mark.parametrize("augment", ["light", "full"])
+@pytest.mark.parametrize("augment", [pytest.param("light", marks=pytest.mark.slow), "full"])
 def test_two_processes_give_what_one_gives(augment: str, broken_folder: Path, tmp_path: Path) -> None:
     """With mixing, one process needs the same micro-batches: two accumulated."""
     (tmp_path / "worker.py").write_text(WORKER)

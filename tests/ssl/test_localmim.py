@@ -127,6 +127,7 @@ def test_pictures_are_the_last_stages(make_objective: Make, make_batch: Make, ta
     assert all(p.shape == (8, 3, 64, 64) and 0 <= p.min() and p.max() <= 1 for p in shown.values())
 
 
+@pytest.mark.slow
 def test_overfits_a_few_images(make_objective: Make, make_batch: Make) -> None:
     objective, batch = make_objective("localmim"), make_batch(16)
     optimizer = torch.optim.AdamW(objective.parameters(), 5e-3)

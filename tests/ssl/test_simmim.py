@@ -210,7 +210,7 @@ def test_a_wrapped_backbone_is_masked_in_its_pixels(make_objective: Make, make_b
     assert objective(batch, 0)["loss"].isfinite()
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [t if t == "pixels" else pytest.param(t, marks=pytest.mark.slow) for t in TARGETS])
 def test_overfits_a_few_images(make_objective: Make, make_batch: Make, target: str) -> None:
     objective, batch = make_objective("simmim", target=target), make_batch(16)
     optimizer = torch.optim.AdamW(objective.parameters(), 2e-3 if target == "hog" else 5e-3)

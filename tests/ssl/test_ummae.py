@@ -197,6 +197,7 @@ def test_pictures(ummae: Any, draw_batch: Make) -> None:
     torch.testing.assert_close(keep_units(shown["hidden"], mask), seen.clamp(0, 1))
 
 
+@pytest.mark.slow
 def test_overfits_a_few_images(make_objective: Make, draw_batch: Make) -> None:
     ummae = make_objective("ummae", mask_unit=8, decoder_dim=64)
     batch = draw_batch(ummae, 16)

@@ -26,6 +26,7 @@ def first(head: nn.Module) -> nn.Linear:
 
 
 every = pytest.mark.parametrize("name", VIEW)
+QUICK = ("simclr", "dino")  # where every objective would take long
 taught = pytest.mark.parametrize("name", WITH_TEACHER)
 
 
@@ -136,7 +137,9 @@ def test_bad_values_are_refused(name: str, cfg: dict[str, Any], make_objective: 
         make_objective(name, **cfg)
 
 
-@every
+@pytest.mark.parametrize(
+    "name", [n if n in ("simclr", "dino") else pytest.param(n, marks=pytest.mark.slow) for n in VIEW]
+)
 def test_a_few_steps_bring_the_views_of_an_image_together(name: str, make_objective: Make, make_batch: Make) -> None:
     """After training on 16 images each view's features lie nearest to those of its partner, and spread out."""
     objective, batch = make_objective(name, total_steps=40), make_batch(16)

@@ -1,0 +1,110 @@
+"""All that changes while a run trains: saved to its checkpoints, read back from them, left behind where it stops."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from gcssl.badsteps import BadSteps
+from gcssl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
+from gcssl.config import CheckpointConfig
+from gcssl.errors import NumericStop, UserError
+from gcssl.files import atomic_write
+from gcssl.log import say
+from gcssl.runfolder import RunFolder
+
+
+class RunState:
+    """The objective and its optimizer as they were before Accelerate's `prepare`, the loss scaler, the bad steps."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        objective: Any,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Accelerator,
+        bad_steps: BadSteps,
+    ) -> None:
+        self.run, self.objective, self.optimizer, self.accelerator = run, objective, optimizer, accelerator
+        self.bad_steps = bad_steps
+        self.saved = False
+
+    def resume(self) -> int:
+        """Load the newest checkpoint that verifies; returns the number of optimizer steps already done."""
+        run, accelerator = self.run, self.accelerator
+        if accelerator.scaler is not None:  # not the scale of an earlier fit
+            accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
+        loaded = load_checkpoint(run.path)
+        run.step = 0 if loaded is None else loaded.step
+        steps = gather_object([run.step]) if accelerator.num_processes > 1 else [run.step]
+        if len(set(steps)) > 1:
+            raise UserError(f"out: the processes find other steps in {run.path}: {steps}; give a folder that all share")
+        if loaded is None:
+            return 0
+        self.objective.load_state_dict(loaded.tensors["model"])
+        load_optimizer(self.optimizer, loaded.tensors["optimizer"], loaded.state["optimizer"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(loaded.state["scaler"])
+        if "bad_steps" in loaded.state:  # not in an incident's
+            self.bad_steps.load_state_dict(loaded.state["bad_steps"])
+        say(f"resumed from {loaded.path.name}")
+        return run.step
+
+    def snapshot(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """All that a resume needs beside config and step: tensors by file, and JSON values."""
+        tensors, optimizer = optimizer_tensors(self.optimizer)
+        default_encoder = getattr(self.objective, "default_encoder", "student")
+        state = {"optimizer": optimizer, "default_encoder": default_encoder, "bad_steps": self.bad_steps.state_dict()}
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        return {"model": self.objective.state_dict(), "optimizer": tensors}, state
+
+    def save(self, step: int, cfg: CheckpointConfig, steps_per_epoch: int) -> None:
+        """A checkpoint, by the main process; status.json speaks of it once it is there."""
+        if not self.run.is_main:
+            return
+        begun = time.perf_counter()
+        keep_every = (cfg.keep_every or 0) * steps_per_epoch or None
+        try:
+            path = save_checkpoint(self.run.path, step, *self.snapshot(), cfg.keep, keep_every)
+        except UserError as error:
+            if cfg.on_error == "stop":
+                raise
+            say(f"{error}; this one is left out, training goes on (checkpoint.on_error=warn)")
+            return
+        if not self.saved:  # the cost of one is that of all
+            size = sum(file.stat().st_size for file in path.iterdir())
+            say(f"checkpoint: {path.name}, {size / 1e6:.1f} MB in {1000 * (time.perf_counter() - begun):.0f} ms")
+        self.saved = True
+        self.run.progress(step)
+
+    def give_up(self, step: int, reason: str, faults: list[dict[str, Any]]) -> None:
+        """Stop on a number, and leave what leads into the step after `step` done ones in incidents/.
+
+        Its folder is itself a run folder: config, environment, a checkpoint of the weights, optimizer and objective,
+        and incident.json with the reason and the faults (step, reason, image indices). Order, crops, masks and noise
+        follow from the config's seed and the step.
+        """
+        folder = self.run.path / f"incidents/after_step_{step}"
+        if self.run.is_main:
+            self._leave(folder, step, {"step": step, "reason": reason, "steps": faults})
+        raise NumericStop(f"{reason}; what led to it is in {folder}")
+
+    def _leave(self, folder: Path, step: int, told: dict[str, Any]) -> None:
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier start that came to the same end
+        tensors, state = self.snapshot()
+        del state["bad_steps"]  # there were none yet, and the losses of later steps do not judge the first
+        try:
+            folder.mkdir(parents=True)
+            for name in ("config.yaml", "env.json"):
+                shutil.copyfile(self.run.path / name, folder / name)
+            atomic_write(folder / "incident.json", json.dumps(told, indent=1) + "\n")
+            save_checkpoint(folder, step, tensors, state, keep=2)
+        except (OSError, UserError) as error:
+            say(f"{folder}: not written: {error}")

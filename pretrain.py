@@ -22,13 +22,13 @@ from gcssl.collapse import CollapseWatch
 from gcssl.config import PretrainConfig, load_config
 from gcssl.data import open_data
 from gcssl.errors import Preempted, UserError
-from gcssl.eval.online import Probe, evaluated_encoder, online_probe
+from gcssl.eval.online import OnlineProbe, evaluated_encoder, online_probe
 from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, run_sizes, train_loader
 from gcssl.log import RunLog, cut_after, say
 from gcssl.meter import BadSamples, Meter
 from gcssl.models.build import Backbone, backbone_info, from_config, load_backbone
 from gcssl.optim import groups_table, make_optimizer, param_groups, rates_at, set_lr
-from gcssl.runfolder import RunFolder
+from gcssl.runfolder import RunFolder, agree
 from gcssl.runtime import StopSignal, entry, make_accelerator, rng, seed_torch
 from gcssl.ssl.objectives import OBJECTIVES
 from gcssl.state import RunState
@@ -122,7 +122,7 @@ def fit(
     dataset: TrainSet,
     sizes: Sizes,
     to_device: Callable[[dict[str, Any], int], dict[str, Any]],
-    probe: Probe | None = None,
+    probe: OnlineProbe | None = None,
 ) -> None:
     """Train from the newest checkpoint, or the start, to the last step; long, so that a step reads in one place."""
     train = cfg.train
@@ -144,6 +144,8 @@ def fit(
     if run.is_main:
         cut_after(bad_steps.path, step)
     with StopSignal(train.max_hours) as stop, RunLog(*logged) as log:
+        if probe and probe.due(step) and not agree(log.holds(step, "online_rankme")):
+            measure(probe, objective, step, log, stop)  # a signal ended it
         for batch in meter.waiting(loader):
             batch = to_device(batch, step)
             meter.note(batch)
@@ -187,22 +189,28 @@ def fit(
                 say(told)
             log.step(step, values, sizes.global_batch, meter.take_wait())
             with log.pause():
+                probing = probe is not None and probe.due(step)
                 if step % sizes.steps_per_epoch == 0 or step == sizes.total_steps:
-                    epoch_end(objective, batch, step, log, probe)
-                if step % save_steps == 0 or step == sizes.total_steps or stopping:  # last: a resume repeats the others
+                    show(objective, batch, step, log)
+                if step % save_steps == 0 or step == sizes.total_steps or stopping or probing:
                     state.save(step, cfg.checkpoint, sizes.steps_per_epoch)
-            if stopping:
-                why = stop.reason or "another process was told to"
-                told = f"stopped at step {step} of {sizes.total_steps} ({why}); run the same command again to go on"
-                raise Preempted(told)
+                if stopping:
+                    raise Preempted(stop.told(step, sizes.total_steps))
+                if probe and probing:
+                    measure(probe, objective, step, log, stop)
     say(log.summary())
     accelerator.free_memory()  # another fit with this accelerator must not clip, scale or save what this one trained
 
 
-def epoch_end(objective: Any, batch: dict[str, Any], step: int, log: RunLog, probe: Probe | None) -> None:
-    """The online probe, and original, hidden and reconstructed images from objectives that reconstruct."""
-    if probe and (found := probe(step, objective)):
-        log.scalars(step, found)
+def measure(probe: OnlineProbe, objective: Any, step: int, log: RunLog, stop: StopSignal) -> None:
+    """The online probe after a checkpoint: a signal ends it at once, and the next start repeats it."""
+    with stop.at_once(step, log.total_steps):
+        found = probe(step, objective)
+    log.scalars(step, found)
+
+
+def show(objective: Any, batch: dict[str, Any], step: int, log: RunLog) -> None:
+    """Original, hidden and reconstructed images, from objectives that reconstruct."""
     if log.shows_images and hasattr(objective, "pictures"):
         objective.eval()
         with torch.no_grad():

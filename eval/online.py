@@ -1,6 +1,5 @@
 """What pretraining measures on its way: kNN and RankMe of the held-out slice, on the features evaluation uses."""
 
-from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
@@ -15,33 +14,42 @@ from gcssl.log import say
 from gcssl.models.build import Backbone
 
 KNN_K = 20
-Probe = Callable[[int, Any], dict[str, float]]  # of (step, objective): metrics, or none at this step
 
 
-def online_probe(cfg: PretrainConfig, images: Images, accelerator: Accelerator, steps_per_epoch: int) -> Probe | None:
-    """kNN of the held-out slice against the rest of train every eval.online_every epochs, and their RankMe."""
-    if images.labels is None:
-        say("no labels in this data set: the online kNN probe is skipped")
-    every = cfg.eval.online_every * steps_per_epoch
-    if images.labels is None or not every:
-        return None
-    rest, held = held_out(images)
-    if not len(held):
-        raise UserError("eval.online_every: with one image a class none can be held out; set eval.online_every=0")
+class OnlineProbe:
+    """kNN of the held-out slice against the rest of train, and the features' RankMe."""
 
-    def probe(step: int, objective: Any) -> dict[str, float]:
-        if step % every:
-            return {}
-        encoder = evaluated_encoder(cfg, objective)
+    def __init__(self, cfg: PretrainConfig, images: Images, accelerator: Accelerator, every: int) -> None:
+        self.cfg, self.images, self.accelerator = cfg, images, accelerator
+        self.every = every  # optimizer steps
+        self.parts = held_out(images)
+        if not len(self.parts[1]):
+            raise UserError("eval.online_every: with one image a class none can be held out; set eval.online_every=0")
+
+    def due(self, step: int) -> bool:
+        return step > 0 and step % self.every == 0
+
+    def __call__(self, step: int, objective: Any) -> dict[str, float]:
+        cfg, encoder = self.cfg, evaluated_encoder(self.cfg, objective)
         pace = Pace(workers=cfg.data.workers, timeout=cfg.data.timeout)
-        bank, queries = (extract(encoder, images, part, accelerator, pace=pace, quiet=True) for part in (rest, held))
+        bank, queries = (
+            extract(encoder, self.images, part, self.accelerator, pace=pace, quiet=True) for part in self.parts
+        )
         top1 = knn_accuracy(bank.x["last"], bank.y, queries.x["last"], queries.y, (KNN_K,), backend=cfg.eval.backend)
         value, rank = next(iter(top1.values())), rankme(bank.x["last"])
-        told = f"{value:.1f} on {len(held)} held-out training images, RankMe {rank:.1f}"
+        told = f"{value:.1f} on {len(self.parts[1])} held-out training images, RankMe {rank:.1f}"
         say(f"step {step}: online knn/top1@{KNN_K} {told}")
         return {f"online_knn/top1@{KNN_K}": value, "online_rankme": rank}
 
-    return probe
+
+def online_probe(
+    cfg: PretrainConfig, images: Images, accelerator: Accelerator, steps_per_epoch: int
+) -> OnlineProbe | None:
+    """The probe of a run, every eval.online_every epochs; None where it has no labels or wants none."""
+    if images.labels is None:
+        say("no labels in this data set: the online kNN probe is skipped")
+    every = cfg.eval.online_every * steps_per_epoch
+    return OnlineProbe(cfg, images, accelerator, every) if images.labels is not None and every else None
 
 
 def evaluated_encoder(cfg: PretrainConfig, objective: Any) -> Backbone:

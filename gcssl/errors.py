@@ -13,6 +13,8 @@ class UserError(Exception):
 class Preempted(Exception):
     """Stopped by a signal or by train.max_hours after a checkpoint; the same command continues. Exit 75."""
 
+    agreed = True  # all processes stop at this step
+
 
 class NumericStop(Exception):
     """Stopped on a number that is not finite, or on a collapse. Exit 78."""

@@ -112,6 +112,13 @@ class RunLog:
                 if name != "step" and value is not None:
                     self._board.add_scalar(name, value, step)
 
+    def holds(self, step: int, name: str) -> bool:
+        """Was this metric told at this step, by an earlier start too? False in all but the main process."""
+        if not self.enabled:
+            return False
+        lines = map(json.loads, self._jsonl.read_text(encoding="utf-8").splitlines())
+        return any(line["step"] == step and name in line for line in lines)
+
     def images(self, step: int, pictures: dict[str, Tensor]) -> None:
         """pictures: name -> B 3 H W in 0..1, shown as one row."""
         if self._board is None:

@@ -13,14 +13,15 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from gcssl.errors import UserError, is_main_process, outcome
+from gcssl.errors import Preempted, UserError, is_main_process, outcome
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,7 +38,7 @@ def entry(main: Callable[[list[str]], None]) -> None:
     except (Exception, KeyboardInterrupt) as raised:
         error = raised
     _, code, reason = outcome(error)
-    if code in (0, 75, 78):  # all processes agree on these, so this cannot wait for a dead one
+    if code in (0, 75, 78) and getattr(error, "agreed", True):  # by all processes: nobody waits for a dead one
         _leave_process_group()
     if error is not None:
         _report(error, code, reason)
@@ -245,12 +246,37 @@ class StopSignal:
         self.reason = ""
         self.deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
         self.max_hours = max_hours
+        self._at: tuple[int, int] | None = None  # step and total, inside at_once
         self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.reason = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._at is not None and self.reason:
+            error = Preempted(self.told(*self._at))
+            error.agreed = False
+            raise error
+
+    @contextmanager
+    def at_once(self, step: int, total: int) -> Iterator[None]:
+        """Inside, a signal ends the run without waiting: what is done here is done again by the next start.
+
+        The processes do not agree on it: one that gets no signal sees the others leave.
+        """
+        try:
+            self._at = step, total
+            self._leave()  # it may have come before
+            yield
+        finally:
+            self._at = None
+
+    def told(self, step: int, total: int) -> str:
+        why = self.reason or "another process was told to"
+        return f"stopped at step {step} of {total} ({why}); run the same command again to go on"
 
     @property
     def requested(self) -> bool:

@@ -20,6 +20,7 @@ import gcssl.pretrain as program
 import gcssl.state
 from gcssl.config import PretrainConfig, load_config
 from gcssl.errors import Preempted, UserError
+from gcssl.eval.online import OnlineProbe
 from gcssl.pretrain import build_pretrain_backbone, pretrain
 from gcssl.ssl.objectives import OBJECTIVES
 from gcssl.ssl.simmim import SimMIM
@@ -175,6 +176,28 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(tmp_path: Path)
     assert all(line.startswith("step ") for line in again.stderr.splitlines()), again.stderr
     assert f"resumed from step_{status['step']:08d}" in again.stdout
     assert [line["step"] for line in lines(out)] == list(range(1, 17))
+
+
+def test_a_signal_during_the_probe_is_not_kept_waiting(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is there already; the next start measures what was left out, and loses nothing."""
+    measured = OnlineProbe.__call__
+
+    def told_to_stop(self: OnlineProbe, step: int, objective: object) -> dict[str, float]:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+            pytest.fail("it waited")
+        return measured(self, step, objective)
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match="stopped at step 2 of 3 .SIGTERM"):
+        patch.setattr(OnlineProbe, "__call__", told_to_stop)
+        pretrain(config("simmim", tmp_path, *EPOCHS, "checkpoint.every=100"))
+    assert [line["step"] for line in lines(tmp_path) if "online_rankme" in line] == [1]
+    pretrain(config("simmim", tmp_path, *EPOCHS, "checkpoint.every=100"))
+    assert told(whole) == told(tmp_path)
+    assert_same(weights(whole, 3), weights(tmp_path, 3))
 
 
 def test_run_folder_holds_what_it_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,23 @@ def test_a_second_ctrl_c_is_not_waited_for() -> None:
             time.sleep(1)
 
 
+@pytest.mark.parametrize("when", ["before", "inside"])
+def test_what_is_done_at_once_ends_with_the_signal(when: str) -> None:
+    with StopSignal() as stop, pytest.raises(Preempted, match=r"stopped at step 3 of 9 \(SIGTERM\)") as raised:
+        if when == "before":
+            os.kill(os.getpid(), signal.SIGTERM)
+        with stop.at_once(3, 9):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+            pytest.fail("it went on")
+    assert not raised.value.agreed
+    with StopSignal() as stop:
+        with stop.at_once(3, 9):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested  # outside it waits for the loop again
+
+
 def test_the_time_limit_is_a_request_too() -> None:
     with StopSignal(max_hours=0.05 / 3600) as stop:
         assert not stop.requested

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from gcssl.badsteps import BadSteps
+from gcssl.beats import Beats
 from gcssl.checkpoint import list_checkpoints, write_backbone
 from gcssl.collapse import CollapseWatch
 from gcssl.config import PretrainConfig, load_config
@@ -143,12 +144,13 @@ def fit(
     objective.train()
     if run.is_main:
         cut_after(bad_steps.path, step)
-    with StopSignal(train.max_hours) as stop, RunLog(*logged) as log:
+    with StopSignal(train.max_hours) as stop, RunLog(*logged) as log, Beats(accelerator) as beats:
         if probe and probe.due(step) and not agree(log.holds(step, "online_rankme")):
             measure(probe, objective, step, log, stop)  # a signal ended it
         for batch in meter.waiting(loader):
             batch = to_device(batch, step)
             meter.note(batch)
+            beats.tell(step)
             if meter.micro == 0:
                 bad_steps.begin()
             with accelerator.accumulate(model):

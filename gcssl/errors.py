@@ -20,6 +20,10 @@ class NumericStop(Exception):
     """Stopped on a number that is not finite, or on a collapse. Exit 78."""
 
 
+class LostProcess(Exception):
+    """Another process of the run hung or died. Exit 1, in one line."""
+
+
 def outcome(error: BaseException | None) -> tuple[str, int, str]:
     """State, exit code and reason of the exception that ended a run, for status.json; None: it finished."""
     if error is None or (isinstance(error, SystemExit) and not error.code):
@@ -33,6 +37,8 @@ def outcome(error: BaseException | None) -> tuple[str, int, str]:
         return "failed", 78, text
     if isinstance(error, KeyboardInterrupt):
         return "failed", 1, "interrupted from the keyboard"
+    if isinstance(error, LostProcess):
+        return "failed", 1, text
     return "failed", 1, f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

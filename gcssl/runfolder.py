@@ -134,7 +134,7 @@ class RunFolder:
         if not self._started:
             self.start()
         self.step = step
-        if self.is_main:
+        if self.is_main and not self._another_failed():
             self._write("running", step=step)
 
     def _open(self) -> None:
@@ -205,10 +205,13 @@ class RunFolder:
             self._lock = None
 
     def _end(self, state: str, code: int, reason: str) -> None:
-        old = self._read_json("status.json")
-        ended_first = old.get("begun") == self._begun and old.get("state") in ("failed", "refused")
-        if not ended_first:
+        if not self._another_failed():
             self._write(state, step=self.step, exit_code=code, reason=reason)
+
+    def _another_failed(self) -> bool:
+        """Has a process of this start said why it ended? The others only see a lost connection."""
+        told = self._read_json("status.json")
+        return told.get("begun") == self._begun and told.get("state") in ("failed", "refused")
 
     def _write(self, state: str, **more: Any) -> None:
         now = datetime.now(UTC).isoformat()

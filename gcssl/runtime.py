@@ -16,12 +16,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from gcssl.errors import Preempted, UserError, is_main_process, outcome
+from gcssl.errors import LostProcess, Preempted, UserError, is_main_process, outcome
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 def entry(main: Callable[[list[str]], None]) -> None:
     """Run a program's main on the command line and leave with its exit code (1 with a traceback)."""
     quiet_libraries()
+    follow_launcher()
     error: BaseException | None = None
     try:
         main(sys.argv[1:])
@@ -45,6 +47,22 @@ def entry(main: Callable[[list[str]], None]) -> None:
     sys.exit(code)
 
 
+def follow_launcher() -> None:
+    """Have the kernel send SIGTERM when `accelerate launch` dies: it leaves its one process running, untold."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    try:
+        words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return
+    if b"launch" in words and any(b"accelerate" in word for word in words):
+        set_parent_death_signal = 1  # sys/prctl.h: PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+        if os.getppid() != parent:  # it died meanwhile
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _report(error: BaseException, code: int, reason: str) -> None:
     """One line on stderr, from the main process; from another one where the main one did not end the job."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -52,7 +70,7 @@ def _report(error: BaseException, code: int, reason: str) -> None:
     if not is_main_process():
         time.sleep(8)  # an error that all have is told by the main process; the launcher then ends this one
         who = f" (process {os.environ['RANK']})"
-    if code == 1 and not isinstance(error, KeyboardInterrupt):
+    if code == 1 and not isinstance(error, KeyboardInterrupt | LostProcess):
         traceback.print_exception(error)
     else:
         print(f"gcssl: {reason}{who}", file=sys.stderr, flush=True)

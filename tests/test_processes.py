@@ -1,0 +1,178 @@
+"""Several processes under faults: signals to the launcher or to one, one that dies, hangs, raises or computes NaN."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+KEYS = [
+    "data.shapes_n=48", "data.workers=0", "train.batch_size=8", "train.global_batch=16", "train.warmup_epochs=1",
+    "log.every=1", "log.trackers=[]", "eval.online_every=0", "checkpoint.every=0.3",
+]  # fmt: skip
+# The whole program, with a fault in process 1 at step 3 (the fourth).
+PROGRAM = """
+import os, signal, sys, time
+from gcssl.pretrain import main
+from gcssl.runtime import entry
+from gcssl.ssl.simmim import SimMIM
+import gcssl.pretrain as program
+
+fault, forward, to_device = os.environ["FAULT"], SimMIM.forward, program.batch_to_device
+hurt = int(os.environ.get("RANK", 0)) == 1
+
+def at(step):
+    if hurt and step == 3 and fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if hurt and step == 3 and fault == "raise":
+        raise ValueError("no such luck")
+
+def poisoned(self, batch, step):
+    at(step)
+    out = forward(self, batch, step)
+    out["loss"] = out["loss"] * (float("nan") if hurt and step == 3 and fault == "nan" else 1.0)
+    return out
+
+def slow(*batch):
+    slow.step += 1
+    if hurt and slow.step == 3 and fault == "hang":
+        time.sleep(1000)
+    return to_device(*batch)
+
+slow.step = -1
+SimMIM.forward, program.batch_to_device = poisoned, slow
+entry(main)
+"""
+pytestmark = pytest.mark.slow
+
+
+def start(out: Path, *keys: str, fault: str = "", launcher: list[str] = TORCHRUN) -> subprocess.Popen:
+    program = out.with_name("program.py")
+    program.write_text(PROGRAM)
+    yaml = str(ROOT / "configs/pretrain/simmim_gcvit_nano.yaml")
+    env = {**os.environ, "FAULT": fault, "PYTHONPATH": str(ROOT)}
+    argv = [*launcher, str(program), yaml, *KEYS, f"out={out}", *keys]
+    return subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def end(process: subprocess.Popen, seconds: float = 100) -> tuple[int, str, str]:
+    try:
+        stdout, stderr = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f"not over after {seconds} s")
+    return process.returncode, stdout, stderr
+
+
+def status(out: Path) -> dict[str, Any]:
+    return json.loads((out / "status.json").read_text())
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_steps(out: Path, process: subprocess.Popen, count: int = 2) -> None:
+    limit = time.monotonic() + 100
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < count:
+        assert process.poll() is None and time.monotonic() < limit, process.stderr.read()
+        time.sleep(0.02)
+
+
+def of_run(out: Path) -> list[int]:
+    """Processes whose command line speaks of this run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"out={out}".encode() in (folder / "cmdline").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def assert_all_left(out: Path) -> None:
+    limit = time.monotonic() + 20
+    while of_run(out):
+        assert time.monotonic() < limit, f"processes left: {of_run(out)}"
+        time.sleep(0.1)
+
+
+@pytest.mark.fault(
+    "SIGTERM or SIGUSR1 to the launcher or to one of two processes", "a checkpoint, status preempted, nobody left"
+)
+@pytest.mark.parametrize("target", ["torchrun", "process 1", "accelerate launch"])
+def test_a_signal_stops_all_processes_after_a_checkpoint(target: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    accelerate = [str(Path(sys.executable).with_name("accelerate")), "launch", "-q"]
+    accelerate += ["--config_file", str(ROOT / "configs/accelerate/one.yaml")]
+    keys = ["train.steps=2000", "checkpoint.every=1000"]
+    process = start(out, *keys, launcher=accelerate if target == "accelerate launch" else TORCHRUN)
+    wait_for_steps(out, process)
+    begun = time.monotonic()
+    if target == "process 1":
+        ranks = [pid for pid in of_run(out) if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+        os.kill(ranks[0], signal.SIGUSR1)
+    else:
+        process.send_signal(signal.SIGTERM)
+    code, _, stderr = end(process)
+    assert_all_left(out)
+    print(f"{target}: over after {time.monotonic() - begun:.1f} s")
+    found = status(out)
+    assert (found["state"], found["exit_code"]) == ("preempted", 75), (found, stderr[-2000:])
+    assert (out / f"checkpoints/step_{found['step']:08d}").is_dir() and code != 0
+
+
+@pytest.mark.fault(
+    "one of two processes killed, hung or raising", "the other ends within runtime.timeout, the process is named"
+)
+@pytest.mark.parametrize("fault", ["kill", "hang", "raise"])
+def test_a_lost_process_is_named(fault: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code, _, stderr = end(start(out, "train.steps=2000", "runtime.timeout=8", fault=fault))
+    assert_all_left(out)
+    assert code != 0 and status(out)["state"] == "failed"
+    told = {
+        "kill": "process",
+        "hang": "process 1 hung or died before step 4",
+        "raise": "process 1: ValueError: no such luck",
+    }
+    assert told[fault] in status(out)["reason"], (status(out), stderr[-3000:])
+    assert (out / "checkpoints/step_00000003").is_dir()
+
+
+@pytest.mark.fault("a loss that is not a number, in one of two processes", "both skip the step and go on alike")
+def test_a_bad_step_of_one_process_is_skipped_by_both(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code, _, stderr = end(start(out, "train.steps=5", "checkpoint.keep=5", fault="nan"))
+    assert code == 0, stderr[-3000:]
+    assert [line["skipped"] for line in lines(out)] == [0, 0, 0, 1, 1]
+    (bad,) = [json.loads(line) for line in (out / "bad_steps.jsonl").read_text().splitlines()]
+    assert bad["step"] == 4 and len(bad["indices"]) == 16  # of both processes
+    before, after, last = (load_file(out / f"checkpoints/step_0000000{i}/model.safetensors") for i in (3, 4, 5))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not all(torch.equal(after[name], last[name]) for name in last)
+
+
+@pytest.mark.fault("saved on two processes, resumed on one, and on two again", "the losses of one process, within 1e-5")
+def test_a_run_changes_its_number_of_processes(tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    one = [sys.executable]
+    keys = ["train.steps=6", "train.batch_size=8"]
+    assert end(start(whole, *keys, "train.batch_size=16", launcher=one))[0] == 0
+    for launcher, hours in ((TORCHRUN, 0), (one, 0), (TORCHRUN, None)):
+        more = ["train.batch_size=16"] if launcher == one else []
+        stop = [] if hours is None else ["train.max_hours=0"]
+        code, _, stderr = end(start(out, *keys, *more, *stop, launcher=launcher))
+        assert (code == 0) == (hours is None), stderr[-2000:]
+    for a, b in zip(lines(whole), lines(out), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]

@@ -27,5 +27,5 @@ setup(
         f"faiss-gpu>=1.14; {FAISS_GPU}",
         "faiss-cpu>=1.14; platform_system != 'Linux' or platform_machine != 'x86_64'",
     ],
-    extras_require={"dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13", "setuptools>=75", "wheel"]},
+    extras_require={"dev": ["pytest>=8", "pytest-xdist", "ruff>=0.8", "mypy>=1.13", "setuptools>=75", "wheel"]},
 )

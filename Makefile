@@ -4,8 +4,9 @@ PY := $(VENV)/bin/python
 PYTHON ?= python3
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-.PHONY: help setup demo test test-all test-learning check
+.PHONY: help setup demo test test-all test-faults test-learning check
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -24,10 +25,13 @@ demo: setup  ## pretrain, evaluate and export a small GC ViT on generated images
 	@$(PY) -m scripts.demo $(DEMO_ARGS)
 
 test: setup  ## the test suite without what takes long
-	@$(PY) -m pytest -q -m "not slow and not learning" $(PYTEST_ARGS)
+	@$(PYTEST) -m "not slow and not learning"
 
 test-all: setup  ## the whole test suite
-	@$(PY) -m pytest -q -m "not learning" $(PYTEST_ARGS)
+	@$(PYTEST) -m "not learning"
+
+test-faults: setup  ## what a run must survive, broken on purpose: one row a fault; about ten minutes
+	@$(PYTEST) -m fault
 
 test-learning: setup  ## does every objective learn; about an hour, for the night
 	@$(PY) -m pytest -q -m learning $(PYTEST_ARGS)

@@ -185,6 +185,10 @@ def test_checkpoint_of_another_architecture(tmp_path: Path, refused) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pth.tar", ".bin", ".pt"])
+@pytest.mark.fault(
+    "a malicious pickle as .bin, .pth, .npy ... ",
+    "refused in one line, nothing runs",
+)
 def test_malicious_pickle_is_refused_and_nothing_runs(suffix: str, tmp_path: Path, refused) -> None:
     canary, evil = tmp_path / "canary", tmp_path / f"weights{suffix}"
     torch.save({"state_dict": {"x": torch.zeros(1)}, "args": Canary(canary)}, evil)

@@ -103,6 +103,10 @@ FAST = ("simmim", "dino", "joint")  # they hold every kind of state but MoBY's q
 @pytest.mark.parametrize(
     "objective", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES]
 )
+@pytest.mark.fault(
+    "kill -9 after a checkpoint, every objective",
+    "weights, optimizer, metrics: bit for bit those of an uninterrupted run",
+)
 def test_killed_run_resumes_bit_for_bit(objective: str, tmp_path: Path) -> None:
     """6 steps == 3 and more + kill -9 + the rest, two workers, drop path: weights, optimizer, teacher and metrics."""
     args = ["train.steps=6", "model.drop_path=0.2"]
@@ -128,6 +132,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pretrain(config("simmim", tmp_path_factory.mktemp("whole"), *EPOCHS))
 
 
+@pytest.mark.fault(
+    "train.max_hours over, at the end of an epoch",
+    "saved; probe, pictures and weights as if uninterrupted",
+)
 def test_a_run_stopped_by_the_clock_loses_nothing(whole: Path, tmp_path: Path) -> None:
     """Neither the probe and the pictures of the epoch at whose end it stopped, nor a bit of the weights."""
     with pytest.raises(Preempted, match="step 1 of 3 .train.max_hours=0 are over"):
@@ -143,6 +151,10 @@ def test_a_run_stopped_by_the_clock_loses_nothing(whole: Path, tmp_path: Path) -
     assert [event.step for event in board.Images("reconstructed")] == [1, 2, 3]
 
 
+@pytest.mark.fault(
+    "resumed with another micro-batch and accumulation",
+    "the same losses within 1e-3, the same direction of training",
+)
 def test_accumulation_and_a_resume_in_another_layout_change_nothing(whole: Path, tmp_path: Path) -> None:
     """Step 1 as 16 x 2, the rest as 8 x 4, against 32 x 1."""
     with pytest.raises(Preempted):
@@ -156,6 +168,10 @@ def test_accumulation_and_a_resume_in_another_layout_change_nothing(whole: Path,
     assert agreement(update(start, whole), update(start, tmp_path)) > 0.99
 
 
+@pytest.mark.fault(
+    "SIGTERM to the trainer",
+    "a checkpoint, exit 75, the same command goes on",
+)
 def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(tmp_path: Path) -> None:
     """The second time under `accelerate launch`, as the recipes say it, which must not warn of anything."""
     out = tmp_path / "run"
@@ -178,6 +194,10 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(tmp_path: Path)
     assert [line["step"] for line in lines(out)] == list(range(1, 17))
 
 
+@pytest.mark.fault(
+    "SIGTERM during the online probe",
+    "ends at once; the next start measures what was left out",
+)
 def test_a_signal_during_the_probe_is_not_kept_waiting(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +278,10 @@ def test_a_new_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
     pretrain(second)  # its checkpoint holds all that it needs
 
 
+@pytest.mark.fault(
+    "a learning rate that makes every loss infinite",
+    "stops with exit 78; no checkpoint holds a number that is not finite",
+)
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     process = subprocess.run(
         command("simmim", tmp_path / "a", "train.steps=6", "train.blr=1e30", "train.lr_rule=none"),
@@ -284,6 +308,10 @@ def test_unlabelled_images_pretrain_without_a_probe(
     assert made[0]._models == made[0]._optimizers == []  # the next fit with it begins with nothing
 
 
+@pytest.mark.fault(
+    "more bad images than data.max_bad, a half-written list",
+    "the run stops in one line, with all of them listed",
+)
 def test_bad_images_are_listed_and_too_many_stop_the_run(tmp_path: Path) -> None:
     data, out = write_images(tmp_path / "data", 24, classes=2, broken=2), tmp_path / "run"
     more = [f"data.path={data}", "train.batch_size=8", "train.steps=6"]
@@ -299,6 +327,10 @@ def test_bad_images_are_listed_and_too_many_stop_the_run(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.fault(
+    "two processes instead of one",
+    "the losses, kNN, weights and bad images of one",
+)
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """The whole program under torchrun on two gloo processes: the losses, kNN, weights and bad images of one."""
     data = write_images(tmp_path / "data", 48, classes=4, broken=2)
@@ -323,6 +355,10 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert agreement(moved, update(start, tmp_path / "half")) < 0.9  # what half of each batch would have taught
 
 
+@pytest.mark.fault(
+    "two processes that find different checkpoints",
+    "refused in one line",
+)
 def test_processes_that_share_no_folder_are_refused(whole: Path, tmp_path: Path) -> None:
     """One process finds a checkpoint, the other does not: each would go its own way."""
     shutil.copytree(whole, tmp_path / "run0")

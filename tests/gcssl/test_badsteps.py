@@ -36,6 +36,10 @@ def noisy(i: int) -> float:
     return 1.0 + 0.01 * math.sin(i)  # standard deviation 0.007
 
 
+@pytest.mark.fault(
+    "a loss six deviations above the last 128",
+    "the step is skipped; a fall is not",
+)
 def test_a_spike_is_measured_against_the_last_losses(tmp_path: Path) -> None:
     steps = judge(tmp_path)
     assert steps.judge(values(1e9)) == ""  # there is nothing to measure it against
@@ -107,6 +111,10 @@ SMALL_HEADS = {
 
 
 @pytest.mark.parametrize("objective", SMALL_HEADS)
+@pytest.mark.fault(
+    "a step whose loss is not a number",
+    "parameters, optimizer, teacher, queue, centre, batch norms as before it",
+)
 def test_nothing_is_left_of_a_bad_step(objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters, optimizer, teacher, queue, centre, scales and batch norms are those before it, and go on after it."""
     poison(monkeypatch, objective, lambda step: step == 2)
@@ -130,6 +138,10 @@ def test_nothing_is_left_of_a_bad_step(objective: str, tmp_path: Path, monkeypat
     ]
 
 
+@pytest.mark.fault(
+    "bad steps in a row, with a resume between",
+    "exit 78; the incident folder goes on from before the first",
+)
 def test_bad_steps_in_a_row_stop_the_run_and_leave_what_led_to_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

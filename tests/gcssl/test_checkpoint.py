@@ -79,6 +79,10 @@ def test_equal_tensors_give_equal_bytes(tmp_path: Path) -> None:
         assert file.read_bytes() == (two / file.name).read_bytes()
 
 
+@pytest.mark.fault(
+    "umask 027",
+    "checkpoints and backbones follow it",
+)
 def test_files_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
@@ -135,6 +139,10 @@ def empty(path: Path) -> None:
         (empty, "manifest.json", "manifest.json cannot be read"),
     ],
 )
+@pytest.mark.fault(
+    "the newest checkpoint flipped, cut, empty, or a file missing",
+    "one line says why, the one before is used",
+)
 def test_a_damaged_newest_one_is_named_and_the_one_before_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], Any], name: str, reason: str
 ) -> None:
@@ -186,6 +194,10 @@ def killed_at(number: int, folder: Path) -> bool:
     return os.WIFSIGNALED(status)
 
 
+@pytest.mark.fault(
+    "kill -9 at every stage of a save and its pruning",
+    "never fewer than two whole checkpoints",
+)
 def test_a_kill_at_any_stage_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     save(tmp_path / "origin", 1)
     save(tmp_path / "origin", 2)
@@ -208,6 +220,10 @@ def test_a_kill_at_any_stage_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     assert stages > 10
 
 
+@pytest.mark.fault(
+    "a power cut after the rename of a checkpoint",
+    "its files, folder and name were flushed before (fsync)",
+)
 def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without these fsyncs a power cut may leave a checkpoint with the right name and empty files."""
     synced: set[int] = set()
@@ -247,6 +263,10 @@ def test_a_run_that_went_back_leaves_no_newer_checkpoint(tmp_path: Path) -> None
     assert_is(tmp_path, 2)
 
 
+@pytest.mark.fault(
+    "an old checkpoint that cannot be deleted",
+    "said in one line; the run goes on",
+)
 def test_a_delete_that_fails_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -284,6 +304,10 @@ def test_leftovers_go_unless_their_process_lives(tmp_path: Path) -> None:
         living.wait()
 
 
+@pytest.mark.fault(
+    "a file size limit reached in a save",
+    "one line with MB needed and free; the last one serves",
+)
 def test_a_full_disk_is_one_line_and_leaves_the_last_good_one(tmp_path: Path) -> None:
     save(tmp_path, 1)
     child = os.fork()

@@ -379,6 +379,10 @@ def test_missing_and_empty_paths(tmp_path: Path) -> None:
     assert "no images" in refused(tmp_path)
 
 
+@pytest.mark.fault(
+    "damaged parquet, Arrow and tar files",
+    "refused in one line, never silently short",
+)
 def test_damaged_containers(tmp_path: Path) -> None:
     table(6).to_parquet(tmp_path / "train-0.parquet")
     sound = (tmp_path / "train-0.parquet").read_bytes()

@@ -25,6 +25,10 @@ def first(data: bytes) -> tuple[int, ...]:
     return image.getpixel((0, 0))  # type: ignore[return-value]
 
 
+@pytest.mark.fault(
+    "16-bit and float images",
+    "true values, not saturated",
+)
 def test_sixteen_bit_and_float_images_keep_their_range() -> None:
     ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
     grey = np.asarray(decode(saved(Image.fromarray(ramp), "png")))
@@ -40,6 +44,10 @@ def test_sixteen_bit_and_float_images_keep_their_range() -> None:
             decode(saved(Image.fromarray(np.array([[0.0, bad]], np.float32)), "tiff"))
 
 
+@pytest.mark.fault(
+    "CMYK, grey, palette, 1-bit images",
+    "the reference's colours",
+)
 def test_colour_modes() -> None:
     red = Image.new("RGB", (8, 8), (200, 30, 40))
     assert first(saved(red, "png")) == (200, 30, 40)
@@ -49,6 +57,10 @@ def test_colour_modes() -> None:
     assert first(saved(Image.new("1", (8, 8), 1), "png")) == (255,) * 3
 
 
+@pytest.mark.fault(
+    "transparent images",
+    "laid on white",
+)
 def test_transparency_is_laid_on_white() -> None:
     assert first(saved(Image.new("RGBA", (8, 8), (200, 0, 0, 0)), "png")) == (255, 255, 255)
     assert first(saved(Image.new("RGBA", (8, 8), (0, 0, 0, 128)), "png")) == (127, 127, 127)
@@ -60,6 +72,10 @@ def test_transparency_is_laid_on_white() -> None:
     assert first(saved(Image.new("RGB", (8, 8), (1, 2, 3)), "png", transparency=(1, 2, 3))) == (255, 255, 255)
 
 
+@pytest.mark.fault(
+    "EXIF turns and animations",
+    "turned; the first frame",
+)
 def test_exif_turns_and_gifs_show_their_first_frame() -> None:
     image = Image.new("RGB", (16, 8), (0, 0, 255))
     image.paste((255, 0, 0), (0, 0, 8, 8))
@@ -88,6 +104,10 @@ def bomb() -> bytes:
     )
 
 
+@pytest.mark.fault(
+    "truncated, empty, random, HTML, bombs of pixels and text",
+    "each a bad image with one line",
+)
 def test_damaged_files_are_bad_images_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     jpeg, png = saved(noise, "jpeg"), saved(noise, "png")
@@ -122,6 +142,10 @@ def test_the_reason_of_an_unrecognisable_file(tmp_path: Path) -> None:
             decode(source)
 
 
+@pytest.mark.fault(
+    "EPS, which would start Ghostscript",
+    "refused, nothing starts",
+)
 def test_a_file_that_would_start_a_program_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "gs"  # Pillow hands PostScript to ghostscript
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")

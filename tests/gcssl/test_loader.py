@@ -189,6 +189,10 @@ def test_collate_stacks_other_tensors_and_joins_lists() -> None:
     assert out["x"].shape == (3, 2) and len(out["bad"]) == 3 and out["soft"].tolist() == [0, 1, 2]
 
 
+@pytest.mark.fault(
+    "an image that cannot be decoded",
+    "replaced by the same one in every epoch and layout",
+)
 def test_bad_images_are_replaced_alike_in_every_epoch_and_reported() -> None:
     images = make_images(40, broken=(3, 5, 17))
     dataset = TrainSet(images, ViewMaker(draw, SIZE), seed=0)
@@ -211,6 +215,10 @@ def test_a_set_of_broken_images_ends_in_one_line() -> None:
 
 
 @pytest.mark.parametrize("fate", ["kill", "hang"])
+@pytest.mark.fault(
+    "a loader worker killed or hung",
+    "one line with the file it read, within data.timeout",
+)
 def test_a_worker_that_dies_or_hangs_is_named_with_its_file(fate: str) -> None:
     images = make_images(40, deadly=7, fate=fate)
     loader = train_loader(TrainSet(images, ViewMaker(draw, SIZE), seed=3), plan(n=40), workers=1, timeout=3)
@@ -229,6 +237,10 @@ def test_an_error_in_make_keeps_its_type_and_traceback() -> None:
     assert "Traceback" in str(caught.value)
 
 
+@pytest.mark.fault(
+    "SIGTERM and Ctrl-C to the loader workers",
+    "the batch of the running step still comes",
+)
 def test_workers_ignore_the_signals_and_use_one_thread() -> None:
     def make(*_: Any) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGTERM)

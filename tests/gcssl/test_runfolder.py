@@ -90,6 +90,10 @@ def test_the_share_of_bad_images_may_be_raised(tmp_path: Path) -> None:
         assert run.resumed
 
 
+@pytest.mark.fault(
+    "another config in the folder of a run",
+    "refused with the difference, nothing written",
+)
 def test_another_config_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     used(tmp_path, config())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"}
@@ -175,6 +179,10 @@ with RunFolder(sys.argv[1], {}) as run:
 """
 
 
+@pytest.mark.fault(
+    "a second run in the folder; a dead run's lock",
+    "refused with process and host; not in the way",
+)
 def test_a_folder_in_use_is_refused_and_a_killed_run_frees_it(tmp_path: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)],

@@ -218,8 +218,7 @@ def faults(n):
 
 first = faults(4)
 make_accelerator(TrainConfig(), RuntimeConfig())
-faults(4)
-print(first, faults(4))
+print(first, min(faults(4) for _ in range(4)))  # the first ones may still find another place
 """
 
 

@@ -192,6 +192,10 @@ class Canary:
 
 @pytest.mark.parametrize("beside", [True, False])
 @pytest.mark.parametrize("old_format", [True, False])
+@pytest.mark.fault(
+    "a malicious pickle beside weights",
+    "refused, nothing runs",
+)
 def test_a_malicious_pickle_runs_nothing(beside: bool, old_format: bool, tmp_path: Path) -> None:
     canary, path = tmp_path / "canary", tmp_path / "evil.pth"
     content = {"state_dict": nano().state_dict(), "args": Canary(canary)} if beside else Canary(canary)
@@ -204,6 +208,10 @@ def test_a_malicious_pickle_runs_nothing(beside: bool, old_format: bool, tmp_pat
     assert canary.exists()  # it does sing
 
 
+@pytest.mark.fault(
+    "an argparse Namespace that holds a malicious object",
+    "refused, nothing runs",
+)
 def test_a_namespace_does_not_smuggle_in_others(tmp_path: Path) -> None:
     canary, path = tmp_path / "canary", tmp_path / "evil.pth"
     torch.save({"state_dict": {}, "args": argparse.Namespace(x=Canary(canary))}, path)

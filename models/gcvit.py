@@ -19,36 +19,15 @@ from torch.utils.checkpoint import checkpoint
 
 from gcssl.augment import IMAGENET_MEAN, IMAGENET_STD
 from gcssl.errors import UserError
+from gcssl.models.functional import attend, conv, drop_path, to_windows
 from gcssl.models.hidden import average, blind_keys, hide, hide_tokens, spread
+from gcssl.models.visible import find_units, paste, run_stage, stem_units
 from gcssl.models.windows import STRIDES, RelPosBias, check_size, pair, query_levels
 
 WINDOW_RATIO = (32, 32, 16, 32)  # a stage's window has side / ratio tokens a side
 
 
 # ---- attention
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, body: str | None = None, blind: Tensor | None = None
-) -> Tensor:
-    """softmax(q k^T / sqrt(D) + bias) v: B W K N D.
-
-    q: B W K N D, or B 1 K N D shared by all windows; k, v: B W K N D; bias: K N N; blind: B W N, keys left out.
-    body: "matmul", "sdpa", or None: matmul where the bias needs a gradient on a CPU (faster), else sdpa.
-    """
-    if body is None:
-        body = "matmul" if q.device.type == "cpu" and bias.requires_grad else "sdpa"
-    q, bias = q.to(k.dtype), bias.to(k.dtype)[None, None]  # bias: B W K N N, or 1 for B and W
-    if blind is not None:
-        bias = torch.where(blind[:, :, None, None], -math.inf, bias)
-    if body == "matmul":
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # B W K N N
-        return scores.add_(bias).softmax(-1) @ v
-    if body != "sdpa":
-        raise ValueError(f"body must be 'matmul', 'sdpa' or None, got {body!r}")
-    shape = k.shape
-    q, k, v = (t.expand(shape).flatten(0, 1) for t in (q, k, v))  # B*W K N D: what the fast kernels take
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1)).view(shape)
 
 
 class Attention(nn.Module):
@@ -90,14 +69,6 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
-
-
-def drop_path(x: Tensor, rate: float, noise: Tensor | None) -> Tensor:
-    """x (B ...): a sample is dropped where noise (B, in [0, 1)) < rate, else scaled by 1 / (1 - rate)."""
-    if noise is None or rate == 0.0:
-        return x
-    keep = (noise >= rate).to(x.dtype) / (1 - rate)
-    return x * keep.view(-1, *[1] * (x.ndim - 1))
 
 
 class Block(nn.Module):
@@ -154,11 +125,6 @@ class ConvBlock(nn.Module):
         return x + F.linear(self.se(y, sites), self.conv_pw.weight.flatten(1))
 
 
-def conv(x: Tensor, layer: nn.Module) -> Tensor:
-    """A convolution or pooling on B H W C: permuted, it is B C H W in channels-last memory."""
-    return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
 class Downsample(nn.Module):
     """LN, conv block, 3x3 stride-2 convolution, LN: B H W C -> B H/2 W/2 C'."""
 
@@ -204,13 +170,6 @@ class QueryGenerator(nn.Module):
                 x = conv(hide(x, spread(hidden, *x.shape[1:3]), -math.inf), self.pool)
                 x = hide(x, spread(hidden, *x.shape[1:3]))
         return x.flatten(1, 2).contiguous()
-
-
-def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """B H W C -> B W N C."""
-    b, h, w, c = x.shape
-    (wh, ww), rows, cols = window, h // window[0], w // window[1]
-    return x.reshape(b, rows, wh, cols, ww, c).transpose(2, 3).reshape(b, rows * cols, wh * ww, c)
 
 
 class Stage(nn.Module):
@@ -350,6 +309,14 @@ class GCViT(nn.Module):
         self.head = Head(self.num_features, num_classes).to(like.device, like.dtype)
         self.head.apply(init_weights)
 
+    def _noise(self, x: Tensor, noise: Tensor | None) -> list[Tensor] | list[None]:
+        """Each stage's uniforms for drop path, 2*depth B: given, or drawn where needed; None without drop path."""
+        if not self.training or self.drop_path == 0.0:
+            return [None] * 4
+        if noise is None:
+            noise = torch.rand(self.n_noise, x.shape[0], device=x.device)
+        return list(noise.split([2 * depth for depth in self.depths]))
+
     def _maps(
         self,
         x: Tensor,
@@ -361,17 +328,12 @@ class GCViT(nn.Module):
     ) -> list[Tensor]:
         """B 3 H W -> the stages' four maps B h w C, the last one normed; block averages go to `blocks`."""
         windows = self.windows_at((x.shape[-2], x.shape[-1]))
-        if not self.training or self.drop_path == 0.0:
-            noise = None
-        elif noise is None:
-            noise = torch.rand(self.n_noise, x.shape[0], device=x.device)
         x = self.stem(x, hidden)
         if mask is not None and mask_token is not None:
             x = hide_tokens(x, mask, mask_token)
-        maps, first = [], 0
-        for stage, window, depth in zip(self.stages, windows, self.depths, strict=True):
-            x = stage(x, window, None if noise is None else noise[2 * first : 2 * (first + depth)], blocks, hidden)
-            first += depth
+        maps = []
+        for stage, window, uniforms in zip(self.stages, windows, self._noise(x, noise), strict=True):
+            x = stage(x, window, uniforms, blocks, hidden)
             maps.append(x)
         return maps
 
@@ -390,15 +352,27 @@ class GCViT(nn.Module):
         """
         return self._maps(x, mask, mask_token, noise)[-1].permute(0, 3, 1, 2)
 
-    def forward_visible(self, x: Tensor, mask: Tensor, noise: Tensor | None = None) -> Tensor:
+    def forward_visible(
+        self, x: Tensor, mask: Tensor, noise: Tensor | None = None, dense: bool = False, n_visible: int | None = None
+    ) -> Tensor:
         """B 3 H W -> B C H/32 W/32, normed, as if what mask (B h w, True = hidden) covers did not exist.
 
         Hidden sites are 0 for every convolution, left out of every average and pooling and no key of attention;
-        0 in the result too. A query of the global blocks at a hidden place is 0. Dense: it saves no time. The
-        units are multiples of 32 px and of the window ratios, so that every token and query is hidden as a whole.
+        0 in the result too. A query of the global blocks at a hidden place is 0. The units are multiples of 32 px
+        and of the window ratios, so that every token and query is hidden as a whole. Computed is what is visible,
+        n_visible units of each image (counted when absent), or with `dense` everything: the slow reference.
         """
-        last = self._maps(x, noise=noise, hidden=mask)[-1]
-        return hide(last, spread(mask, *last.shape[1:3])).permute(0, 3, 1, 2)
+        h, w = x.shape[-2:]
+        windows, whole = self.windows_at((h, w)), max(self.stride, *self.window_ratio)
+        spread(mask, h // whole, w // whole)  # refuses units that split a token or a query
+        if dense:
+            last = self._maps(x, noise=noise, hidden=mask)[-1]
+            return hide(last, spread(mask, *last.shape[1:3])).permute(0, 3, 1, 2)
+        units = find_units(mask, n_visible)
+        x = stem_units(self.stem, x, units)
+        for stage, window, uniforms in zip(self.stages, windows, self._noise(x, noise), strict=True):
+            x = run_stage(stage, x, units, window, uniforms)
+        return paste(x, units).permute(0, 3, 1, 2)
 
     def forward_pyramid(
         self,

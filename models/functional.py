@@ -19,14 +19,13 @@ def attend(
     if body is None:
         body = "matmul" if q.device.type == "cpu" and bias.requires_grad else "sdpa"
     q, bias = q.to(k.dtype), bias.to(k.dtype).view(-1, 1, *bias.shape[-3:])  # bias: B W K N N, or 1 for B and W
-    if blind is not None:
-        bias = torch.where(blind[:, :, None, None], -math.inf, bias)
+    away = None if blind is None else torch.zeros_like(blind, dtype=k.dtype).masked_fill(blind, -math.inf)  # B W N
     if body == "matmul":
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # B W K N N
-        return scores.add_(bias).softmax(-1) @ v
+        scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).add_(bias)  # B W K N N
+        return (scores if away is None else scores.add_(away[:, :, None, None])).softmax(-1) @ v
     if body != "sdpa":
         raise ValueError(f"body must be 'matmul', 'sdpa' or None, got {body!r}")
-    shape = k.shape
+    bias, shape = bias if away is None else bias + away[:, :, None, None], k.shape
     q, k, v = (t.expand(shape).flatten(0, 1) for t in (q, k, v))  # B*W K N D: what the fast kernels take
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1)).view(shape)
 

@@ -91,7 +91,11 @@ def halo(x: Tensor, units: Units, after: int = 1, fill: float = 0.0) -> Tensor:
 def conv(x: Tensor, layer: nn.Conv2d, units: Units) -> Tensor:
     """A 3x3 convolution padded by 1, of stride 1 or 2, on B V u w C."""
     stride = layer.stride[0]
-    y = F.conv2d(halo(x, units, 2 - stride), layer.weight, layer.bias, stride, groups=layer.groups)
+    y = halo(x, units, 2 - stride)
+    if y.shape[2:] == (3, 3) and layer.groups == 1:  # one token comes of each unit: faster as what it then is
+        y = F.linear(y.flatten(1), layer.weight.flatten(1), layer.bias)[..., None, None]
+    else:
+        y = F.conv2d(y, layer.weight, layer.bias, stride, groups=layer.groups)
     return y.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
 
 
@@ -135,23 +139,31 @@ class Windows(NamedTuple):
 
 def find_windows(units: Units, u: int, w: int, size: tuple[int, int]) -> Windows:
     """Of maps B V u w C and windows of size[0] x size[1] tokens."""
-    device, cols = units.index.device, units.grid[1]
+    rows, cols = units.grid
+    device = units.index.device
     y = (units.index // cols * u)[..., None, None] + torch.arange(u, device=device)[:, None]  # B V u 1
     x = (units.index % cols * w)[..., None, None] + torch.arange(w, device=device)  # B V 1 w
-    in_row, b = units.grid[1] * w // size[1], len(y)
-    n_windows = units.grid[0] * u // size[0] * in_row
-    if n_windows == 1:
+    if (rows * u, cols * w) == size:
         y, x = (at.expand(-1, -1, u, w).flatten(1) for at in (y, x))  # B n
         rise, run = (at[:, :, None] - at[:, None] + side - 1 for at, side in zip((y, x), size, strict=True))  # B n n
         return Windows(size, pairs=rise * (2 * size[1] - 1) + run)
-    window = (y // size[0] * in_row + x // size[1]).flatten(1)  # B n
+    across, down = cols * w // size[1], rows * u // size[0]
+    window = (y // size[0] * across + x // size[1]).flatten(1)  # B n
     place = (y % size[0] * size[1] + x % size[1]).flatten(1)
-    n_places = size[0] * size[1]
-    image = torch.arange(b, device=device)[:, None]
-    slots = ((image * n_windows + window) * n_places + place).flatten()
-    empty = torch.ones(b * n_windows * n_places, dtype=torch.bool, device=device).index_fill(0, slots, False)
-    empty = empty.view(b, n_windows, n_places)
-    return Windows(size, slots=slots, blind=empty & ~empty.all(2, keepdim=True))
+    # windows that hold tokens come first, and only as many are kept as V units can reach
+    empty = torch.ones(len(y), down * across, dtype=torch.bool, device=device).scatter(1, window, False)
+    rank = empty.byte().argsort(dim=1, stable=True).argsort(dim=1)  # B down*across
+    n_kept = min(down * across, y.shape[1] * reach(rows, u, size[0]) * reach(cols, w, size[1]))
+    image = torch.arange(len(y), device=device)[:, None]
+    slots = (image * n_kept + rank.gather(1, window)) * size[0] * size[1] + place
+    blind = torch.ones(len(y) * n_kept * size[0] * size[1], dtype=torch.bool, device=device)
+    blind = blind.index_fill(0, slots.flatten(), False).view(len(y), n_kept, -1)
+    return Windows(size, slots=slots.flatten(), blind=blind & ~blind.all(2, keepdim=True))
+
+
+def reach(n_units: int, unit: int, window: int) -> int:
+    """How many windows of an axis a unit may touch; sides in tokens."""
+    return max((i * unit + unit - 1) // window - i * unit // window + 1 for i in range(n_units))
 
 
 def pair_bias(rel_pos: RelPosBias, windows: Windows) -> Tensor:

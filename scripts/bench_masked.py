@@ -1,0 +1,134 @@
+"""How much a masked training step costs: GC ViT's plain pass with mask tokens, and visible units only, dense and fast.
+
+python -m scripts.bench_masked [--variant gcvit_tiny] [--size 224] [--batch 4] [--ratio 0.5 0.6 0.75] [--rounds 5] [--out bench.json]
+
+A step is forward and backward of the encoder with a light loss, without an optimizer, in CPU seconds of one thread.
+The ways alternate, so that a load on the machine falls on all of them. Speed-up: the plain pass's time over a way's
+time of the same round; median, smallest and largest. Activations: what autograd keeps, each storage once, parameters
+left out.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gcssl.models.build import build_backbone
+from gcssl.models.gcvit import GCViT
+from gcssl.runtime import entry
+from gcssl.ssl.masking import draw_mask, hide_pixels
+
+Step = Callable[[], None]
+
+
+def masks(n: int, side: int, ratio: float) -> Tensor:
+    """n side/32 side/32, each image its own."""
+    rng = np.random.default_rng(0)
+    return torch.from_numpy(np.stack([draw_mask(rng, (side // 32, side // 32), ratio) for _ in range(n)]))
+
+
+def ways(encoder: GCViT, x: Tensor, ratios: list[float], bf16: bool) -> dict[tuple[str, float], Step]:
+    """A training step of each way at each ratio, "plain" first."""
+    token = nn.Parameter(torch.zeros(encoder.channels[0]))
+    # the loss: a fixed direction per feature, so that every token has a gradient
+    target = torch.randn(x.shape[0], encoder.num_features, *(s // encoder.stride for s in x.shape[2:]))
+
+    def step(forward: Callable[[], Tensor]) -> Step:
+        def run() -> None:
+            encoder.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                features = forward()
+            (features * target).mean().backward()
+
+        return run
+
+    steps = {}
+    for ratio in ratios:
+        mask = masks(len(x), x.shape[-1], ratio)
+        steps["plain", ratio] = step(lambda m=mask: encoder.forward_features(hide_pixels(x, m), m, token))
+        steps["visible, dense", ratio] = step(lambda m=mask: encoder.forward_visible(x, m, dense=True))
+        steps["visible, fast", ratio] = step(lambda m=mask: encoder.forward_visible(x, m))
+    return steps
+
+
+def seconds(step: Step) -> float:
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
+def saved_mib(step: Step, encoder: nn.Module) -> float:
+    """Storage that autograd keeps for the backward pass."""
+    own = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        step()
+    return sum(kept.values()) / 2**20
+
+
+def measure(encoder: GCViT, steps: dict[tuple[str, float], Step], rounds: int, batch: int) -> list[dict[str, object]]:
+    for step in steps.values():
+        step()
+    times: dict[tuple[str, float], list[float]] = {key: [] for key in steps}
+    for _ in range(rounds):
+        for key, step in steps.items():
+            times[key].append(seconds(step))
+    rows: list[dict[str, object]] = []
+    for (way, ratio), own in times.items():
+        gains = [a / b for a, b in zip(times["plain", ratio], own, strict=True)]
+        mib = saved_mib(steps[way, ratio], encoder) / batch
+        share = mib / (saved_mib(steps["plain", ratio], encoder) / batch)
+        rows.append(
+            {"way": way, "ratio": ratio, "seconds": statistics.median(own), "speedup": statistics.median(gains),
+             "speedup_min": min(gains), "speedup_max": max(gains), "mib_per_image": mib, "mib_share": share}
+        )  # fmt: skip
+    return rows
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    lines = ["| way | ratio | s per step | speed-up (min-max) | activations MiB/image | share |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| {way} | {ratio} | {seconds:.3f} | {speedup:.2f} ({speedup_min:.2f}-{speedup_max:.2f}) | {mib_per_image:.1f} "
+        "| {mib_share:.2f} |".format(**row)
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="bench_masked", description=__doc__.split("\n")[0])
+    parser.add_argument("--variant", default="gcvit_tiny")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--ratio", type=float, nargs="+", default=[0.5, 0.6, 0.75])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--bf16", action="store_true", help="under bf16 autocast")
+    parser.add_argument("--out", type=Path, help="a json file for the rows")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    encoder = build_backbone(args.variant, img_size=args.size).train()
+    x = torch.randn(args.batch, 3, args.size, args.size)
+    rows = measure(encoder, ways(encoder, x, args.ratio, args.bf16), args.rounds, args.batch)
+    sys.stdout.write(f"{args.variant}, {args.size} px, batch {args.batch}, {args.rounds} rounds\n{table(rows)}")
+    if args.out:
+        setting = {key: value for key, value in vars(args).items() if key != "out"}
+        args.out.write_text(json.dumps({**setting, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    entry(main)

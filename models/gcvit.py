@@ -21,13 +21,10 @@ from gcssl.augment import IMAGENET_MEAN, IMAGENET_STD
 from gcssl.errors import UserError
 from gcssl.models.functional import attend, conv, drop_path, to_windows
 from gcssl.models.hidden import average, blind_keys, hide, hide_tokens, spread
-from gcssl.models.visible import find_units, paste, run_stage, stem_units
+from gcssl.models.visible import visible_map
 from gcssl.models.windows import STRIDES, RelPosBias, check_size, pair, query_levels
 
 WINDOW_RATIO = (32, 32, 16, 32)  # a stage's window has side / ratio tokens a side
-
-
-# ---- attention
 
 
 class Attention(nn.Module):
@@ -47,9 +44,6 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(2, 3) for t in parts)  # B W K N D
         out = attend(q, k, v, self.rel_pos(window), blind=blind)
         return self.proj(out.transpose(2, 3).reshape(b, w, n, c))
-
-
-# ---- blocks
 
 
 class MLP(nn.Module):
@@ -362,17 +356,10 @@ class GCViT(nn.Module):
         and of the window ratios, so that every token and query is hidden as a whole. Computed is what is visible,
         n_visible units of each image (counted when absent), or with `dense` everything: the slow reference.
         """
-        h, w = x.shape[-2:]
-        windows, whole = self.windows_at((h, w)), max(self.stride, *self.window_ratio)
-        spread(mask, h // whole, w // whole)  # refuses units that split a token or a query
         if dense:
             last = self._maps(x, noise=noise, hidden=mask)[-1]
             return hide(last, spread(mask, *last.shape[1:3])).permute(0, 3, 1, 2)
-        units = find_units(mask, n_visible)
-        x = stem_units(self.stem, x, units)
-        for stage, window, uniforms in zip(self.stages, windows, self._noise(x, noise), strict=True):
-            x = run_stage(stage, x, units, window, uniforms)
-        return paste(x, units).permute(0, 3, 1, 2)
+        return visible_map(self, x, mask, n_visible, self._noise(x, noise)).permute(0, 3, 1, 2)
 
     def forward_pyramid(
         self,

@@ -1,6 +1,7 @@
 """Hiding a part of a map, by a mask B h' w' of units (True = hidden) whose grid the map's h w are a multiple of.
 
-Two ways: hide_tokens puts a mask token in their place; the others let hidden sites take no part at all.
+Two ways: hide_tokens puts a mask token in their place; the others let hidden sites take no part at all. They
+do so densely, layer by layer on the whole map: the reference for visible.py, which computes the rest only.
 """
 
 import torch

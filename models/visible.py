@@ -9,6 +9,7 @@ the visible tokens as they come; over smaller windows, which cut across units (a
 """
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,10 +18,28 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gcssl.models.functional import attend, drop_path
+from gcssl.models.hidden import spread
 from gcssl.models.windows import RelPosBias, resize_table
 
 if TYPE_CHECKING:
-    from gcssl.models.gcvit import Attention, Block, ConvBlock, Downsample, QueryGenerator, Stage, Stem
+    from gcssl.models.gcvit import Attention, Block, ConvBlock, Downsample, GCViT, QueryGenerator, Stage, Stem
+
+
+def visible_map(
+    encoder: "GCViT", x: Tensor, mask: Tensor, n_visible: int | None, noise: Sequence[Tensor | None]
+) -> Tensor:
+    """B 3 H W -> B H/32 W/32 C, normed, 0 at hidden places; noise: each stage's, 2*depth B or None."""
+    h, w = x.shape[2:]
+    windows, whole = encoder.windows_at((h, w)), max(encoder.stride, *encoder.window_ratio)
+    spread(mask, h // whole, w // whole)  # refuses units that split a token or a query
+    units = find_units(mask, n_visible)
+    x = stem_units(encoder.stem, x, units)
+    for stage, window, uniforms in zip(encoder.stages, windows, noise, strict=True):
+        x = run_stage(stage, x, units, window, uniforms)
+    return paste(x, units)
+
+
+# ---- units
 
 
 class Units(NamedTuple):

@@ -100,7 +100,10 @@ def measure(encoder: GCViT, steps: dict[tuple[str, float], Step], rounds: int, b
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    lines = ["| way | ratio | s per step | speed-up (min-max) | activations MiB/image | share |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| way | ratio | s per step | speed-up (min-max) | activations MiB/image | share |",
+        "|---|---|---|---|---|---|",
+    ]
     lines += [
         "| {way} | {ratio} | {seconds:.3f} | {speedup:.2f} ({speedup_min:.2f}-{speedup_max:.2f}) | {mib_per_image:.1f} "
         "| {mib_share:.2f} |".format(**row)

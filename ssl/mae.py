@@ -1,12 +1,13 @@
-"""MAE (arXiv:2111.06377) in its exact, dense form on GC ViT: the encoder sees visible units only.
+"""MAE (arXiv:2111.06377) in its exact form on GC ViT: the encoder sees, and computes, visible units only.
 
     loss = mean (prediction - norm_pixels)^2 over hidden units
 
-GC ViT cannot drop tokens before its stem: convolutions, squeeze-excite and the global query all join units. Here
-every layer runs on the whole map, and hidden units take no part in anything (GCViT.forward_visible, the masked
-semantics of SparK, arXiv:2301.03580), so nothing of a mask token, fill colour or hole is learnt. It is the
-reference for what cheaper forms approximate, and saves no time: ummae.py does. Departures: a unit is a token of
-the last stage, 32 px (ViT's: 16 px), and positions enter through the decoder and the bias tables alone.
+GC ViT cannot simply drop tokens before its stem: convolutions, squeeze-excite and the global query all join units.
+Here hidden units take no part in any of them (the masked semantics of SparK, arXiv:2301.03580), so nothing of a mask
+token, fill colour or hole is learnt, and none of them is computed (models/visible.py): at ratio 0.75 and 224 px the
+encoder's step takes about a third of the time and of the memory of SimMIM's (docs/objectives.md). `dense` runs every
+layer on the whole map instead, with equal results: the reference. Departures: a unit is a token of the last stage,
+32 px (ViT's: 16 px), and positions enter through the decoder and the bias tables alone.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from gcssl.errors import UserError
 from gcssl.models.build import Backbone
 from gcssl.models.decoders import TokenDecoder
 from gcssl.models.gcvit import GCViT
-from gcssl.ssl.masking import check_ratio, check_unit, hide_pixels, upsample_mask
+from gcssl.ssl.masking import check_ratio, check_unit, hidden_count, hide_pixels, upsample_mask
 from gcssl.ssl.simmim import MaskedDraw
 from gcssl.ssl.targets import first_samples, mse_hidden, norm_pixels, show
 
@@ -34,6 +35,7 @@ class MAEConfig:
     mask_unit: int = 32  # pixels
     decoder_dim: int = 512
     decoder_depth: int = 8
+    dense: bool = False  # compute hidden units too: the slow reference
 
 
 class MAE(nn.Module):
@@ -59,7 +61,9 @@ class MAE(nn.Module):
         if unit % whole:
             raise UserError(f"objective.mask_unit={unit}: mae hides whole tokens and queries, so multiples of {whole}")
         check_unit(img_size, unit)
-        check_ratio((img_size[0] // unit) * (img_size[1] // unit), cfg.mask_ratio)
+        n_units = (img_size[0] // unit) * (img_size[1] // unit)
+        check_ratio(n_units, cfg.mask_ratio)
+        self.dense, self.n_visible = cfg.dense, n_units - hidden_count(n_units, cfg.mask_ratio)
         self.encoder: Any = encoder
         cell = encoder.stride
         grid = (img_size[0] // cell, img_size[1] // cell)
@@ -70,7 +74,7 @@ class MAE(nn.Module):
         """Normalised pixels B 3 H W of the first view, from its visible units."""
         x, mask = batch["views"][0], batch["masks"][0]  # B 3 H W; B h w, True = hidden
         noise = batch["noise"][0] if batch.get("noise") else None
-        features = self.encoder.forward_visible(x, mask, noise)  # B C H/32 W/32
+        features = self.encoder.forward_visible(x, mask, noise, self.dense, self.n_visible)  # B C H/32 W/32
         return self.decoder(features, upsample_mask(mask, *features.shape[2:]))
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002

@@ -1,6 +1,6 @@
 """How much a masked training step costs: GC ViT's plain pass with mask tokens, and visible units only, dense and fast.
 
-python -m scripts.bench_masked [--variant gcvit_tiny] [--size 224] [--batch 4] [--ratio 0.5 0.6 0.75] [--rounds 5] [--out bench.json]
+    python -m scripts.bench_masked [--variant gcvit_tiny] [--size 224] [--batch 4] [--ratio 0.5 0.6 0.75] [--rounds 5]
 
 A step is forward and backward of the encoder with a light loss, without an optimizer, in CPU seconds of one thread.
 The ways alternate, so that a load on the machine falls on all of them. Speed-up: the plain pass's time over a way's

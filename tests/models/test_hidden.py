@@ -56,14 +56,16 @@ def test_hidden_pixels_change_nothing(encoder: GCViT) -> None:
     broken = x.masked_fill(pixels, math.nan)
     for grad in (False, True):  # both bodies of attention
         with torch.set_grad_enabled(grad):
-            want = encoder.forward_visible(x, mask)
+            want = encoder.forward_visible(x, mask, dense=True)
             assert want.isfinite().all() and at_visible(want, mask).std() > 0.1
             assert (at_visible(want, ~mask) == 0).all()
-            assert torch.equal(want, encoder.forward_visible(loud, mask))
-            assert torch.equal(want, encoder.forward_visible(broken, mask))
+            assert torch.equal(want, encoder.forward_visible(loud, mask, dense=True))
+            assert torch.equal(want, encoder.forward_visible(broken, mask, dense=True))
     with torch.no_grad():  # controls: they reach a plain forward, and visible pixels this one
         assert not torch.equal(encoder.forward_features(x), encoder.forward_features(loud))
-        assert not torch.equal(want, encoder.forward_visible(torch.where(pixels, x, 100 * torch.randn_like(x)), mask))
+        assert not torch.equal(
+            want, encoder.forward_visible(torch.where(pixels, x, 100 * torch.randn_like(x)), mask, dense=True)
+        )
 
 
 NOISY = (Stem, Stage, Downsample, Attention)  # a convolution block promises 0 to the convolution behind it
@@ -95,32 +97,34 @@ def add_noise(encoder: GCViT, mask: Tensor, kinds: tuple[type, ...]) -> GCViT:
 def test_values_of_hidden_tokens_change_nothing(encoder: GCViT, kind: type) -> None:
     x, mask = images(), mask_of()
     with torch.no_grad():
-        want = encoder.forward_visible(x, mask)
-        assert torch.equal(want, add_noise(encoder, mask, (kind,)).forward_visible(x, mask))
+        want = encoder.forward_visible(x, mask, dense=True)
+        assert torch.equal(want, add_noise(encoder, mask, (kind,)).forward_visible(x, mask, dense=True))
         noisy = add_noise(encoder, ~mask, (kind,))  # control: visible ones do
-        assert not torch.equal(want, noisy.forward_visible(x, mask))
+        assert not torch.equal(want, noisy.forward_visible(x, mask, dense=True))
 
 
 def test_nothing_hidden_is_the_plain_forward_bit_for_bit(encoder: GCViT) -> None:
     none = torch.zeros(2, 4, 4, dtype=torch.bool)
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
-            assert torch.equal(encoder.forward_visible(images(), none), encoder.forward_features(images()))
+            assert torch.equal(encoder.forward_visible(images(), none, dense=True), encoder.forward_features(images()))
 
 
 def test_each_sample_has_its_own_mask_and_batch_mates_do_not_matter(encoder: GCViT) -> None:
     x, mask = images(), mask_of()
     assert not torch.equal(mask[0], mask[1])
     with torch.no_grad():
-        both = encoder.forward_visible(x, mask)
+        both = encoder.forward_visible(x, mask, dense=True)
         for i in range(2):
-            torch.testing.assert_close(both[i : i + 1], encoder.forward_visible(x[i : i + 1], mask[i : i + 1]))
+            torch.testing.assert_close(
+                both[i : i + 1], encoder.forward_visible(x[i : i + 1], mask[i : i + 1], dense=True)
+            )
 
 
 def test_gradients_are_finite_and_hidden_pixels_get_none(encoder: GCViT) -> None:
     x, mask = images().requires_grad_(), mask_of()
     encoder.train()
-    at_visible(encoder.forward_visible(x, mask), mask).square().sum().backward()
+    at_visible(encoder.forward_visible(x, mask, dense=True), mask).square().sum().backward()
     pixels = spread(mask, SIZE, SIZE).movedim(-1, 1).expand_as(x)
     assert (x.grad[pixels] == 0).all() and x.grad[~pixels].any()
     assert not [n for n, p in encoder.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
@@ -128,18 +132,18 @@ def test_gradients_are_finite_and_hidden_pixels_get_none(encoder: GCViT) -> None
 
 def test_checkpointing_and_bf16(encoder: GCViT) -> None:
     x, mask = images(), mask_of()
-    want = encoder.train().forward_visible(x, mask)
+    want = encoder.train().forward_visible(x, mask, dense=True)
     encoder.set_grad_checkpointing()
-    assert torch.equal(encoder.forward_visible(x, mask), want)
+    assert torch.equal(encoder.forward_visible(x, mask, dense=True), want)
     with torch.autocast("cpu", torch.bfloat16):
-        half = encoder.forward_visible(x, mask)
+        half = encoder.forward_visible(x, mask, dense=True)
     assert half.isfinite().all()
     assert F.cosine_similarity(at_visible(half.float(), mask), at_visible(want, mask)).min() > 0.99
 
 
 def test_units_that_split_a_token_are_refused(encoder: GCViT) -> None:
     with pytest.raises(ValueError, match="does not divide a grid of 4 x 4 tokens"):
-        encoder.forward_visible(images(), mask_of(side=8))
+        encoder.forward_visible(images(), mask_of(side=8), dense=True)
 
 
 def test_block_averages_are_over_visible_tokens(encoder: GCViT) -> None:

@@ -10,7 +10,7 @@ the visible tokens as they come; over smaller windows, which cut across units (a
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from gcssl.models.hidden import spread
 from gcssl.models.windows import RelPosBias, resize_table
 
 if TYPE_CHECKING:
-    from gcssl.models.gcvit import Attention, Block, ConvBlock, Downsample, GCViT, QueryGenerator, Stage, Stem
+    from gcssl.models.gcvit import Attention, Block, ConvBlock, Downsample, GCViT, QueryGenerator, Stem
 
 
 def visible_map(
@@ -34,7 +34,8 @@ def visible_map(
     spread(mask, h // whole, w // whole)  # refuses units that split a token or a query
     units = find_units(mask, n_visible)
     x = stem_units(encoder.stem, x, units)
-    for stage, window, uniforms in zip(encoder.stages, windows, noise, strict=True):
+    stages: Any = encoder.stages
+    for stage, window, uniforms in zip(stages, windows, noise, strict=True):
         x = run_stage(stage, x, units, window, uniforms)
     return paste(x, units)
 
@@ -45,7 +46,7 @@ def visible_map(
 class Units(NamedTuple):
     """The visible units of a batch of masks."""
 
-    index: Tensor  # B V: their places in the mask's grid, row by row, in rising order
+    at: Tensor  # B V: their places in the mask's grid, row by row, in rising order
     near: Tensor  # B V 3 3: each one's neighbours as rows of B*V; B*V stands for a hidden one, or none
     grid: tuple[int, int]
 
@@ -75,7 +76,7 @@ def cut(x: Tensor, units: Units) -> Tensor:
     """The visible units of a map: B C H W -> B V u w C."""
     b, c, h, w = x.shape
     rows, cols = units.grid
-    row, col = units.index // cols, units.index % cols  # B V
+    row, col = units.at // cols, units.at % cols  # B V
     x = x.view(b, c, rows, h // rows, cols, w // cols)
     image = torch.arange(b, device=x.device)[:, None]
     return x[image, :, row, :, col].permute(0, 1, 3, 4, 2)
@@ -85,7 +86,7 @@ def paste(x: Tensor, units: Units) -> Tensor:
     """The map of which x are the visible units, 0 elsewhere: B V u w C -> B H W C."""
     b, v, u, w, c = x.shape
     rows, cols = units.grid
-    index = units.index + torch.arange(b, device=x.device)[:, None] * rows * cols
+    index = units.at + torch.arange(b, device=x.device)[:, None] * rows * cols
     x = x.new_zeros(b * rows * cols, u, w, c).index_copy(0, index.flatten(), x.flatten(0, 1))
     return x.view(b, rows, cols, u, w, c).transpose(2, 3).reshape(b, rows * u, cols * w, c)
 
@@ -136,7 +137,8 @@ def stem_units(stem: "Stem", x: Tensor, units: Units) -> Tensor:
 
 def queries(generator: "QueryGenerator", x: Tensor, units: Units) -> Tensor:
     """B V u w C -> B V u' w' C: the visible queries of the global blocks."""
-    for block in generator.blocks.values():
+    blocks: Any = generator.blocks
+    for block in blocks.values():
         x = conv_block(block, x, units)
         if generator.levels:
             pooled = F.max_pool2d(halo(x, units, 0, -math.inf), 3, stride=2)
@@ -159,9 +161,9 @@ class Windows(NamedTuple):
 def find_windows(units: Units, u: int, w: int, size: tuple[int, int]) -> Windows:
     """Of maps B V u w C and windows of size[0] x size[1] tokens."""
     rows, cols = units.grid
-    device = units.index.device
-    y = (units.index // cols * u)[..., None, None] + torch.arange(u, device=device)[:, None]  # B V u 1
-    x = (units.index % cols * w)[..., None, None] + torch.arange(w, device=device)  # B V 1 w
+    device = units.at.device
+    y = (units.at // cols * u)[..., None, None] + torch.arange(u, device=device)[:, None]  # B V u 1
+    x = (units.at % cols * w)[..., None, None] + torch.arange(w, device=device)  # B V 1 w
     if (rows * u, cols * w) == size:
         y, x = (at.expand(-1, -1, u, w).flatten(1) for at in (y, x))  # B n
         rise, run = (at[:, :, None] - at[:, None] + side - 1 for at, side in zip((y, x), size, strict=True))  # B n n
@@ -217,12 +219,12 @@ def run_block(block: "Block", x: Tensor, query: Tensor, windows: Windows, noise:
     return x + drop_path(block.ls2(block.mlp(block.norm2(x))), block.rate, second)
 
 
-def run_stage(stage: "Stage", x: Tensor, units: Units, size: tuple[int, int], noise: Tensor | None) -> Tensor:
+def run_stage(stage: Any, x: Tensor, units: Units, size: tuple[int, int], noise: Tensor | None) -> Tensor:
     """x: B V u w C, noise: 2*depth B or None -> B V u' w' C', u' = u / 2 but in the first stage."""
     if not isinstance(stage.downsample, nn.Identity):
         x = downsample(stage.downsample, x, units)
     shape = x.shape
-    windows = find_windows(units, *shape[2:4], size)
+    windows = find_windows(units, shape[2], shape[3], size)
     query = queries(stage.global_block, x, units)
     query = query.flatten(1, 3) if windows.slots is None else paste(query, units).flatten(1, 2)  # B n C or B N C
     x = x.flatten(1, 3)  # B n C

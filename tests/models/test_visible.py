@@ -135,7 +135,7 @@ def test_units_go_out_and_back_and_see_their_neighbours() -> None:
     assert cuts.shape == (2, 6, 4, 4, 1) and torch.equal(paste(cuts, units), whole)
     around = halo(cuts, units, 1, fill=0.0)  # 12 1 6 6
     padded = torch.nn.functional.pad(whole[..., 0], (1, 1, 1, 1))
-    for i, place in enumerate(units.index.flatten().tolist()):
+    for i, place in enumerate(units.at.flatten().tolist()):
         row, col = divmod(place, 4)
         window = padded[i // 6, 4 * row : 4 * row + 6, 4 * col : 4 * col + 6]
         assert torch.equal(around[i, 0], window)

@@ -27,15 +27,16 @@ COMMON = ["data.shapes_n=4000", "data.workers=1", "eval.online_every=0", "log.tr
 VIEW = ["train.steps=80", "train.blr=2e-3", "augment.scale=[0.4,1.0]"]
 CROPS = ["objective.local_crops=2"]
 PROTOTYPES = [*CROPS, "train.blr=5e-4", "objective.freeze_last_layer_epochs=0.5"]
+PROTOTYPES += ["objective.momentum=0.97", "train.steps=240"]
 SETTINGS: dict[str, list[str]] = {
     "simmim": ["train.steps=240", "train.blr=2e-3"],
-    "localmim": ["train.steps=200"],
-    "ummae": ["train.steps=100", "train.blr=2e-3"],
-    "mae": ["train.steps=40", "train.blr=2e-3"],
+    "localmim": ["train.steps=240", "train.blr=2e-3", "objective.target=pixels"],
+    "ummae": ["train.steps=500", "train.blr=2e-3"],
+    "mae": ["train.steps=120", "train.blr=2e-3"],
     "simclr": [*VIEW, "objective.temperature=0.1"],
     "mocov3": [*VIEW, "objective.temperature=0.1"],
-    "moby": [*VIEW, "objective.temperature=0.1", "objective.momentum=0.9"],
-    "byol": [*VIEW, "objective.momentum=0.9"],
+    "moby": [*VIEW, "objective.temperature=0.1", "objective.momentum=0.9", "objective.queue=512", "train.steps=160"],
+    "byol": [*VIEW, "objective.momentum=0.9", "train.steps=160"],
     "vicreg": VIEW,
     "dino": [*VIEW, *PROTOTYPES],
     "simdino": [*VIEW, *CROPS, "objective.momentum=0.9"],
@@ -49,6 +50,11 @@ LINES: dict[str, dict[str, float]] = {
     "simclr": {"knn/top1@20": 7.0, "linear/top1": 14.0},
     "mocov3": {"knn/top1@20": 8.0, "linear/top1": 16.0},
     "vicreg": {"knn/top1@20": 3.0, "linear/top1": 9.0},
+    "moby": {"knn/top1@20": 11.0, "linear/top1": 20.0},
+    "joint": {"knn/top1@20": 9.0, "linear/top1": 15.0},
+    "ummae": {"knn/top1@20": 8.0, "linear/top1": 10.0},
+    "localmim": {"knn/top1@20": 1.0, "linear/top1": 15.0},
+    "simdino": {"knn/top1@20": 4.0},
 }
 
 

@@ -1,0 +1,344 @@
+"""Check a pretraining run before hours are spent on it.
+
+    python -m gcssl.doctor configs/pretrain/x.yaml [key=value ...]                  one row a check; exit 2 if one fails
+    python -m gcssl.doctor verify-resume configs/pretrain/x.yaml [key=value ...]    kill -9, resume, compare every bit
+    python -m gcssl.doctor replay RUN/incidents/after_step_123 [key=value ...]      the step that stopped a run, again
+
+It takes the command line of pretrain.py, and doctor.scan (images looked at, a split; 0: all) and doctor.minutes (of real
+training). It writes nothing into `out`.
+"""
+
+import hashlib
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from gcssl.config import PretrainConfig, load_config
+from gcssl.data import BadImage, Images, Splits, open_data
+from gcssl.errors import UserError
+from gcssl.eval.knn import search
+from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, collate, run_sizes
+from gcssl.log import say
+from gcssl.models.gcvit import GCViT
+from gcssl.optim import make_optimizer, param_groups
+from gcssl.pretrain import build_pretrain_backbone, check_objective
+from gcssl.rehearsal import first_minutes, replay, verify_resume
+from gcssl.runtime import entry, rng, seed_torch
+from gcssl.ssl.masking import upsample_mask
+from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.streams import MODEL
+
+THUMBNAIL = 16  # pixels a side, grey, of the search for duplicates
+ALIKE = 0.999  # cosine of two centred thumbnails that show the same picture
+SAMPLES = 4  # images of the batch that the model is checked on
+
+
+@dataclass
+class DoctorOptions:
+    scan: int = 2000  # images looked at, of each split; 0: all
+    minutes: float = 0.5  # of real training; 0: none
+
+
+@dataclass
+class DoctorConfig(PretrainConfig):
+    doctor: DoctorOptions = field(default_factory=DoctorOptions)
+
+
+@dataclass
+class Finding:
+    verdict: str  # ok | warn | FAIL
+    told: str
+
+
+@dataclass
+class Patient:
+    """What the checks look at: the run, built but not started."""
+
+    cfg: DoctorConfig
+    data: Splits
+    backbone: Any
+    objective: Any
+    sizes: Sizes
+    seen: "dict[str, Scan]"
+
+    def batch(self, count: int = SAMPLES) -> dict[str, Any]:
+        """The first images of the training set as the objective gets them."""
+        maker = ViewMaker(self.objective.draw, self.backbone.img_size, self.cfg.augment.where)
+        dataset = TrainSet(self.data.train, maker, self.cfg.train.seed)
+        items = [dataset[(0, i, i)] for i in range(min(count, len(dataset)))]
+        return batch_to_device(collate(items), "cpu", self.backbone.mean, self.backbone.std, self.cfg.augment.where)
+
+
+def examine(cfg: DoctorConfig) -> Patient:
+    check_objective(cfg)
+    backbone = build_pretrain_backbone(cfg)
+    data = open_data(cfg.data, backbone.img_size)
+    sizes = run_sizes(cfg.train, len(data.train), 1)
+    cls: Any = OBJECTIVES[cfg.objective.name][0]
+    args = (cfg.augment, backbone.img_size, sizes.total_steps, sizes.steps_per_epoch)
+    splits = {"train": data.train, **({"val": data.test} if data.test is not None else {})}
+    seen = {name: scan(images, cfg) for name, images in splits.items()}
+    return Patient(cfg, data, backbone, cls(cfg.objective, backbone, *args), sizes, seen)
+
+
+# ---- images
+
+
+@dataclass
+class Scan:
+    """Of the images looked at: index, sides, the picture's hash and thumbnail (rows of unit length), and the bad ones."""
+
+    index: np.ndarray
+    sides: np.ndarray  # n 2
+    hashes: list[str]
+    thumbnails: Tensor  # n 256
+    bad: list[tuple[str, str]]  # where, why
+
+
+class _Look(Dataset[Any]):
+    def __init__(self, images: Images, indices: np.ndarray) -> None:
+        self.images, self.indices = images, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> Any:
+        index = int(self.indices[i])
+        try:
+            image = self.images.load(index)
+        except BadImage as error:
+            return index, self.images.where(index), str(error)
+        small = np.asarray(image.convert("L").resize((THUMBNAIL, THUMBNAIL)), np.float32).ravel()
+        return index, image.size, hashlib.sha256(image.tobytes()).hexdigest(), small - small.mean()
+
+
+def scan(images: Images, cfg: DoctorConfig) -> Scan:
+    count = min(len(images), cfg.doctor.scan or len(images))
+    chosen = np.sort(rng(0, len(images)).permutation(len(images))[:count])
+    loader = DataLoader(_Look(images, chosen), 64, num_workers=cfg.data.workers, collate_fn=list)
+    seen = [one for batch in loader for one in batch]
+    good = [one for one in seen if len(one) == 4]
+    thumbnails = torch.from_numpy(np.stack([one[3] for one in good])) if good else torch.zeros(0, THUMBNAIL**2)
+    return Scan(
+        np.array([one[0] for one in good]), np.array([one[1] for one in good]).reshape(-1, 2),
+        [one[2] for one in good], nn.functional.normalize(thumbnails, dim=1), [one[1:] for one in seen if len(one) == 3],
+    )  # fmt: skip
+
+
+def check_images(patient: Patient) -> Finding:
+    parts, worst = [], 0.0
+    for name, seen in patient.seen.items():
+        looked = len(seen.index) + len(seen.bad)
+        whole = len(patient.data.train if name == "train" else patient.data.test or [])
+        share = len(seen.bad) / looked
+        worst = max(worst, share)
+        low, middle, high = (np.quantile(seen.sides.min(1), q) for q in (0, 0.5, 1)) if len(seen.sides) else (0, 0, 0)
+        told = f"{name}: {looked} of {whole} looked at, shorter side {low:.0f} to {high:.0f} px (median {middle:.0f})"
+        if seen.bad:
+            where, why = seen.bad[0]
+            told += f", {len(seen.bad)} cannot be decoded, the first {where} ({why})"
+        parts.append(told)
+    verdict = "FAIL" if worst > patient.cfg.data.max_bad else "warn" if worst else "ok"
+    return Finding(verdict, "; ".join(parts))
+
+
+def check_classes(patient: Patient) -> Finding:
+    labels, classes = patient.data.train.labels, patient.data.train.classes
+    if labels is None or classes is None:
+        return Finding("ok", "no labels: pretraining needs none, the online probe is skipped")
+    counts = np.bincount(labels, minlength=len(classes))
+    told = f"{len(classes)} classes of {counts.min()} to {counts.max()} images"
+    if counts.min() < 20:
+        return Finding("warn", f"{told}; {classes[int(counts.argmin())]} has few: its kNN and probe say little")
+    return Finding("ok", told)
+
+
+def check_duplicates(patient: Patient) -> Finding:
+    if "val" not in patient.seen:
+        return Finding("ok", "no test images to be found in train")
+    train, val = patient.seen["train"], patient.seen["val"]
+    if not len(train.index) or not len(val.index):
+        return Finding("warn", "nothing that can be decoded to compare")
+    same = set(train.hashes) & set(val.hashes)
+    similarity, nearest = search(train.thumbnails, val.thumbnails, 1, patient.cfg.eval.backend)
+    alike = (similarity[:, 0] > ALIKE).nonzero().flatten().tolist()
+    told = f"of {len(val.index)} test images {len(same)} are in train pixel by pixel, {len(alike)} nearly so"
+    if not alike and not same:
+        return Finding("ok", told)
+    images = patient.data.test
+    assert images is not None
+    if alike:
+        one = images.where(int(val.index[alike[0]]))
+        other = patient.data.train.where(int(train.index[int(nearest[alike[0], 0])]))
+        told += f", such as {one} and {other}"
+    return Finding("warn", f"{told}: they flatter every evaluation")
+
+
+# ---- the model
+
+
+def check_sizes(patient: Patient) -> Finding:
+    backbone = patient.backbone
+    if not isinstance(backbone, GCViT):
+        return Finding("ok", f"{backbone.name} at {backbone.img_size}, features at stride {backbone.stride}")
+    sides = {view.shape[-2:] for view in patient.batch(1)["views"]}
+    told, small = [], False
+    for side in sorted(sides, reverse=True):
+        windows = backbone.windows_at((side[0], side[1]))
+        small |= min(min(window) for window in windows[:3]) < 3  # the last stage is small on all small images
+        told.append(f"{side[0]}x{side[1]}: " + ", ".join(f"{h}x{w}" for h, w in windows))
+    text = f"windows of the four stages, in tokens: {'; '.join(told)}"
+    if small:
+        return Finding("warn", f"{text}; windows of 1 or 2 tokens see little: larger images, or model.window_ratio")
+    return Finding("ok", text)
+
+
+def check_batch_mates(patient: Patient) -> Finding:
+    backbone, x = patient.backbone, patient.batch()["views"][0]
+    mode = backbone.training
+    backbone.eval()
+    with torch.no_grad():
+        alone, among = backbone(torch.cat([x[:1], x.flip(0)[1:] + 1])), backbone(torch.cat([x[:1], -x[1:]]))
+    backbone.train(mode)
+    if torch.equal(alone[0], among[0]):
+        return Finding("ok", "an image's features do not depend on the other images of its batch")
+    return Finding(
+        "FAIL", "an image's features change with the other images of its batch: every evaluation would be wrong"
+    )
+
+
+@contextmanager
+def outputs_of(encoder: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
+    """Inside, what each layer without layers of its own gives, in order."""
+    found: list[tuple[str, Tensor]] = []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda _, __, out: found.append((name, out.detach())) if isinstance(out, Tensor) else None
+
+    layers = [(name, module) for name, module in encoder.named_modules() if not list(module.children())]
+    handles = [module.register_forward_hook(note(name)) for name, module in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_mask_leak(patient: Patient) -> Finding:
+    """Other pixels behind the masks: no layer of the student's encoder may give another bit."""
+    batch = patient.batch()
+    masks = batch["masks"]
+    if all(mask is None for mask in masks):
+        return Finding("ok", f"{patient.cfg.objective.name} hides nothing")
+    noisy = {**batch, "views": list(batch["views"])}
+    for i, mask in enumerate(masks):
+        if mask is not None:
+            x = batch["views"][i]
+            hidden = upsample_mask(mask, *x.shape[-2:])[:, None]
+            noisy["views"][i] = torch.where(hidden, 3 * torch.randn_like(x), x)
+    seen = []
+    for one in (batch, noisy):
+        seed_torch(0, MODEL)
+        with torch.no_grad(), outputs_of(patient.objective.encoder) as outputs:
+            patient.objective(one, 0)
+        seen.append(outputs)
+    for (name, a), (_, b) in zip(*seen, strict=True):
+        if not torch.equal(a, b):
+            return Finding("FAIL", f"hidden pixels reach the student's {name}: the task can be solved by looking")
+    return Finding("ok", f"hidden pixels reach none of the student's {len(seen[0])} layer outputs")
+
+
+def check_gradients(patient: Patient) -> Finding:
+    objective = patient.objective
+    seed_torch(0, MODEL)
+    out = objective(patient.batch(), 0)
+    out["loss"].backward()
+    named = [(name, p.grad) for name, p in objective.named_parameters() if p.requires_grad]
+    objective.zero_grad()
+    wild = [name for name, grad in named if grad is not None and not grad.isfinite().all()]
+    unused = [name for name, grad in named if grad is None]
+    if wild or not out["loss"].isfinite():
+        return Finding(
+            "FAIL", f"loss {out['loss'].item():.4g}; gradients that are not finite: {', '.join(wild[:3]) or 'none'}"
+        )
+    if unused:
+        return Finding("FAIL", f"{len(unused)} parameters get no gradient ({', '.join(unused[:3])}): DDP would stop")
+    return Finding("ok", f"loss {out['loss'].item():.4g}; all {len(named)} trainable tensors get a finite gradient")
+
+
+# ---- the run
+
+
+def check_batch(patient: Patient) -> Finding:
+    cfg, sizes = patient.cfg, patient.sizes
+    told = f"on one process: {sizes.describe(cfg.train)}"
+    return Finding("warn" if cfg.train.warmup_epochs * sizes.steps_per_epoch > sizes.total_steps else "ok", told)
+
+
+def check_disk(patient: Patient) -> Finding:
+    cfg, objective = patient.cfg, patient.objective
+    weights = sum(t.numel() * t.element_size() for t in objective.state_dict().values())
+    optimizer = make_optimizer(param_groups(objective.named_parameters(), 0.0), cfg.train)
+    slots = {"adamw": 2, "lamb": 2, "sgd": 1, "lars": 1}[cfg.train.optimizer]
+    moments = slots * sum(p.numel() * p.element_size() for g in optimizer.param_groups for p in g["params"])
+    epochs = cfg.train.epochs if cfg.train.steps is None else 0
+    for_ever = epochs // cfg.checkpoint.keep_every if cfg.checkpoint.keep_every else 0
+    needed = (weights + moments) * (cfg.checkpoint.keep + 1 + for_ever)  # the newest is whole before the oldest goes
+    folder = next(p for p in [Path(cfg.out or ".").absolute(), *Path(cfg.out or ".").absolute().parents] if p.exists())
+    free = shutil.disk_usage(folder).free
+    told = f"checkpoints of {(weights + moments) / 1e6:.0f} MB take {needed / 1e9:.2f} GB, {free / 1e9:.1f} GB are free"
+    return Finding("FAIL" if needed > free else "ok", told)
+
+
+def check_first_steps(patient: Patient) -> Finding:
+    if not patient.cfg.doctor.minutes:
+        return Finding("ok", "not run: doctor.minutes=0")
+    return Finding(*first_minutes(patient.cfg, patient.cfg.doctor.minutes, patient.sizes))
+
+
+CHECKS: dict[str, Callable[[Patient], Finding]] = {
+    "images": check_images,
+    "classes": check_classes,
+    "duplicates": check_duplicates,
+    "sizes": check_sizes,
+    "batch-mates": check_batch_mates,
+    "mask leak": check_mask_leak,
+    "gradients": check_gradients,
+    "batch and lr": check_batch,
+    "disk": check_disk,
+    "first steps": check_first_steps,
+}
+
+
+def main(argv: list[str]) -> None:
+    if argv and argv[0] == "replay":
+        replay(argv[1:])
+        return
+    asked = bool(argv) and argv[0] == "verify-resume"
+    schemas = {name: schema for name, (_, schema) in OBJECTIVES.items()}
+    cfg = load_config(DoctorConfig, argv[1:] if asked else argv, schemas)
+    if asked:
+        verify_resume(cfg)
+        return
+    patient = examine(cfg)
+    say(patient.data.train.describe())
+    failed = []
+    for name, check in CHECKS.items():
+        found = check(patient)
+        say(textwrap.fill(f"{found.verdict:<5} {name:<13} {found.told}", 118, subsequent_indent=" " * 20))
+        failed += [name] if found.verdict == "FAIL" else []
+    if failed:
+        raise UserError(f"{len(failed)} of {len(CHECKS)} checks failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    entry(main)

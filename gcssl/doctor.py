@@ -1,8 +1,8 @@
 """Check a pretraining run before hours are spent on it.
 
-    python -m gcssl.doctor configs/pretrain/x.yaml [key=value ...]                  one row a check; exit 2 if one fails
-    python -m gcssl.doctor verify-resume configs/pretrain/x.yaml [key=value ...]    kill -9, resume, compare every bit
-    python -m gcssl.doctor replay RUN/incidents/after_step_123 [key=value ...]      the step that stopped a run, again
+    python -m gcssl.doctor configs/pretrain/x.yaml [key=value ...]                one row a check; exit 2 if one fails
+    python -m gcssl.doctor verify-resume configs/pretrain/x.yaml [key=value ...]  kill -9, resume, compare every bit
+    python -m gcssl.doctor replay RUN/incidents/after_step_123 [key=value ...]    the step that stopped a run, again
 
 It takes the command line of pretrain.py, and doctor.scan (images looked at, a split; 0: all) and doctor.minutes (of real
 training). It writes nothing into `out`.
@@ -95,7 +95,7 @@ def examine(cfg: DoctorConfig) -> Patient:
 
 @dataclass
 class Scan:
-    """Of the images looked at: index, sides, the picture's hash and thumbnail (rows of unit length), and the bad ones."""
+    """Of the images looked at: index, sides, hash and thumbnail (rows of unit length), and the bad ones."""
 
     index: np.ndarray
     sides: np.ndarray  # n 2
@@ -128,10 +128,9 @@ def scan(images: Images, cfg: DoctorConfig) -> Scan:
     seen = [one for batch in loader for one in batch]
     good = [one for one in seen if len(one) == 4]
     thumbnails = torch.from_numpy(np.stack([one[3] for one in good])) if good else torch.zeros(0, THUMBNAIL**2)
-    return Scan(
-        np.array([one[0] for one in good]), np.array([one[1] for one in good]).reshape(-1, 2),
-        [one[2] for one in good], nn.functional.normalize(thumbnails, dim=1), [one[1:] for one in seen if len(one) == 3],
-    )  # fmt: skip
+    index, sides = np.array([one[0] for one in good]), np.array([one[1] for one in good]).reshape(-1, 2)
+    bad = [one[1:] for one in seen if len(one) == 3]
+    return Scan(index, sides, [one[2] for one in good], nn.functional.normalize(thumbnails, dim=1), bad)
 
 
 def check_images(patient: Patient) -> Finding:
@@ -191,13 +190,12 @@ def check_sizes(patient: Patient) -> Finding:
     if not isinstance(backbone, GCViT):
         return Finding("ok", f"{backbone.name} at {backbone.img_size}, features at stride {backbone.stride}")
     sides = {view.shape[-2:] for view in patient.batch(1)["views"]}
-    told, small = [], False
+    told = []
     for side in sorted(sides, reverse=True):
         windows = backbone.windows_at((side[0], side[1]))
-        small |= min(min(window) for window in windows[:3]) < 3  # the last stage is small on all small images
         told.append(f"{side[0]}x{side[1]}: " + ", ".join(f"{h}x{w}" for h, w in windows))
     text = f"windows of the four stages, in tokens: {'; '.join(told)}"
-    if small:
+    if min(min(window) for window in backbone.windows[:3]) < 3:  # small crops and last stages have no choice
         return Finding("warn", f"{text}; windows of 1 or 2 tokens see little: larger images, or model.window_ratio")
     return Finding("ok", text)
 

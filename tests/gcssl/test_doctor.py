@@ -1,0 +1,180 @@
+"""The doctor: each check finds what it is for, and nothing in a healthy run; verify-resume and replay."""
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import gcssl.doctor as doctor
+from gcssl.config import PretrainConfig, load_config
+from gcssl.doctor import CHECKS, DoctorConfig, Patient, examine
+from gcssl.errors import NumericStop, UserError
+from gcssl.pretrain import pretrain
+from gcssl.rehearsal import differences, replay
+from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.ssl.simmim import SimMIM
+
+YAML = Path(__file__).parents[2] / "configs/pretrain"
+SMALL = ["data.shapes_n=256", "data.workers=0", "train.batch_size=16", "train.warmup_epochs=1", "doctor.minutes=0"]
+
+
+def config(objective: str, *more: str) -> DoctorConfig:
+    schemas = {name: schema for name, (_, schema) in OBJECTIVES.items()}
+    return load_config(DoctorConfig, [str(YAML / f"{objective}_gcvit_nano.yaml"), *SMALL, *more], schemas)
+
+
+def verdicts(patient: Patient) -> dict[str, str]:
+    return {name: check(patient).verdict for name, check in CHECKS.items()}
+
+
+def folder(root: Path, train: int = 30, val: int = 10) -> Path:
+    for split, count in (("train", train), ("val", val)):
+        for i in range(count):
+            place = root / split / f"class{i % 2}"
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(1000 * count + i).integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(pixels).resize((80, 80)).save(place / f"{i:02d}.png")
+    return root
+
+
+@pytest.mark.parametrize("objective", ["joint", "ibot", "mae", "vicreg"])
+def test_a_healthy_run(objective: str, tmp_path: Path) -> None:
+    patient = examine(config(objective, f"out={tmp_path / 'run'}"))
+    assert set(verdicts(patient).values()) == {"ok"}
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_images_and_small_classes(tmp_path: Path) -> None:
+    data = folder(tmp_path / "data")
+    (data / "train/class0/00.png").write_text("no image")
+    patient = examine(config("simmim", f"data.path={data}", "train.batch_size=8", "data.max_bad=0.05"))
+    found = doctor.check_images(patient)
+    assert found.verdict == "warn" and "1 cannot be decoded, the first" in found.told and "00.png" in found.told
+    assert doctor.check_classes(patient).verdict == "warn"
+    patient.cfg.data.max_bad = 0.01
+    assert doctor.check_images(patient).verdict == "FAIL"
+
+
+def test_test_images_in_train_are_found_also_when_they_were_saved_again(tmp_path: Path) -> None:
+    data = folder(tmp_path / "data")
+    keys = [f"data.path={data}", "train.batch_size=8"]
+    assert doctor.check_duplicates(examine(config("simmim", *keys))).verdict == "ok"
+    shutil.copy(data / "train/class1/03.png", data / "val/class1/copy.png")
+    Image.open(data / "train/class0/04.png").save(data / "val/class0/again.jpg", quality=80)
+    found = doctor.check_duplicates(examine(config("simmim", *keys)))
+    assert found.verdict == "warn"
+    assert "1 are in train pixel by pixel, 2 nearly so" in found.told and "again.jpg" in found.told
+    assert "class0/04.png" in found.told
+
+
+def test_windows_that_see_little() -> None:
+    found = doctor.check_sizes(examine(config("simmim", "model.window_ratio=null")))  # 64 px at the default ratio
+    assert found.verdict == "warn" and "2x2" in found.told
+
+
+def test_a_backbone_that_mixes_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    patient = examine(config("simmim"))
+    stem = patient.backbone.stem.forward
+    monkeypatch.setattr(patient.backbone.stem, "forward", lambda x, *a: stem(x, *a) + 1e-3 * x.mean())
+    assert doctor.check_batch_mates(patient).verdict == "FAIL"
+
+
+def test_a_mask_that_leaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens alone are hidden, after the stem, as SimMIM does on Swin."""
+    monkeypatch.setattr("gcssl.ssl.simmim.hide_pixels", lambda x, *_: x)
+    found = doctor.check_mask_leak(examine(config("simmim")))
+    assert found.verdict == "FAIL" and "stem.conv1" in found.told
+
+
+def test_parameters_without_a_gradient_and_wild_ones() -> None:
+    patient = examine(config("simmim"))
+    patient.objective.register_parameter("idle", torch.nn.Parameter(torch.zeros(2)))
+    found = doctor.check_gradients(patient)
+    assert found.verdict == "FAIL" and "1 parameters get no gradient (idle)" in found.told
+    patient = examine(config("simmim"))
+    with torch.no_grad():
+        next(patient.objective.parameters()).fill_(math.inf)
+    assert "not finite" in doctor.check_gradients(patient).told
+
+
+def test_a_disk_too_small_and_a_warm_up_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    patient = examine(config("simmim", "train.epochs=2", "train.warmup_epochs=5"))
+    assert doctor.check_batch(patient).verdict == "warn"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: dataclasses.make_dataclass("Usage", ["free"])(50_000_000))
+    found = doctor.check_disk(patient)
+    assert found.verdict == "FAIL" and "checkpoints of 36 MB take 0.11 GB, 0.1 GB are free" in found.told
+
+
+def test_the_first_steps_are_real_and_leave_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    patient = examine(config("simmim", "doctor.minutes=0.01", "train.epochs=3"))
+    found = doctor.check_first_steps(patient)
+    assert found.verdict == "ok" and "images/s" in found.told and "hours on one process" in found.told
+    assert capfd.readouterr().out == ""
+    wild = examine(config("simmim", "doctor.minutes=1", "train.blr=1e30", "train.lr_rule=none"))
+    assert doctor.check_first_steps(wild).verdict == "FAIL"
+
+
+def test_a_failed_check_is_exit_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("gcssl.ssl.simmim.hide_pixels", lambda x, *_: x)
+    with pytest.raises(UserError, match="1 of 10 checks failed: mask leak"):
+        doctor.main([str(YAML / "simmim_gcvit_nano.yaml"), *SMALL])
+    rows = capsys.readouterr().out
+    assert "FAIL  mask leak" in rows and "ok    gradients" in rows
+
+
+# ---- runs in a temporary folder
+
+
+def run(out: Path, *more: str) -> Path:
+    schemas = {name: schema for name, (_, schema) in OBJECTIVES.items()}
+    keys = ["data.shapes_n=16", "data.workers=0", "train.batch_size=8", "train.warmup_epochs=1", "log.every=1"]
+    keys += ["log.trackers=[]", "eval.online_every=0", "train.steps=4", f"out={out}", *more]
+    return pretrain(load_config(PretrainConfig, [str(YAML / "simmim_gcvit_nano.yaml"), *keys], schemas))
+
+
+def test_differences_of_two_runs_are_named(tmp_path: Path) -> None:
+    one, same = run(tmp_path / "one"), run(tmp_path / "same")
+    assert differences(one, same) == []
+    other = run(tmp_path / "other", "train.seed=1")
+    found = differences(one, other)
+    assert any(name.startswith("model encoder.") for name in found) and "step 1, loss" in found
+
+
+def test_an_incident_is_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward = SimMIM.forward
+
+    def poisoned(self: Any, batch: dict[str, Any], step: int) -> dict[str, Any]:
+        out = forward(self, batch, step)
+        return {**out, "loss": out["loss"] * (math.nan if step >= 2 else 1.0)}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SimMIM, "forward", poisoned)
+        with pytest.raises(NumericStop):
+            run(tmp_path / "run", "train.max_bad_steps=2")
+        incident = tmp_path / "run/incidents/after_step_2"
+        before = sorted(path.name for path in incident.rglob("*"))
+        replay([str(incident)])
+        told = capsys.readouterr().out
+        first = json.loads((incident / "incident.json").read_text())["steps"][0]
+        assert f"replay: reproduced: {first['reason']}; images {first['indices']}" in told
+        assert sorted(path.name for path in incident.rglob("*")) == before  # it works on a copy
+    with pytest.raises(NumericStop, match="not reproduced: then loss nan.* now a good step"):
+        replay([str(incident)])
+    with pytest.raises(UserError, match="expected a folder RUN/incidents"):
+        replay([str(tmp_path)])
+
+
+@pytest.mark.slow
+@pytest.mark.fault("python -m gcssl.doctor verify-resume", "says bit for bit, on this machine and config")
+def test_verify_resume(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.main(["verify-resume", str(YAML / "simmim_gcvit_nano.yaml"), *SMALL])
+    assert "equal bit for bit" in capsys.readouterr().out

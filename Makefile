@@ -6,7 +6,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-.PHONY: help setup demo test test-all test-faults test-learning check
+.PHONY: help setup demo test test-all test-faults test-mutants test-learning check
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -32,6 +32,9 @@ test-all: setup  ## the whole test suite
 
 test-faults: setup  ## what a run must survive, broken on purpose: one row a fault; about ten minutes
 	@$(PYTEST) -m fault
+
+test-mutants: setup  ## break each guard on purpose and see its test fail; about ten minutes
+	@$(PY) -m scripts.mutants
 
 test-learning: setup  ## does every objective learn; about an hour, for the night
 	@$(PY) -m pytest -q -m learning $(PYTEST_ARGS)

@@ -2,10 +2,10 @@
 
     python -m gcssl.doctor configs/pretrain/x.yaml [key=value ...]                one row a check; exit 2 if one fails
     python -m gcssl.doctor verify-resume configs/pretrain/x.yaml [key=value ...]  kill -9, resume, compare every bit
-    python -m gcssl.doctor replay RUN/incidents/after_step_123 [key=value ...]    the step that stopped a run, again
+    python -m gcssl.doctor replay RUN/incidents/after_step_123 [key=value ...]    the step that stopped a run
 
-It takes the command line of pretrain.py, and doctor.scan (images looked at, a split; 0: all) and doctor.minutes (of real
-training). It writes nothing into `out`.
+It takes the command line of pretrain.py, doctor.scan (images looked at, of each split; 0: all) and doctor.minutes (of
+real training). It writes nothing into `out`.
 """
 
 import hashlib

@@ -68,7 +68,7 @@ def refusal(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OSError):
         return f"cannot be read ({_one_line(error)})"
-    found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class|operand)[:\s]+`?([\w.]+)", text)
+    found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class|operand)[:\s]+`?([A-Za-z_][\w.]*)", text)
     if found:
         name = next(g for g in found.groups() if g)
         return f"refused: it pickles {name}; only tensors, plain containers and argparse.Namespace are read"

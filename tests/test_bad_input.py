@@ -1,11 +1,14 @@
 """Bad input ends in one line that names what was given and what is expected, exit 2, with nothing written over."""
 
 import hashlib
+import io
 import pickle
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -186,7 +189,7 @@ def test_checkpoint_of_another_architecture(tmp_path: Path, refused) -> None:
 
 @pytest.mark.parametrize("suffix", [".pth", ".pth.tar", ".bin", ".pt"])
 @pytest.mark.fault(
-    "a malicious pickle as .bin, .pth, .npy ... ",
+    "a malicious pickle as .pth, .pth.tar, .bin, .pt",
     "refused in one line, nothing runs",
 )
 def test_malicious_pickle_is_refused_and_nothing_runs(suffix: str, tmp_path: Path, refused) -> None:
@@ -201,6 +204,39 @@ def test_malicious_pickle_is_refused_and_nothing_runs(suffix: str, tmp_path: Pat
     ):
         assert str(evil) in refused(module, *argv)
         assert not canary.exists()
+
+
+@pytest.mark.fault(
+    "a malicious pickle as .npy, as torch.distributed.checkpoint's metadata, beside images in a tar",
+    "refused in one line or not read, nothing runs",
+)
+def test_pickles_in_other_places_do_not_run(tmp_path: Path, refused) -> None:
+    canary, array, folder, tars = (tmp_path / name for name in ("canary", "evil.npy", "dcp", "tars"))
+    np.save(array, np.array([Canary(canary)], dtype=object), allow_pickle=True)
+    folder.mkdir(), tars.mkdir()
+    (folder / ".metadata").write_bytes(pickle.dumps(Canary(canary)))
+    for evil in (array, folder):
+        assert str(evil) in refused(knn, f"backbone={evil}", "data.path=shapes", f"out={tmp_path / 'e'}")
+    with tarfile.open(tars / "train-0.tar", "w") as tar:
+        for i in range(20):
+            png = io.BytesIO()
+            Image.new("RGB", (64, 64), (i, i, i)).save(png, "PNG")
+            contents = {"png": png.getvalue(), "cls": b"%d" % (i % 2), "pkl": pickle.dumps(Canary(canary))}
+            for suffix, content in contents.items():
+                info = tarfile.TarInfo(f"{i:03d}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    keys = [f"data.path={tars}", f"data.cache_dir={tmp_path / 'cache'}", f"out={tmp_path / 'run'}"]
+    pretrain.main([YAML, *TINY, *keys])  # the images are read, what is beside them is not
+    assert not canary.exists()
+
+
+@pytest.mark.fault("a result named ../../x", "refused; nothing is written outside the run folder")
+def test_names_stay_in_the_folder(tmp_path: Path, refused) -> None:
+    pretrain.main([YAML, *TINY, f"out={tmp_path / 'a/b'}"])
+    before = sorted(tmp_path.rglob("*"))
+    line = refused(knn, f"backbone={tmp_path / 'a/b'}", "data.path=shapes", "data.shapes_n=32", "name=../../../x")
+    assert "name: '../../../x' given" in line and sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("module", [knn, linear_probe, finetune])

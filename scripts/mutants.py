@@ -1,0 +1,59 @@
+"""Break each guard once on purpose and see its test fail.     python -m scripts.mutants [word in the guard's name ...]
+
+The guards are in scripts/mutants.yaml. Works on a copy of the checkout; prints a row a guard, and exits with 1 when the tests did not notice one.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Mutant(NamedTuple):
+    guard: str
+    file: str
+    old: str
+    new: str
+    test: str  # what has to notice: a file, and what -k takes
+
+
+MUTANTS = [Mutant(**entry) for entry in yaml.safe_load((ROOT / "scripts/mutants.yaml").read_text())]
+
+
+def noticed(mutant: Mutant, copy: Path) -> bool:
+    """Does the test fail on the broken copy?"""
+    path, sound = copy / mutant.file, (ROOT / mutant.file).read_text()
+    assert mutant.old in sound, f"{mutant.guard}: {mutant.file} no longer has {mutant.old!r}"
+    path.write_text(sound.replace(mutant.old, mutant.new, 1))
+    argv = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", *mutant.test.split()]
+    env = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    code = subprocess.run(argv, cwd=copy, env=env, capture_output=True, timeout=900).returncode
+    path.write_text(sound)
+    assert code in (0, 1), f"{mutant.guard}: pytest could not run (exit {code})"
+    return code == 1
+
+
+def main() -> None:
+    chosen = [m for m in MUTANTS if not sys.argv[1:] or any(word in m.guard for word in sys.argv[1:])]
+    unnoticed = 0
+    with tempfile.TemporaryDirectory(prefix="gcssl-mutants-") as folder:
+        copy = Path(folder) / "gcssl"
+        ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info")
+        shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+        for mutant in chosen:
+            found = noticed(mutant, copy)
+            unnoticed += not found
+            print(f"{'noticed' if found else 'UNNOTICED':<10} {mutant.guard:<50} {mutant.test}", flush=True)
+    print(f"{len(chosen) - unnoticed} of {len(chosen)} broken guards were noticed")
+    sys.exit(bool(unnoticed))
+
+
+if __name__ == "__main__":
+    main()

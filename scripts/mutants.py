@@ -1,6 +1,7 @@
 """Break each guard once on purpose and see its test fail.     python -m scripts.mutants [word in the guard's name ...]
 
-The guards are in scripts/mutants.yaml. Works on a copy of the checkout; prints a row a guard, and exits with 1 when the tests did not notice one.
+The guards are in scripts/mutants.yaml. Works on a copy of the checkout; prints a row a guard, and exits with 1 when
+the tests did not notice one.
 """
 
 import os

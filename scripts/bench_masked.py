@@ -2,17 +2,16 @@
 
     python -m scripts.bench_masked [--variant gcvit_tiny] [--size 224] [--batch 4] [--ratio 0.5 0.6 0.75] [--rounds 5]
 
-A step is forward and backward of the encoder with a light loss, without an optimizer, in CPU seconds of one thread.
+A step is forward and backward of the encoder with a light loss, without an optimizer, in CPU seconds of one thread, or
+in seconds of the wall on a GPU.
 The ways alternate, so that a load on the machine falls on all of them. Speed-up: the plain pass's time over a way's
 time of the same round; median, smallest and largest. Activations: what autograd keeps, each storage once, parameters
 left out.
 """
 
 import argparse
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,10 +21,10 @@ from torch import Tensor, nn
 
 from gcssl.models.build import build_backbone
 from gcssl.models.gcvit import GCViT
+from gcssl.models.visible import count_visible
 from gcssl.runtime import entry
 from gcssl.ssl.masking import draw_mask, hide_pixels
-
-Step = Callable[[], None]
+from scripts.timing import Step, alternate, device, ratios, write
 
 
 def masks(n: int, side: int, ratio: float) -> Tensor:
@@ -36,14 +35,14 @@ def masks(n: int, side: int, ratio: float) -> Tensor:
 
 def ways(encoder: GCViT, x: Tensor, ratios: list[float], bf16: bool) -> dict[tuple[str, float], Step]:
     """A training step of each way at each ratio, "plain" first."""
-    token = nn.Parameter(torch.zeros(encoder.channels[0]))
+    token = nn.Parameter(torch.zeros(encoder.channels[0], device=x.device))
     # the loss: a fixed direction per feature, so that every token has a gradient
-    target = torch.randn(x.shape[0], encoder.num_features, *(s // encoder.stride for s in x.shape[2:]))
+    target = torch.randn(x.shape[0], encoder.num_features, *(s // encoder.stride for s in x.shape[2:]), device=x.device)
 
     def step(forward: Callable[[], Tensor]) -> Step:
         def run() -> None:
             encoder.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
                 features = forward()
             (features * target).mean().backward()
 
@@ -51,17 +50,12 @@ def ways(encoder: GCViT, x: Tensor, ratios: list[float], bf16: bool) -> dict[tup
 
     steps = {}
     for ratio in ratios:
-        mask = masks(len(x), x.shape[-1], ratio)
+        mask = masks(len(x), x.shape[-1], ratio).to(x.device)
+        n = count_visible(mask)
         steps["plain", ratio] = step(lambda m=mask: encoder.forward_features(hide_pixels(x, m), m, token))
         steps["visible, dense", ratio] = step(lambda m=mask: encoder.forward_visible(x, m, dense=True))
-        steps["visible, fast", ratio] = step(lambda m=mask: encoder.forward_visible(x, m))
+        steps["visible, fast", ratio] = step(lambda m=mask, n=n: encoder.forward_visible(x, m, n_visible=n))
     return steps
-
-
-def seconds(step: Step) -> float:
-    start = time.process_time()
-    step()
-    return time.process_time() - start
 
 
 def saved_mib(step: Step, encoder: nn.Module) -> float:
@@ -81,20 +75,14 @@ def saved_mib(step: Step, encoder: nn.Module) -> float:
 
 
 def measure(encoder: GCViT, steps: dict[tuple[str, float], Step], rounds: int, batch: int) -> list[dict[str, object]]:
-    for step in steps.values():
-        step()
-    times: dict[tuple[str, float], list[float]] = {key: [] for key in steps}
-    for _ in range(rounds):
-        for key, step in steps.items():
-            times[key].append(seconds(step))
+    times = alternate(steps, rounds, 10 if torch.cuda.is_available() else 1)
     rows: list[dict[str, object]] = []
     for (way, ratio), own in times.items():
-        gains = [a / b for a, b in zip(times["plain", ratio], own, strict=True)]
         mib = saved_mib(steps[way, ratio], encoder) / batch
         share = mib / (saved_mib(steps["plain", ratio], encoder) / batch)
         rows.append(
-            {"way": way, "ratio": ratio, "seconds": statistics.median(own), "speedup": statistics.median(gains),
-             "speedup_min": min(gains), "speedup_max": max(gains), "mib_per_image": mib, "mib_share": share}
+            {"way": way, "ratio": ratio, "seconds": statistics.median(own), **ratios(times["plain", ratio], own),
+             "mib_per_image": mib, "mib_share": share}
         )  # fmt: skip
     return rows
 
@@ -124,13 +112,13 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    encoder = build_backbone(args.variant, img_size=args.size).train()
-    x = torch.randn(args.batch, 3, args.size, args.size)
+    encoder = build_backbone(args.variant, img_size=args.size).train().to(device())
+    x = torch.randn(args.batch, 3, args.size, args.size, device=device())
     rows = measure(encoder, ways(encoder, x, args.ratio, args.bf16), args.rounds, args.batch)
-    sys.stdout.write(f"{args.variant}, {args.size} px, batch {args.batch}, {args.rounds} rounds\n{table(rows)}")
-    if args.out:
-        setting = {key: value for key, value in vars(args).items() if key != "out"}
-        args.out.write_text(json.dumps({**setting, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    sys.stdout.write(
+        f"{args.variant}, {args.size} px, batch {args.batch}, {device()}, {args.rounds} rounds\n{table(rows)}"
+    )
+    write(args.out, vars(args), rows)
 
 
 if __name__ == "__main__":

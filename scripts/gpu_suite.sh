@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# What runs on a GPU machine, in one call: the GPU tests, then CIFAR-10 pretraining with gcvit_xxtiny in bf16.
-#   bash scripts/gpu_suite.sh CIFAR10_FOLDER RESULTS_FOLDER [MINUTES]
-# CIFAR10_FOLDER holds train-*.parquet and test-*.parquet. Everything it measures is in RESULTS_FOLDER.
-# Runs are cut at MINUTES (default 9) in all and resume when the same call is made again.
+# What runs on a GPU machine: the GPU tests, the benchmarks, then CIFAR-10 pretraining with gcvit_xxtiny in bf16.
+#   bash scripts/gpu_suite.sh CIFAR10_FOLDER RESULTS_FOLDER MINUTES [tests] [bench] [pretrain]
+# CIFAR10_FOLDER holds train-*.parquet and test-*.parquet; without a part named, all three run. What they measure is in
+# RESULTS_FOLDER. Everything is cut at MINUTES; pretraining goes on where it was when the same call is made again.
+# EPOCHS (default 100) is the length of a pretraining, OBJECTIVES (default "joint mocov3 simmim") what is pretrained.
 set -uo pipefail
-data=$(realpath "$1") results=$(realpath -m "$2") minutes=${3:-9}
+data=$(realpath "$1") results=$(realpath -m "$2") minutes=$3
+shift 3
+parts="${*:-tests bench pretrain}"
 cd "$(dirname "$0")/.."
 mkdir -p "$results"
 python=${PYTHON:-python3}
@@ -15,18 +18,38 @@ keep() {  # the small files of a run folder
     mkdir -p "$out"
     cp -r "$1"/{config.yaml,env.json,status.json,metrics.jsonl,eval} "$out" 2>/dev/null
 }
+bench() {  # bench NAME ARGUMENTS: scripts/bench_NAME.py
+    local name=$1 out="$results/bench_$1_$(echo "${@:2}" | tr -dc 'a-z0-9_')"
+    timeout "$(left)" "$python" -m "scripts.bench_$name" "${@:2}" --out "$out.json" 2>&1 | tee "$out.txt"
+}
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$results/gpu.csv"
-timeout "$(left)" "$python" -m pytest -q tests -m gpu 2>&1 | tee "$results/tests.txt"
 
-share=3
-for objective in joint mocov3 simmim; do
-    run=runs/gpu_$objective
-    timeout -s TERM "$(left $share)" "$python" pretrain.py configs/pretrain/cifar10_xxtiny.yaml objective.name=$objective \
-        data.path="$data" out="$run" 2>&1 | tee "$results/$objective.txt"
-    for evaluation in knn linear_probe; do
-        timeout "$(left)" "$python" -m gcssl.eval.$evaluation backbone="$run" compare=random 2>&1 | tee -a "$results/$objective.txt"
+if [[ " $parts " == *" tests "* ]]; then
+    timeout "$(left 3)" "$python" -m pytest -q -n 8 tests -m gpu 2>&1 | tee "$results/tests.txt" | tail -n 30
+fi
+
+if [[ " $parts " == *" bench "* ]]; then
+    bench model --variant gcvit_tiny gcvit_base --profile
+    for variant in gcvit_xxtiny gcvit_tiny; do
+        bench masked --variant $variant --batch 64 --ratio 0.6 0.75 --bf16
     done
-    keep "$run"
-    share=$(( share - 1 ))
-done
+    bench model --variant gcvit_tiny --compile --kinds train --profile
+fi
+
+if [[ " $parts " == *" pretrain "* ]]; then
+    objectives=(${OBJECTIVES:-joint mocov3 simmim})
+    share=${#objectives[@]}
+    for objective in "${objectives[@]}"; do
+        run=runs/gpu_$objective
+        timeout -s TERM "$(left $share)" "$python" pretrain.py configs/pretrain/cifar10_xxtiny.yaml \
+            objective.name="$objective" data.path="$data" out="$run" train.epochs="${EPOCHS:-100}" 2>&1 |
+            tee "$results/$objective.txt" | tail -n 40
+        for evaluation in knn linear_probe; do
+            timeout "$(left)" "$python" -m gcssl.eval.$evaluation backbone="$run" compare=random 2>&1 |
+                tee -a "$results/$objective.txt"
+        done
+        keep "$run"
+        share=$(( share - 1 ))
+    done
+fi

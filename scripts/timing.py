@@ -5,13 +5,14 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from gcssl.runfolder import environment
 
 Step = Callable[[], object]
+Key = TypeVar("Key")
 
 
 def device() -> torch.device:
@@ -31,12 +32,12 @@ def seconds(step: Step, times: int = 1) -> float:
     return (clock() - start) / times
 
 
-def alternate(steps: dict[str, Step], rounds: int, times: int = 1, warm: int = 2) -> dict[str, list[float]]:
+def alternate(steps: dict[Key, Step], rounds: int, times: int = 1, warm: int = 2) -> dict[Key, list[float]]:
     """Seconds a call of each step, one measurement a round, in turn, so that a load falls on all of them."""
     for step in steps.values():
         for _ in range(warm):
             step()
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    found: dict[Key, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             found[name].append(seconds(step, times))

@@ -3,7 +3,8 @@
 #   bash scripts/gpu_suite.sh CIFAR10_FOLDER RESULTS_FOLDER MINUTES [tests] [bench] [pretrain]
 # CIFAR10_FOLDER holds train-*.parquet and test-*.parquet; without a part named, all three run. What they measure is in
 # RESULTS_FOLDER. Everything is cut at MINUTES; pretraining goes on where it was when the same call is made again.
-# EPOCHS (default 100) is the length of a pretraining, OBJECTIVES (default "joint mocov3 simmim") what is pretrained.
+# EPOCHS (default 100) is the length of a pretraining, OBJECTIVES (default "joint mocov3 simmim") what is pretrained, MORE
+# further options of it.
 set -uo pipefail
 data=$(realpath "$1") results=$(realpath -m "$2") minutes=$3
 shift 3
@@ -43,7 +44,7 @@ if [[ " $parts " == *" pretrain "* ]]; then
     for objective in "${objectives[@]}"; do
         run=runs/gpu_$objective
         timeout -s TERM "$(left $share)" "$python" pretrain.py configs/pretrain/cifar10_xxtiny.yaml \
-            objective.name="$objective" data.path="$data" out="$run" train.epochs="${EPOCHS:-100}" 2>&1 |
+            objective.name="$objective" data.path="$data" out="$run" train.epochs="${EPOCHS:-100}" ${MORE:-} 2>&1 |
             tee "$results/$objective.txt" | tail -n 40
         for evaluation in knn linear_probe; do
             timeout "$(left)" "$python" -m gcssl.eval.$evaluation backbone="$run" compare=random 2>&1 |

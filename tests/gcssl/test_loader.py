@@ -243,8 +243,8 @@ def test_an_error_in_make_keeps_its_type_and_traceback() -> None:
 )
 def test_workers_ignore_the_signals_and_use_one_thread() -> None:
     def make(*_: Any) -> dict[str, Any]:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
         return {"threads": torch.get_num_threads()}
 
     loader = train_loader(TrainSet(make_images(20), make, 0), plan(n=20, total_steps=2), workers=1, timeout=20)

@@ -130,7 +130,9 @@ def fit(
     save_steps = max(1, round(cfg.checkpoint.every * sizes.steps_per_epoch))
     objective.to(accelerator.device)
     bad_steps = BadSteps(run.path, train, objective)
-    state = RunState(run, objective, make_optimizer(groups, train), accelerator, bad_steps)
+    watch = CollapseWatch(objective.chance(sizes.global_batch) if hasattr(objective, "chance") else {})
+    judges = {"bad_steps": bad_steps, "collapse": watch}
+    state = RunState(run, objective, make_optimizer(groups, train), accelerator, judges)
     step = state.resume()
     run.start()  # nothing is left to refuse
     if train.compile:
@@ -140,7 +142,6 @@ def fit(
     loader = train_loader(dataset, plan, cfg.data.workers, cfg.data.timeout)
     logged = (run.path, sizes.total_steps, step, cfg.log.every, cfg.log.trackers, accelerator.is_main_process)
     meter, bad = Meter(accelerator), BadSamples(run.path, len(dataset), cfg.data.max_bad)
-    watch = CollapseWatch(objective.chance(sizes.global_batch) if hasattr(objective, "chance") else {})
     objective.train()
     if run.is_main:
         cut_after(bad_steps.path, step)

@@ -31,6 +31,12 @@ class CollapseWatch:
         self.since = {name: self.since.get(name, 0) + 1 for name in present}
         return next((present[name] for name, steps in self.since.items() if steps == self.patience), None)
 
+    def state_dict(self) -> dict[str, int]:
+        return dict(self.since)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.since = dict(state)
+
     def signs(self, values: dict[str, float]) -> list[Sign]:
         found = []
         if (std := values.get("feature_std", 1.0)) < LEAST_STD:

@@ -168,7 +168,7 @@ def replay(argv: list[str]) -> None:
     say(f"replay: the run stopped: {incident['reason']}")
     say(
         f"replay: step {incident['step'] + 1} again: "
-        + ", ".join(f"{k} {v}" for k, v in told[-1].items() if k != "step")
+        + ", ".join(f"{k} {'not finite' if v is None else f'{v:.6g}'}" for k, v in told[-1].items() if k != "step")
     )
     if first is None:
         say("replay: no bad step was listed: the values above are those that the collapse went on with")

@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from gcssl.badsteps import BadSteps
 from gcssl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 from gcssl.config import CheckpointConfig
 from gcssl.errors import NumericStop, UserError
@@ -21,7 +20,11 @@ from gcssl.runfolder import RunFolder
 
 
 class RunState:
-    """The objective and its optimizer as they were before Accelerate's `prepare`, the loss scaler, the bad steps."""
+    """The objective and its optimizer as they were before Accelerate's `prepare`, the loss scaler, and the judges.
+
+    judges: by name, what decides from earlier steps whether one counts or ends the run; with state_dict and
+    load_state_dict of JSON values.
+    """
 
     def __init__(
         self,
@@ -29,10 +32,10 @@ class RunState:
         objective: Any,
         optimizer: torch.optim.Optimizer,
         accelerator: Accelerator,
-        bad_steps: BadSteps,
+        judges: dict[str, Any],
     ) -> None:
         self.run, self.objective, self.optimizer, self.accelerator = run, objective, optimizer, accelerator
-        self.bad_steps = bad_steps
+        self.judges = judges
         self.saved = False
 
     def resume(self) -> int:
@@ -51,8 +54,8 @@ class RunState:
         load_optimizer(self.optimizer, loaded.tensors["optimizer"], loaded.state["optimizer"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(loaded.state["scaler"])
-        if "bad_steps" in loaded.state:  # not in an incident's
-            self.bad_steps.load_state_dict(loaded.state["bad_steps"])
+        for name in self.judges.keys() & loaded.state.keys():  # an incident's checkpoint has none
+            self.judges[name].load_state_dict(loaded.state[name])
         say(f"resumed from {loaded.path.name}")
         return run.step
 
@@ -60,7 +63,8 @@ class RunState:
         """All that a resume needs beside config and step: tensors by file, and JSON values."""
         tensors, optimizer = optimizer_tensors(self.optimizer)
         default_encoder = getattr(self.objective, "default_encoder", "student")
-        state = {"optimizer": optimizer, "default_encoder": default_encoder, "bad_steps": self.bad_steps.state_dict()}
+        state = {"optimizer": optimizer, "default_encoder": default_encoder}
+        state |= {name: judge.state_dict() for name, judge in self.judges.items()}
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         return {"model": self.objective.state_dict(), "optimizer": tensors}, state
@@ -99,7 +103,8 @@ class RunState:
     def _leave(self, folder: Path, step: int, told: dict[str, Any]) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier start that came to the same end
         tensors, state = self.snapshot()
-        del state["bad_steps"]  # there were none yet, and the losses of later steps do not judge the first
+        for name in self.judges:  # they saw nothing yet, and the losses of later steps do not judge the first
+            del state[name]
         try:
             folder.mkdir(parents=True)
             for name in ("config.yaml", "env.json"):

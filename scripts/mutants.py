@@ -30,7 +30,8 @@ MUTANTS = [Mutant(**entry) for entry in yaml.safe_load((ROOT / "scripts/mutants.
 
 def noticed(mutant: Mutant, copy: Path) -> bool:
     """Does the test fail on the broken copy?"""
-    path, sound = copy / mutant.file, (ROOT / mutant.file).read_text()
+    path = copy / mutant.file
+    sound = path.read_text()
     assert mutant.old in sound, f"{mutant.guard}: {mutant.file} no longer has {mutant.old!r}"
     path.write_text(sound.replace(mutant.old, mutant.new, 1))
     argv = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", *mutant.test.split()]

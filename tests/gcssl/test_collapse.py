@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 import gcssl.collapse as collapse
 from gcssl.collapse import CollapseWatch
 from gcssl.config import AugmentConfig, PretrainConfig, load_config
-from gcssl.errors import NumericStop
+from gcssl.errors import NumericStop, Preempted
 from gcssl.models.gcvit import GCViT
 from gcssl.pretrain import pretrain
 from gcssl.ssl.joint import VIEW
@@ -77,6 +77,9 @@ def test_a_teacher_without_preference_stops_the_run(
     pretrain(config(tmp_path / "b", *hot, "train.steps=12"))  # warns, and goes on
     assert capsys.readouterr().out.count("collapse? for 5 steps loss") == 1
     assert json.loads((tmp_path / "b/status.json").read_text())["state"] == "finished"
+    for stop in [Preempted] * 4 + [NumericStop]:  # a step a start: the count goes on
+        with pytest.raises(stop):
+            pretrain(config(tmp_path / "c", *hot, "train.on_collapse=stop", "train.max_hours=0"))
 
 
 def test_chance_losses_are_what_equal_embeddings_give() -> None:

@@ -36,6 +36,8 @@ def entry(main: Callable[[list[str]], None]) -> None:
     follow_launcher()
     error: BaseException | None = None
     try:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, _stop_here)
         main(sys.argv[1:])
     except (Exception, KeyboardInterrupt) as raised:
         error = raised
@@ -45,6 +47,13 @@ def entry(main: Callable[[list[str]], None]) -> None:
     if error is not None:
         _report(error, code, reason)
     sys.exit(code)
+
+
+def _stop_here(number: int, _: FrameType | None) -> None:
+    """Outside of the loop (see StopSignal) there is nothing to finish first."""
+    error = Preempted(f"stopped by {signal.Signals(number).name}; run the same command again to go on")
+    error.agreed = False
+    raise error
 
 
 def follow_launcher() -> None:

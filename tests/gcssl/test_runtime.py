@@ -26,12 +26,15 @@ from gcssl.runtime import (
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def leave(error: BaseException | None, folder: Path) -> tuple[int, str]:
-    """Exit code and stderr of a program whose main ends with `error`; in a fork, which is quick."""
+def leave(end: BaseException | signal.Signals | None, folder: Path) -> tuple[int, str]:
+    """Exit code and stderr of a program whose main ends with `end`; in a fork, which is quick."""
 
     def main(_: list[str]) -> None:
-        if error is not None:
-            raise error
+        if isinstance(end, signal.Signals):
+            os.kill(os.getpid(), end)
+            time.sleep(10)
+        elif end is not None:
+            raise end
 
     told = folder / "stderr"
     child = os.fork()
@@ -51,17 +54,21 @@ def leave(error: BaseException | None, folder: Path) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "line"),
+    ("end", "code", "line"),
     [
         (None, 0, ""),
         (UserError("data.path: no such\nfolder"), 2, "gcssl: data.path: no such folder"),
         (Preempted("stopped at step 3"), 75, "gcssl: stopped at step 3"),
         (NumericStop("loss is nan"), 78, "gcssl: loss is nan"),
         (ValueError("broken"), 1, "ValueError: broken"),
+        (signal.SIGTERM, 75, "gcssl: stopped by SIGTERM; run the same command again to go on"),
+        (signal.SIGUSR1, 75, "gcssl: stopped by SIGUSR1; run the same command again to go on"),
     ],
 )
-def test_entry_maps_errors_to_exit_codes(tmp_path: Path, error: Exception | None, code: int, line: str) -> None:
-    left, told = leave(error, tmp_path)
+def test_entry_maps_ends_to_exit_codes(
+    tmp_path: Path, end: Exception | signal.Signals | None, code: int, line: str
+) -> None:
+    left, told = leave(end, tmp_path)
     assert left == code
     assert told.strip().splitlines()[-1:] == ([line] if line else [])
     assert ("Traceback" in told) == (code == 1) and (code == 1 or len(told.splitlines()) == bool(line))

@@ -238,7 +238,7 @@ def test_an_error_in_make_keeps_its_type_and_traceback() -> None:
 
 
 @pytest.mark.fault(
-    "SIGTERM and Ctrl-C to the loader workers",
+    "SIGTERM, SIGUSR1 and Ctrl-C to the loader workers",
     "the batch of the running step still comes",
 )
 def test_workers_ignore_the_signals_and_use_one_thread() -> None:

@@ -51,12 +51,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
     with accelerator.main_process_first():  # the main process fills the caches
         images = open_data(cfg.data, backbone.img_size).train
     say(images.describe())
-    sizes = run_sizes(cfg.train, len(images), accelerator.num_processes)
-    if objective_class.couples_batch and (sizes.accumulate > 1 or sizes.global_batch < 2):
-        raise UserError(
-            f"train.accumulate={sizes.accumulate}, batch_size={sizes.batch_size}: {cfg.objective.name} compares"
-            " the images of a batch, two at least, and none across micro-batches; use more processes or a larger batch"
-        )
+    sizes = pretrain_sizes(cfg, len(images), accelerator.num_processes)
     objective = objective_class(
         cfg.objective, backbone, cfg.augment, backbone.img_size, sizes.total_steps, sizes.steps_per_epoch
     )
@@ -91,6 +86,18 @@ def check_objective(cfg: PretrainConfig) -> None:
         objective = OBJECTIVES[cfg.objective.name][0](cfg.objective, backbone, cfg.augment, backbone.img_size, 1, 1)
     if cfg.encoder == "teacher" and not hasattr(objective, "teacher"):
         raise UserError(f"encoder=teacher: {cfg.objective.name} has no teacher; leave encoder out")
+
+
+def pretrain_sizes(cfg: PretrainConfig, n_images: int, world: int) -> Sizes:
+    """Batch and steps on `world` processes; refuses accumulation where the objective would compute another loss."""
+    sizes = run_sizes(cfg.train, n_images, world)
+    objective_class: Any = OBJECTIVES[cfg.objective.name][0]
+    if objective_class.couples_batch and (sizes.accumulate > 1 or sizes.global_batch < 2):
+        raise UserError(
+            f"train.accumulate={sizes.accumulate}, batch_size={sizes.batch_size}: {cfg.objective.name} compares"
+            " the images of a batch, two at least, and none across micro-batches; use more processes or a larger batch"
+        )
+    return sizes
 
 
 def build_pretrain_backbone(cfg: PretrainConfig) -> Backbone:

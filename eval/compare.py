@@ -19,6 +19,9 @@ def compare(first: Path, second: Path) -> dict[str, float | int]:
     a, b = read(first), read(second)
     if a["test_fingerprint"] != b["test_fingerprint"]:
         raise UserError(f"{second}: judged on other images ({b['test_split']}) than {first} ({a['test_split']})")
+    metrics = [result["correct"]["metric"] for result in (a, b)]
+    if metrics[0] != metrics[1]:
+        raise UserError(f"{second}: {metrics[1]} cannot be paired with {metrics[0]} of {first}")
     correct_a, correct_b = unpacked(a["correct"]), unpacked(b["correct"])
     return {"a": percent(correct_a), "b": percent(correct_b), **mcnemar(correct_a, correct_b)}
 

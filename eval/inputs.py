@@ -156,6 +156,9 @@ def data_of(cfg: Any, run: dict[str, Any] | None) -> DataConfig:
 
 def model_of(cfg: Any, run: dict[str, Any] | None) -> ModelConfig:
     """The model asked for; of a run, the run's own at the img_size asked for: other wishes are refused."""
+    if cfg.model.weights is not None:
+        told = "an evaluation takes its weights from backbone=; leave it out"
+        raise UserError(f"model.weights={cfg.model.weights}: {told}")
     if run is None and cfg.backbone not in FRESH:
         return cfg.model
     asked = _given(cfg.model, AskedModel())

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from gcssl.config import EvalConfig
 from gcssl.errors import UserError
 from gcssl.eval.features import KINDS, gather_rows
 from gcssl.eval.inputs import InputConfig, Inputs, evaluate, program
@@ -36,11 +35,16 @@ BACKENDS = CHOICES["eval.backend"]
 
 
 @dataclass
+class SearchConfig:
+    backend: str = "auto"  # auto | faiss | torch
+
+
+@dataclass
 class KnnConfig(InputConfig):
     ks: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
     temperature: float = 0.07
     features: str = field(default="last", metadata={"choices": KINDS})
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: SearchConfig = field(default_factory=SearchConfig)
 
 
 # ---------------------------------------------------------------------------------------------------- search

@@ -20,6 +20,7 @@ FREE_KEYS = (
     "batch_size",
     "runtime",
     "data.workers",
+    "data.max_bad",
     "data.timeout",
     "data.cache_dir",
     "allow_env",
@@ -117,6 +118,8 @@ def check_result(path: Path, settings: dict[str, Any]) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path}: exists and is no result of this version; move it away or pass name=") from None
     keys = [key for key in sorted({*old, *settings}) if old.get(key) != json.loads(json.dumps(settings.get(key)))]
+    if old.get("compare") is None and "compare" in keys:
+        keys.remove("compare")  # the same result with a second one beside it
     if keys:
         diff = ", ".join(f"{key}: {old.get(key)} there, {settings.get(key)} asked" for key in keys[:4])
         raise UserError(f"{path}: holds a result of other settings ({diff}); pass name=<word> to keep both")

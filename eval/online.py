@@ -46,10 +46,10 @@ def online_probe(
     cfg: PretrainConfig, images: Images, accelerator: Accelerator, steps_per_epoch: int
 ) -> OnlineProbe | None:
     """The probe of a run, every eval.online_every epochs; None where it has no labels or wants none."""
-    if images.labels is None:
-        say("no labels in this data set: the online kNN probe is skipped")
     every = cfg.eval.online_every * steps_per_epoch
-    return OnlineProbe(cfg, images, accelerator, every) if images.labels is not None and every else None
+    if every and images.labels is None:
+        say("no labels in this data set: the online kNN probe is skipped")
+    return OnlineProbe(cfg, images, accelerator, every) if every and images.labels is not None else None
 
 
 def evaluated_encoder(cfg: PretrainConfig, objective: Any) -> Backbone:

@@ -112,7 +112,8 @@ def read_checkpoint(path: Path) -> Loaded:
     if problem is not None:
         raise UserError(f"{path}: not used: {problem}")
     try:
-        tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+        names = sorted(json.loads((path / "manifest.json").read_text())["files"])  # what else lies there is not ours
+        tensors = {Path(name).stem: load_file(path / name) for name in names if name.endswith(".safetensors")}
         state = json.loads((path / "state.json").read_text())
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path}: not used: {' '.join(str(error).split())}") from None
@@ -132,9 +133,9 @@ def verify(path: Path) -> str | None:
         return "manifest.json cannot be read"
     if STEP_FOLDER.fullmatch(path.name) and step != _step_of(path):
         return f"manifest.json is of step {step}"
-    present = {file.name for file in path.iterdir()} - {"manifest.json"}
-    if present - expected.keys():
-        return f"{min(present - expected.keys())} is not in its manifest"
+    if "state.json" not in expected:
+        return "state.json is not in its manifest"
+    present = {file.name for file in path.iterdir()}
     for name, (size, digest) in expected.items():
         if name not in present:
             return f"{name} is missing"

@@ -4,8 +4,8 @@
     python -m gcssl.doctor verify-resume configs/pretrain/x.yaml [key=value ...]  kill -9, resume, compare every bit
     python -m gcssl.doctor replay RUN/incidents/after_step_123 [key=value ...]    the step that stopped a run
 
-It takes the command line of pretrain.py, doctor.scan (images looked at, of each split; 0: all) and doctor.minutes (of
-real training). It writes nothing into `out`.
+It takes the command line of pretrain.py, doctor.scan (images looked at, of each split; 0: all), doctor.minutes (of
+real training) and doctor.processes (that the run will have). It writes nothing into `out`.
 """
 
 import hashlib
@@ -26,11 +26,12 @@ from gcssl.config import PretrainConfig, load_config
 from gcssl.data import BadImage, Images, Splits, open_data
 from gcssl.errors import UserError
 from gcssl.eval.knn import search
-from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, collate, run_sizes
+from gcssl.eval.online import online_probe
+from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, collate
 from gcssl.log import say
 from gcssl.models.gcvit import GCViT
 from gcssl.optim import make_optimizer, param_groups
-from gcssl.pretrain import build_pretrain_backbone, check_objective
+from gcssl.pretrain import build_pretrain_backbone, check_objective, pretrain_sizes
 from gcssl.rehearsal import first_minutes, replay, verify_resume
 from gcssl.runtime import entry, rng, seed_torch
 from gcssl.ssl.masking import upsample_mask
@@ -45,7 +46,8 @@ SAMPLES = 4  # images of the batch that the model is checked on
 @dataclass
 class DoctorOptions:
     scan: int = 2000  # images looked at, of each split; 0: all
-    minutes: float = 0.5  # of real training; 0: none
+    minutes: float = 0.5  # of real training, by one process; 0: none
+    processes: int = 1  # that the run will have
 
 
 @dataclass
@@ -82,7 +84,9 @@ def examine(cfg: DoctorConfig) -> Patient:
     check_objective(cfg)
     backbone = build_pretrain_backbone(cfg)
     data = open_data(cfg.data, backbone.img_size)
-    sizes = run_sizes(cfg.train, len(data.train), 1)
+    sizes = pretrain_sizes(cfg, len(data.train), cfg.doctor.processes)
+    nobody: Any = None
+    online_probe(cfg, data.train, nobody, sizes.steps_per_epoch)  # it may refuse the data
     cls: Any = OBJECTIVES[cfg.objective.name][0]
     args = (cfg.augment, backbone.img_size, sizes.total_steps, sizes.steps_per_epoch)
     splits = {"train": data.train, **({"val": data.test} if data.test is not None else {})}
@@ -153,7 +157,7 @@ def check_images(patient: Patient) -> Finding:
 def check_classes(patient: Patient) -> Finding:
     labels, classes = patient.data.train.labels, patient.data.train.classes
     if labels is None or classes is None:
-        return Finding("ok", "no labels: pretraining needs none, the online probe is skipped")
+        return Finding("ok", "no labels: pretraining needs none")
     counts = np.bincount(labels, minlength=len(classes))
     told = f"{len(classes)} classes of {counts.min()} to {counts.max()} images"
     if counts.min() < 20:
@@ -163,7 +167,7 @@ def check_classes(patient: Patient) -> Finding:
 
 def check_duplicates(patient: Patient) -> Finding:
     if "val" not in patient.seen:
-        return Finding("ok", "no test images to be found in train")
+        return Finding("ok", "no test split")
     train, val = patient.seen["train"], patient.seen["val"]
     if not len(train.index) or not len(val.index):
         return Finding("warn", "nothing that can be decoded to compare")
@@ -278,7 +282,7 @@ def check_gradients(patient: Patient) -> Finding:
 
 def check_batch(patient: Patient) -> Finding:
     cfg, sizes = patient.cfg, patient.sizes
-    told = f"on one process: {sizes.describe(cfg.train)}"
+    told = sizes.describe(cfg.train)
     return Finding("warn" if cfg.train.warmup_epochs * sizes.steps_per_epoch > sizes.total_steps else "ok", told)
 
 
@@ -288,7 +292,7 @@ def check_disk(patient: Patient) -> Finding:
     optimizer = make_optimizer(param_groups(objective.named_parameters(), 0.0), cfg.train)
     slots = {"adamw": 2, "lamb": 2, "sgd": 1, "lars": 1}[cfg.train.optimizer]
     moments = slots * sum(p.numel() * p.element_size() for g in optimizer.param_groups for p in g["params"])
-    epochs = cfg.train.epochs if cfg.train.steps is None else 0
+    epochs = patient.sizes.total_steps // patient.sizes.steps_per_epoch
     for_ever = epochs // cfg.checkpoint.keep_every if cfg.checkpoint.keep_every else 0
     needed = (weights + moments) * (cfg.checkpoint.keep + 1 + for_ever)  # the newest is whole before the oldest goes
     folder = next(p for p in [Path(cfg.out or ".").absolute(), *Path(cfg.out or ".").absolute().parents] if p.exists())
@@ -300,7 +304,10 @@ def check_disk(patient: Patient) -> Finding:
 def check_first_steps(patient: Patient) -> Finding:
     if not patient.cfg.doctor.minutes:
         return Finding("ok", "not run: doctor.minutes=0")
-    return Finding(*first_minutes(patient.cfg, patient.cfg.doctor.minutes, patient.sizes))
+    try:
+        return Finding(*first_minutes(patient.cfg, patient.cfg.doctor.minutes, patient.sizes))
+    except UserError as error:
+        return Finding("FAIL", str(error))
 
 
 CHECKS: dict[str, Callable[[Patient], Finding]] = {

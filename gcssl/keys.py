@@ -32,6 +32,8 @@ CHOICES = {
     "log.trackers": ("tensorboard",),
 }
 
+PLAIN_REFERENCE = re.compile(r"\$\{[\w.\[\]]+\}")  # of OmegaConf: to another key, through no resolver
+
 ABOVE_0, BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)  # open ends of a range
 
 # Numbers: the smallest and the largest legal value (None: no bound), and how many of them a list has (None: any).
@@ -60,6 +62,9 @@ RANGES: dict[str, tuple[float, float | None, int | None]] = {
     "checkpoint.every": (0, None, None),
     "checkpoint.keep": (2, None, None),  # the newest one may be damaged
     "checkpoint.keep_every": (0, None, None),
+    "doctor.scan": (0, None, None),
+    "doctor.minutes": (0, None, None),
+    "doctor.processes": (1, None, None),
     "crop_pct": (ABOVE_0, 1, None),
     "finetune.scale": (0, 1, 2),
     "finetune.color_jitter": (0, None, None),
@@ -156,9 +161,10 @@ def check_value(key: str, value: Any, known: dict[str, Leaf], allow_env: bool, w
     """A key that exists, no reading of the environment, no value that OmegaConf would bend into shape."""
     if key not in known:
         raise UserError(f"{key}: {_unknown(key, value, known)}{where}")
-    if not allow_env and re.search(r"\$\{\s*oc\.env", json.dumps(value, default=str)):
+    if not allow_env and "${" in PLAIN_REFERENCE.sub(" ", json.dumps(value, default=str)):
         raise UserError(
-            f"{key}: {value} reads the environment; put allow_env=true on the command line to let it{where}"
+            f"{key}: {value} may read the environment, expected ${{another.key}} at most; put allow_env=true on the "
+            f"command line to let it{where}"
         )
     legal = arms(known[key].kind)
     bent_to_text = isinstance(value, bool) and str in legal and bool not in legal

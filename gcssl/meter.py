@@ -54,9 +54,8 @@ class Meter:
         keys = list(self.outs[0])
         losses = torch.stack([torch.stack([out[k].to(grad_norm.device) for k in keys]) for out in self.outs]).mean(0)
         local = torch.cat([losses, grad_norm.detach().float().reshape(1)])
-        judged = (
-            losses if self.accelerator.scaler is not None else local
-        )  # a loss scaler skips infinite gradients itself
+        scaler = self.accelerator.scaler  # it skips infinite gradients by itself, until no scale is left to lower
+        judged = local if scaler is None or scaler.get_scale() <= 1 else losses
         flags = torch.stack(
             [(~torch.isfinite(judged)).any().float(), local.new_tensor(stop), local.new_tensor(len(self.bad))]
         )

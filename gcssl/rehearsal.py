@@ -63,6 +63,7 @@ def first_minutes(cfg: PretrainConfig, minutes: float, sizes: Sizes) -> tuple[st
     """(verdict, what was found) of training for real."""
     with elsewhere() as folder:
         keys = {**QUIET, "out": str(folder), "train.max_hours": minutes / 60, "checkpoint.every": 1e9}
+        keys |= {"train.global_batch": None, "train.accumulate": sizes.accumulate}  # the part of one process
         try:
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
                 pretrain(changed(cfg, keys))
@@ -79,9 +80,10 @@ def first_minutes(cfg: PretrainConfig, minutes: float, sizes: Sizes) -> tuple[st
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     )
     memory = f"{gpu:.1f} GiB of GPU memory" if gpu else f"{rss:.1f} GiB of memory"
-    hours = sizes.total_steps * sizes.global_batch / speed / 3600
+    hours = sizes.total_steps * sizes.global_batch / speed / sizes.world / 3600
     text = f"{len(told)} steps, loss {told[0]['loss']:.4g} to {told[-1]['loss']:.4g}, {speed:.0f} images/s, {memory};"
-    text += f" the whole run would take {hours:.1f} hours on one process like this"
+    those = "one process" if sizes.world == 1 else f"{sizes.world} processes"
+    text += f" the whole run would take {hours:.1f} hours on {those} like this"
     if waiting > 0.2:
         return "warn", f"{text}; {100 * waiting:.0f} % of the time waits for data: raise data.workers"
     return "ok", text

@@ -32,8 +32,10 @@ FREE_KEYS = (
     "train.max_bad_steps",
     "train.on_collapse",
     "out",
+    "compare",
     "allow_env",
 )
+DATA_KEYS = ("data.path", "data.cache_dir")
 BATCH_KEYS = ("train.batch_size", "train.accumulate", "train.global_batch")
 PRODUCTS = (
     "checkpoints",
@@ -73,7 +75,8 @@ class RunFolder:
     """`with RunFolder(out, config, facts) as run:` opens or continues the run of this config in `out`.
 
     config: config_dict(cfg). facts: JSON values that must not change although the config may, such as
-    {"global_batch": 256, "data": fingerprint}; with "global_batch" given, the keys it derives from are free.
+    {"global_batch": 256, "data": fingerprint}; with "global_batch" given, the keys it derives from are free, and with
+    an equal "data" the place where it lies.
     Entering raises UserError (in every process alike) for a folder in use, or one whose run has another
     config. Nothing is written over before start(), which the program calls once data and model were accepted.
     Leaving writes status.json from the exception that passes; a refused start leaves that of an older run.
@@ -170,8 +173,9 @@ class RunFolder:
             return  # nothing was done yet: a start that was refused, or stopped before its first step
         if old is None:
             raise UserError(f"out: {self.path} holds {', '.join(used)} but no config.yaml; give another folder")
-        free = FREE_KEYS + (BATCH_KEYS if "global_batch" in self.facts else ())
         old_facts = self._read_json("env.json").get("facts", {})
+        free = FREE_KEYS + (BATCH_KEYS if "global_batch" in self.facts else ())
+        free += DATA_KEYS if "data" in self.facts and self.facts["data"] == old_facts.get("data") else ()
         lines = [line for line in diff_configs(old, self.config) if not _is_free(line.split(":")[0], free)]
         common = old_facts.keys() & self.facts.keys()
         lines += [f"{k}: {old_facts[k]} -> {self.facts[k]}" for k in sorted(common) if old_facts[k] != self.facts[k]]

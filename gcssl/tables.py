@@ -58,6 +58,8 @@ def find_tables(cfg: DataConfig, root: Path) -> Found:
         files = [root] if root.is_file() and root.suffix == suffix else below
         if files:
             shards = _by_split(files, cfg)
+            for split, paths in shards.items():
+                _in_one_folder(split, paths)
             return {k: partial(_raw, cfg, root, k, partial(opener, cfg, paths)) for k, paths in shards.items()}
     return {}
 
@@ -186,18 +188,32 @@ def _by_split(files: list[Path], cfg: DataConfig) -> dict[str, list[Path]]:
     return groups
 
 
+def _in_one_folder(split: str, files: list[Path]) -> None:
+    """Tables of two data sets side by side would be joined under the classes of the first."""
+    folders = sorted({file.parent for file in files})
+    if len(folders) > 1:
+        raise UserError(
+            f"data.path: {split} has tables in {len(folders)} folders ({folders[0]}, {folders[1]}), expected one; give "
+            "the one that is meant, or move the files together"
+        )
+
+
 def _parquet(cfg: DataConfig, files: list[Path]) -> "datasets.Dataset":
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     total = sum(file.stat().st_size for file in files)
-    if total > IN_MEMORY:
-        return _cached("parquet", cfg, files, total)
     try:
-        schema = pq.read_schema(files[0])
-        image, label = pick_columns(datasets.Features.from_arrow_schema(schema), cfg)
+        features = [datasets.Features.from_arrow_schema(pq.read_schema(file)) for file in files]
+        image, label = pick_columns(features[0], cfg)
         columns = [image] if label is None else [image, label]
+        for file, other in zip(files, features, strict=True):
+            if any(other.get(column) != features[0][column] for column in columns):
+                told = f"{' and '.join(columns)} of other types or classes than {files[0].name}"
+                raise UserError(f"data.path: {file} has {told}; shards of one split must agree")
+        if total > IN_MEMORY:
+            return _cached("parquet", cfg, files, total)
         tables = [pq.ParquetFile(file).read(columns=columns) for file in files]
         return datasets.Dataset(pa.concat_tables(tables)).select_columns(columns)
     except (pa.ArrowException, OSError) as error:
@@ -243,7 +259,7 @@ def _cached(kind: str, cfg: DataConfig, files: list[Path], total: int) -> "datas
 
 
 def _damaged(files: list[Path]) -> Path:
-    """The first of the parquet files that cannot be read."""
+    """The first of the parquet files that cannot be read; their folder when each can be."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -252,7 +268,7 @@ def _damaged(files: list[Path]) -> Path:
             pq.ParquetFile(file).read()
         except (pa.ArrowException, OSError):
             return file
-    return files[0]
+    return files[0].parent
 
 
 def _short(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from gcssl.checkpoint import load_checkpoint, read_backbone
 from gcssl.checkpoint import read_checkpoint as read_step
 from gcssl.config import ModelConfig, read_yaml
 from gcssl.errors import UserError
+from gcssl.log import say
 from gcssl.models.convert import State, describe, from_nvlabs, is_nvlabs, load_weights, read_json, read_state
 from gcssl.models.gcvit import GCViT
 from gcssl.models.timm_backbone import TimmBackbone, is_model, known_models, nearest, register_variants
@@ -179,6 +180,8 @@ def load_backbone(
         agree(spec, saved, model)
         backbone = rebuild(saved, model)
     notes = load_weights(backbone, saved.state, saved.args.get("img_size"), spec)
+    if notes:
+        say(f"{spec}: {'; '.join(notes)}")
     described = {k: v for k, v in saved.info.items() if k not in backbone_info(backbone) or v is not None}
     current = ("name", "model_args", "img_size", "windows", "num_classes", "channels", "num_features", "stride")
     info = {**backbone_info(backbone), **{k: v for k, v in described.items() if k not in current}}

@@ -9,7 +9,6 @@ prints a row, and writes docs/results/learning/<objective>.json. `make test-lear
 import json
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from gcssl.config import PretrainConfig, load_config
 from gcssl.errors import UserError
 from gcssl.eval import knn, linear_probe
 from gcssl.pretrain import pretrain
-from gcssl.runtime import make_accelerator, quiet_libraries
+from gcssl.runtime import entry, make_accelerator
 from gcssl.ssl.objectives import OBJECTIVES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,11 +85,10 @@ def row(result: dict[str, Any]) -> str:
     return "  ".join(cells)
 
 
-def main() -> None:
-    names = sys.argv[1:] or list(SETTINGS)
+def main(argv: list[str]) -> None:
+    names = argv or list(SETTINGS)
     if unknown := [name for name in names if name not in SETTINGS]:
         raise UserError(f"{unknown[0]}: no such objective; one of {', '.join(SETTINGS)}")
-    quiet_libraries()
     RESULTS.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in names:
@@ -103,4 +101,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "2")
-    main()
+    entry(main)

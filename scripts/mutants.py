@@ -28,18 +28,23 @@ class Mutant(NamedTuple):
 MUTANTS = [Mutant(**entry) for entry in yaml.safe_load((ROOT / "scripts/mutants.yaml").read_text())]
 
 
+def passes(test: str, copy: Path) -> bool:
+    argv = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", *test.split()]
+    env = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    code = subprocess.run(argv, cwd=copy, env=env, capture_output=True, timeout=900).returncode
+    assert code in (0, 1), f"{test}: pytest could not run (exit {code})"
+    return code == 0
+
+
 def noticed(mutant: Mutant, copy: Path) -> bool:
     """Does the test fail on the broken copy?"""
     path = copy / mutant.file
     sound = path.read_text()
     assert mutant.old in sound, f"{mutant.guard}: {mutant.file} no longer has {mutant.old!r}"
     path.write_text(sound.replace(mutant.old, mutant.new, 1))
-    argv = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", *mutant.test.split()]
-    env = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    code = subprocess.run(argv, cwd=copy, env=env, capture_output=True, timeout=900).returncode
+    passed = passes(mutant.test, copy)
     path.write_text(sound)
-    assert code in (0, 1), f"{mutant.guard}: pytest could not run (exit {code})"
-    return code == 1
+    return not passed
 
 
 def main() -> None:
@@ -49,6 +54,8 @@ def main() -> None:
         copy = Path(folder) / "gcssl"
         ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info")
         shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+        for test in sorted({mutant.test for mutant in chosen}):
+            assert passes(test, copy), f"{test}: fails although nothing is broken"
         for mutant in chosen:
             found = noticed(mutant, copy)
             unnoticed += not found

@@ -252,6 +252,14 @@ def test_evaluations_refuse(module, tmp_path: Path, refused) -> None:
         assert all(word in line for word in words), line
 
 
+def test_an_evaluation_takes_weights_from_backbone_alone(tmp_path: Path, refused) -> None:
+    keys = ["backbone=random", "model.name=gcvit_nano", "data.path=shapes", f"out={tmp_path}"]
+    assert "model.weights=runs/a: an evaluation takes its weights from backbone=" in refused(
+        knn, *keys, "model.weights=runs/a"
+    )
+    assert "eval.online_every: no such key" in refused(knn, *keys, "eval.online_every=2")
+
+
 def test_unlabelled_images_cannot_be_probed(tmp_path: Path, refused) -> None:
     for i in range(4):
         Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / f"{i}.png")

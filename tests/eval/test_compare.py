@@ -12,8 +12,8 @@ from gcssl.eval.compare import compare, main
 from gcssl.eval.metrics import mcnemar, packed, unpacked
 
 
-def written(path: Path, correct: Tensor, fingerprint: str = "x") -> Path:
-    judged = {"paired": "knn/top1@20", "correct": correct, "index": torch.arange(len(correct))}
+def written(path: Path, correct: Tensor, fingerprint: str = "x", metric: str = "knn/top1@20") -> Path:
+    judged = {"paired": metric, "correct": correct, "index": torch.arange(len(correct))}
     result = {"test_split": "test", "test_fingerprint": fingerprint, "correct": packed(judged, len(correct))}
     path.write_text(json.dumps(result))
     return path
@@ -43,6 +43,9 @@ def test_what_cannot_be_paired_is_refused(tmp_path: Path) -> None:
     other = written(tmp_path / "b", torch.ones(3, dtype=torch.bool), fingerprint="y")
     with pytest.raises(UserError, match="b: judged on other images"):
         compare(a, other)
+    top5 = written(tmp_path / "c", torch.ones(3, dtype=torch.bool), metric="linear/top1")
+    with pytest.raises(UserError, match="linear/top1 cannot be paired with knn/top1@20"):
+        compare(a, top5)
     old = tmp_path / "old"
     old.write_text('{"knn/top1@20": 3.0}')
     for bad, why in ((old, "evaluate again"), (tmp_path / "none", "No such file"), (Path(__file__), "no result")):

@@ -54,6 +54,14 @@ def test_a_result_is_replaced_only_by_one_of_the_same_settings(tmp_path: Path) -
     assert [p.name for p in path.parent.iterdir()] == ["knn.json"]  # no temporary file stays
 
 
+def test_a_comparison_may_be_added_but_not_taken_away(tmp_path: Path) -> None:
+    path = tmp_path / "knn.json"
+    write_result(path, {"knn/top1@20": 1.0}, {"compare": None})
+    write_result(path, {"knn/top1@20": 1.0}, {"compare": "random"})
+    with pytest.raises(UserError, match="compare: random there, None asked"):
+        check_result(path, {"compare": None})
+
+
 def test_a_foreign_file_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "knn.json"
     path.write_text("mine")

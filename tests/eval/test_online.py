@@ -12,6 +12,18 @@ from gcssl.config import PretrainConfig
 from gcssl.data import held_out, open_data
 
 
+@pytest.mark.parametrize(("every", "said"), [(1, True), (0, False)])
+def test_images_without_labels_are_not_probed_and_that_is_said_where_a_probe_was_asked_for(
+    every: int, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = PretrainConfig()
+    cfg.eval.online_every = every
+    images: Any = Namespace(labels=None)
+    accelerator: Any = None
+    assert online.online_probe(cfg, images, accelerator, 1) is None
+    assert ("the online kNN probe is skipped" in capsys.readouterr().out) == said
+
+
 def test_the_probe_asks_for_the_held_out_images_and_knows_only_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

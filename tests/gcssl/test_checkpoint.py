@@ -160,10 +160,20 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_used(
         read_checkpoint(newest)
 
 
-def test_a_file_that_the_manifest_does_not_name_is_refused(tmp_path: Path) -> None:
-    (save(tmp_path, 1) / "extra.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match="none of 1 checkpoints can be used"):
-        load_checkpoint(tmp_path)
+def test_a_file_that_the_manifest_does_not_name_is_not_read(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    (path / "extra.safetensors").write_bytes(b"x")
+    (path / ".DS_Store").write_bytes(b"x")
+    assert read_checkpoint(path).tensors.keys() == {"model", "optimizer"}
+
+
+def test_a_manifest_that_leaves_out_the_state_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["state.json"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="state.json is not in its manifest"):
+        read_checkpoint(path.parent)
 
 
 def killed_at(number: int, folder: Path) -> bool:

@@ -172,8 +172,10 @@ def test_the_environment_is_read_only_when_the_command_line_says_so(
     monkeypatch.setenv("GCSSL_TEST", "secret")
     path = tmp_path / "x.yaml"
     path.write_text("out: ${oc.env:GCSSL_TEST}\nallow_env: true\n")
-    assert refusal(str(path)).startswith("out: ${oc.env:GCSSL_TEST} reads the environment; put allow_env=true")
-    assert "reads the environment" in refusal("out=${oc.decode:${oc.env:GCSSL_TEST}}")
+    assert refusal(str(path)).startswith("out: ${oc.env:GCSSL_TEST} may read the environment, expected")
+    for hidden in ("${oc.decode:${oc.env:GCSSL_TEST}}", "${oc.${data.path}:GCSSL_TEST}", "${ oc.env : GCSSL_TEST}"):
+        assert "may read the environment" in refusal(f"out={hidden}")
+    assert load("objective.name=pixels", "out=x_${train.seed}_${train.betas[0]}").out == "x_0_0.9"
     assert load(str(path), "objective.name=pixels", "allow_env=true").out == "secret"
     path.write_text("allow_env: true\n")
     assert not load(str(path), "objective.name=pixels").allow_env
@@ -206,12 +208,13 @@ def test_diff_names_each_changed_key_once() -> None:
 
 def test_the_shared_tables_name_real_keys() -> None:
     """A choice or a range listed under a key that was renamed would check nothing."""
+    from gcssl.doctor import DoctorConfig
     from gcssl.eval.finetune import FinetuneConfig
     from gcssl.eval.linear_probe import LinearProbeConfig
     from gcssl.export import ExportConfig
     from gcssl.keys import CHOICES, RANGES, leaves
 
-    schemas = (PretrainConfig, FinetuneConfig, LinearProbeConfig, ExportConfig)
+    schemas = (DoctorConfig, FinetuneConfig, LinearProbeConfig, ExportConfig)
     known = {key for schema in schemas for key in leaves(schema())}
     assert set(CHOICES) | set(RANGES) <= known
 

@@ -262,6 +262,18 @@ def test_one_parquet_file_and_shards_without_a_split(tmp_path: Path) -> None:
     assert len(opened(tmp_path / "samples-00001-of-00002.parquet").train) == 3
 
 
+def test_tables_of_two_sets_are_not_joined(tmp_path: Path) -> None:
+    for name in ("pets", "cars"):
+        (tmp_path / name).mkdir()
+        table(3).to_parquet(tmp_path / name / "train-0.parquet")
+    line = refused(tmp_path)
+    assert "train has tables in 2 folders" in line and "pets" in line and "cars" in line
+    other = table(3).cast_column("label", datasets.ClassLabel(names=["bus", "car", "van"]))
+    other.to_parquet(tmp_path / "pets" / "train-1.parquet")
+    line = refused(tmp_path / "pets")
+    assert "train-1.parquet has image and label of other types or classes than train-0.parquet" in line
+
+
 def test_save_to_disk_arrow_and_webdataset(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": table(6), "test": table(3)}).save_to_disk(tmp_path / "saved")
     splits = opened(tmp_path / "saved")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,28 @@ def test_the_first_steps_are_real_and_leave_nothing(capfd: pytest.CaptureFixture
     assert capfd.readouterr().out == ""
     wild = examine(config("simmim", "doctor.minutes=1", "train.blr=1e30", "train.lr_rule=none"))
     assert doctor.check_first_steps(wild).verdict == "FAIL"
+
+
+def test_what_pretraining_refuses_is_refused_or_a_failed_check(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="simclr compares the images of a batch"):
+        examine(config("simclr", "train.accumulate=2"))
+    examine(config("simclr", "train.global_batch=32", "train.batch_size=16", "doctor.processes=2"))
+    single = folder(tmp_path / "single", 2, 2)  # one image a class
+    with pytest.raises(UserError, match="eval.online_every: with one image a class"):
+        examine(config("simmim", f"data.path={single}", "train.batch_size=2"))
+    data = folder(tmp_path / "data")
+    for file in (data / "train").rglob("*.png"):
+        file.write_text("no image")
+    patient = examine(config("simmim", f"data.path={data}", "train.batch_size=8", "doctor.minutes=0.1"))
+    found = doctor.check_first_steps(patient)
+    assert found.verdict == "FAIL" and "images in a row cannot be decoded" in found.told
+
+
+def test_two_processes_take_half_the_time() -> None:
+    keys = ["train.global_batch=32", "train.batch_size=16", "train.steps=1000000", "doctor.minutes=0.005"]
+    told = doctor.check_first_steps(examine(config("simmim", *keys, "doctor.processes=2"))).told
+    speed, hours = re.search(r"(\d+) images/s.* take (\S+) hours on 2 processes", told).groups()  # type: ignore[union-attr]
+    assert float(hours) == pytest.approx(32e6 / float(speed) / 2 / 3600, rel=0.05)
 
 
 def test_a_failed_check_is_exit_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

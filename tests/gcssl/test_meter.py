@@ -38,6 +38,17 @@ def test_what_is_not_finite_stop_and_bad_are_told(accelerator, loss: float, norm
     assert meter.take_bad() == [(0, "a.png", "broken")] and meter.bad == []
 
 
+def test_a_loss_scaler_answers_for_infinite_gradients_until_its_scale_is_1(accelerator, monkeypatch) -> None:
+    finite = {}
+    for scale in (2.0, 1.0):
+        monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=scale))
+        accelerator.scaler.scale(torch.ones(1))  # sets the scale up
+        meter = Meter(accelerator)
+        meter.add({"loss": torch.tensor(1.0)})
+        finite[scale] = meter.agree(torch.tensor(float("nan")), stop=False)["finite"]
+    assert finite == {2.0: True, 1.0: False}
+
+
 def listed(folder: Path) -> list[int]:
     return [json.loads(line)["index"] for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
 

@@ -90,6 +90,19 @@ def test_the_share_of_bad_images_may_be_raised(tmp_path: Path) -> None:
         assert run.resumed
 
 
+def test_images_may_move_where_they_are_the_same(tmp_path: Path) -> None:
+    facts = {"data": "fingerprint"}
+    with RunFolder(tmp_path, PretrainConfig(data=DataConfig(path="/old")), facts=facts) as run:
+        run.start()
+        (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n')
+    moved = PretrainConfig(data=DataConfig(path="/new", cache_dir="/cache"))
+    for other in ({"data": "other"}, {}):
+        with pytest.raises(UserError, match="data.path: /old -> /new"), RunFolder(tmp_path, moved, facts=other):
+            pytest.fail("entered")
+    with RunFolder(tmp_path, moved, facts=facts) as run:
+        assert run.resumed
+
+
 @pytest.mark.fault(
     "another config in the folder of a run",
     "refused with the difference, nothing written",

@@ -29,7 +29,7 @@ from gcssl.log import RunLog, cut_after, say
 from gcssl.meter import BadSamples, Meter
 from gcssl.models.build import Backbone, backbone_info, from_config, load_backbone
 from gcssl.optim import groups_table, make_optimizer, param_groups, rates_at, set_lr
-from gcssl.runfolder import RunFolder, agree
+from gcssl.runfolder import RunFolder, broadcast
 from gcssl.runtime import StopSignal, entry, make_accelerator, rng, seed_torch
 from gcssl.ssl.objectives import OBJECTIVES
 from gcssl.state import RunState
@@ -153,7 +153,7 @@ def fit(
     if run.is_main:
         cut_after(bad_steps.path, step)
     with StopSignal(train.max_hours) as stop, RunLog(*logged) as log, Beats(accelerator) as beats:
-        if probe and probe.due(step) and not agree(log.holds(step, "online_rankme")):
+        if probe and probe.due(step) and not broadcast(log.holds(step, "online_rankme")):
             measure(probe, objective, step, log, stop)  # a signal ended it
         for batch in meter.waiting(loader):
             batch = to_device(batch, step)
@@ -173,7 +173,7 @@ def fit(
                 if hasattr(objective, "freeze"):
                     objective.freeze(step)
                 norm = accelerator.clip_grad_norm_(objective.parameters(), train.clip_grad or float("inf"))
-                values = meter.agree(norm, stop.requested)  # the step's one all-reduce and host read
+                values = meter.reduce(norm, stop.requested)  # the step's one all-reduce and host read
                 fault = bad_steps.judge(values)
                 set_lr(optimizer, *rates_at(train, step, sizes))
                 if not fault:

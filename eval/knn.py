@@ -128,7 +128,7 @@ def _candidates_torch(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Te
     return torch.cat(values), torch.cat(indices)
 
 
-def agrees(index: Any, bank: Tensor, queries: Tensor, k: int) -> bool:
+def self_check(index: Any, bank: Tensor, queries: Tensor, k: int) -> bool:
     """Whether a FAISS index of `bank` (N D) finds what brute force finds: the similarities it claims are those
     of the neighbours it names, and of the k nearest of each query (M D)."""
     values, where = (torch.from_numpy(part) for part in index.search(queries.cpu().numpy(), k))  # M k
@@ -149,7 +149,7 @@ class _Faiss:
             try:
                 self.resources = faiss.StandardGpuResources()
                 self.index = faiss.index_cpu_to_gpu(self.resources, bank.device.index or 0, self.index)
-                right = agrees(self.index, bank, queries[:10], k)
+                right = self_check(self.index, bank, queries[:10], k)
             except Exception as error:  # faiss raises bare RuntimeErrors for a missing kernel or a full GPU
                 raise _FaissGpuRefused(str(error).strip().split("\n")[0][:80] or type(error).__name__) from None
             if not right:

@@ -26,7 +26,7 @@ from gcssl.eval.inputs import InputConfig, Inputs, evaluate, hold_out, program
 from gcssl.eval.metrics import percent, topk_correct
 from gcssl.loader import epoch_order
 from gcssl.log import say
-from gcssl.runfolder import agree
+from gcssl.runfolder import broadcast
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -222,7 +222,7 @@ def _place(features: Features, device: torch.device) -> tuple[dict[str, Tensor],
 
 def _agree(scores: dict[Setting, tuple[float, float]]) -> Setting:
     """The main process's choice, on every process."""
-    return agree(choose(scores))
+    return broadcast(choose(scores))
 
 
 def _where(features: Features, wanted: np.ndarray) -> Tensor:

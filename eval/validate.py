@@ -3,7 +3,6 @@
 `accelerate launch -m gcssl.eval.validate backbone=<fine-tuned run, timm or NVlabs checkpoint> data.path=...`
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,11 +15,6 @@ from gcssl.eval.metrics import percent, topk_correct
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-@dataclass
-class ValidateConfig(InputConfig):
-    pass
 
 
 def check_classes(inputs: Inputs) -> None:
@@ -44,7 +38,7 @@ def check_classes(inputs: Inputs) -> None:
         raise UserError(f"{spec}: its head has {outputs} classes, {inputs.cfg.data.path} has {inputs.n_classes}")
 
 
-def judge(inputs: Inputs, _cfg: ValidateConfig) -> dict[str, Any]:
+def judge(inputs: Inputs, _cfg: InputConfig) -> dict[str, Any]:
     """Validation of one classifier, each test image once."""
     check_classes(inputs)
     images = inputs.test
@@ -69,7 +63,7 @@ def judge(inputs: Inputs, _cfg: ValidateConfig) -> dict[str, Any]:
     }
 
 
-def run(cfg: ValidateConfig, accelerator: "Accelerator") -> dict[str, Any]:
+def run(cfg: InputConfig, accelerator: "Accelerator") -> dict[str, Any]:
     """Validates cfg.backbone (and cfg.compare), writes validate.json and returns what it holds."""
     for spec in (cfg.backbone, cfg.compare):
         if spec in FRESH:
@@ -78,7 +72,7 @@ def run(cfg: ValidateConfig, accelerator: "Accelerator") -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    program(ValidateConfig, run, argv)
+    program(InputConfig, run, argv)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gcssl.errors import UserError
-from gcssl.files import atomic_write as atomic_write
-from gcssl.files import fsync_folder, umask_mode
+from gcssl.files import atomic_write, fsync_folder, umask_mode
 from gcssl.log import say
 
 TEMPORARY = ".tmp-"  # followed by process, name and host, with - between them

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gcssl.errors import UserError
-from gcssl.keys import Leaf, arms, check_result, check_value, leaves, nearest, show
+from gcssl.keys import Leaf, arms, check_limits, check_value, leaves, nearest, show
 from gcssl.keys import diff_configs as diff_configs
 from gcssl.keys import flatten as flatten
 
@@ -175,7 +175,7 @@ def load_config(schema: type[T], argv: list[str], objectives: dict[str, type] | 
     except OmegaConfBaseException as error:
         raise _explain(error, {}, known, "") from None
     for key, value in flatten(config_dict(config), stop=known).items():
-        check_result(key, value, known[key])
+        check_limits(key, value, known[key])
     return config
 
 
@@ -196,7 +196,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such config file; expected [file.yaml ...] key=value ...") from None
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: no valid yaml: {_one_line(error)}") from None
+        raise UserError(f"{path}: no valid yaml: {_yaml_problem(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys and values, got a {type(content).__name__}")
     return _expand({str(key): value for key, value in content.items()})
@@ -279,7 +279,7 @@ def _parse(key: str, text: str, known: dict[str, Leaf]) -> Any:
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{key}: given {text}, which is no valid yaml value: {_one_line(error)}") from None
+        raise UserError(f"{key}: given {text}, which is no valid yaml value: {_yaml_problem(error)}") from None
     return cast(dict[str, Any], parsed)["value"]
 
 
@@ -296,10 +296,10 @@ def _explain(error: OmegaConfBaseException, layer: dict[str, Any], known: dict[s
         if choices and isinstance(known[key].default, list):  # choices of what the list holds
             expected = f"a list: {key}=[{value if value in choices else choices[0]}]"
         return UserError(f"{key}: given {show(value)}, expected {expected}{where}")
-    return UserError(f"{key}: {_one_line(error)}{where}")
+    return UserError(f"{key}: {_yaml_problem(error)}{where}")
 
 
-def _one_line(error: BaseException) -> str:
+def _yaml_problem(error: BaseException) -> str:
     """The first line of an OmegaConf error; the problem and its place of a yaml error."""
     mark = getattr(error, "problem_mark", None)
     if mark is not None:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gcssl.config import DataConfig
-from gcssl.errors import UserError
+from gcssl.errors import UserError, one_line
 from gcssl.folders import find_folders, has_folders
 from gcssl.log import say
 from gcssl.shapes import CLASSES, shapes_split
@@ -58,7 +58,7 @@ class Images:
         try:
             source = self.reader.read(int(i))
         except Exception as error:  # a corrupt page of a table
-            raise BadImage(_one_line(error)) from error
+            raise BadImage(one_line(error)) from error
         return source if isinstance(source, Image.Image) else decode(source)
 
     def describe(self) -> str:
@@ -285,7 +285,7 @@ def decode(source: bytes | Path | str) -> Image.Image:
     except UnidentifiedImageError as error:  # its message is the file's name
         raise BadImage(f"none of the formats {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow raises a dozen types on damaged files
-        raise BadImage(_one_line(error)) from error
+        raise BadImage(one_line(error)) from error
 
 
 def _turn_upright(image: Image.Image) -> None:
@@ -312,8 +312,3 @@ def _to_bytes(values: np.ndarray, is_float: bool) -> np.ndarray:
         raise BadImage(f"grey values from {low:g} to {high:g}: expected 0..65535, 0..255 or 0..1")
     scale = 1 / 257 if not is_float or high > 255 else 1 if high > 1 else 255
     return np.round(values * scale).astype(np.uint8)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -42,6 +42,12 @@ def outcome(error: BaseException | None) -> tuple[str, int, str]:
     return "failed", 1, f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def one_line(error: BaseException) -> str:
+    """Its type and the first 160 characters of what it says."""
+    text = " ".join(str(error).split())[:160]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def is_main_process() -> bool:
     """True in the one process that prints and writes.
 

@@ -79,7 +79,7 @@ def export_timm(backbone: Backbone, info: dict[str, Any], out: Path) -> float:
         write_tensors(temporary / "model.safetensors", weights.state_dict())
         (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         (temporary / "README.md").write_text(readme(config, out.name))
-        difference = max(compare(backbone, build(temporary)) for build in builders(config))
+        difference = max(largest_difference(backbone, build(temporary)) for build in builders(config))
         os.rename(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -131,7 +131,7 @@ def builders(config: dict[str, Any]) -> list[Callable[[Path], nn.Module]]:
     return [from_registry, from_class] if "embed_dim" in config["model_args"] else [from_registry]
 
 
-def compare(backbone: Backbone, other: nn.Module) -> float:
+def largest_difference(backbone: Backbone, other: nn.Module) -> float:
     """Largest relative difference of outputs and features of two images; UserError above TOLERANCE."""
     images = torch.rand(
         2, backbone.model_args["in_chans"], *backbone.img_size, generator=torch.Generator().manual_seed(0)
@@ -190,7 +190,7 @@ def export_torch(backbone: Backbone, info: dict[str, Any], out: Path) -> float:
         files[1].write_text(json.dumps({**info, **backbone_core(backbone)}, indent=1) + "\n")
         again = rebuild(Saved({}, backbone.name, json.loads(files[1].read_text())["model_args"], {}))
         load_weights(again, torch.load(files[0], weights_only=True))
-        difference = compare(backbone, again if isinstance(again, GCViT) else again.model)
+        difference = largest_difference(backbone, again if isinstance(again, GCViT) else again.model)
         os.replace(files[1], described)
         os.replace(files[0], out)
     finally:

@@ -193,7 +193,7 @@ def _unknown(key: str, value: Any, known: dict[str, Leaf]) -> str:
     return f"no such key; {parent or 'the config'} has {', '.join(sorted(siblings)) or 'none'}"
 
 
-def check_result(key: str, value: Any, leaf: Leaf) -> None:
+def check_limits(key: str, value: Any, leaf: Leaf) -> None:
     """What no type says: choices, numbers that are finite and in their range, an image size."""
     values = value if isinstance(value, list) else [value]
     bad = any(isinstance(number, float) and not math.isfinite(number) for number in values)

@@ -49,7 +49,7 @@ class Meter:
         """Keep the scalars of one micro-batch; keys that begin with an underscore are the objective's own."""
         self.outs.append({k: v.detach().float() for k, v in out.items() if not k.startswith("_")})
 
-    def agree(self, grad_norm: Tensor, stop: bool) -> dict[str, float]:
+    def reduce(self, grad_norm: Tensor, stop: bool) -> dict[str, float]:
         """Means over micro-batches and processes, with `finite`, `stop` and `bad`: one all-reduce, one host read."""
         keys = list(self.outs[0])
         losses = torch.stack([torch.stack([out[k].to(grad_norm.device) for k in keys]) for out in self.outs]).mean(0)

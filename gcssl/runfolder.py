@@ -61,7 +61,7 @@ PACKAGES = (
 )
 
 
-def agree(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """The main process's value in every process (plain values; without a process group: the value itself)."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
@@ -110,7 +110,7 @@ class RunFolder:
             except UserError as error:
                 problem = str(error)
                 self._release()
-        problem, self.resumed, self._begun, self.step = agree((problem, self.resumed, self._begun, self.step))
+        problem, self.resumed, self._begun, self.step = broadcast((problem, self.resumed, self._begun, self.step))
         if problem is not None:
             raise UserError(problem)
         return self

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gcssl.config import DataConfig
-from gcssl.errors import UserError
+from gcssl.errors import UserError, one_line
 from gcssl.log import say
 from gcssl.sources import TEST_NAMES, TRAIN_NAMES, Found, Raw
 
@@ -73,7 +73,7 @@ def find_hub(cfg: DataConfig) -> Found:
     try:
         huggingface_hub.HfApi().dataset_info(cfg.path, timeout=5)  # load_dataset retries for half a minute
     except Exception as error:  # the client raises a dozen types
-        reason = _short(error)
+        reason = one_line(error)
     try:
         with _offline(bool(reason)):
             builder = datasets.load_dataset_builder(cfg.path, cache_dir=cfg.cache_dir)
@@ -84,7 +84,7 @@ def find_hub(cfg: DataConfig) -> Found:
     except Exception as error:
         raise UserError(
             f"data.path: given {cfg.path}, no such folder, and no such dataset on the Hub or in its cache "
-            f"({reason or _short(error)})"
+            f"({reason or one_line(error)})"
         ) from error
     return {name: partial(_raw, cfg, Path(), name, partial(_same, table)) for name, table in tables.items()}
 
@@ -117,7 +117,7 @@ def find_other(cfg: DataConfig, root: Path) -> Found:
     try:
         tables = datasets.load_dataset(str(root), cache_dir=cfg.cache_dir)
     except Exception as error:
-        raise UserError(f"data.path: {root} cannot be opened by the datasets library ({_short(error)})") from error
+        raise UserError(f"data.path: {root} cannot be opened by the datasets library ({one_line(error)})") from error
     return {name: partial(_raw, cfg, root, name, partial(_same, table)) for name, table in tables.items()}
 
 
@@ -217,7 +217,7 @@ def _parquet(cfg: DataConfig, files: list[Path]) -> "datasets.Dataset":
         tables = [pq.ParquetFile(file).read(columns=columns) for file in files]
         return datasets.Dataset(pa.concat_tables(tables)).select_columns(columns)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"data.path: {_damaged(files)} is no sound parquet ({_short(error)})") from error
+        raise UserError(f"data.path: {_damaged(files)} is no sound parquet ({one_line(error)})") from error
 
 
 def _arrow(_cfg: DataConfig, files: list[Path]) -> "datasets.Dataset":
@@ -227,7 +227,7 @@ def _arrow(_cfg: DataConfig, files: list[Path]) -> "datasets.Dataset":
     try:
         return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"data.path: {files[0].parent} holds no sound Arrow files ({_short(error)})") from error
+        raise UserError(f"data.path: {files[0].parent} holds no sound Arrow files ({one_line(error)})") from error
 
 
 def _webdataset(cfg: DataConfig, files: list[Path]) -> "datasets.Dataset":
@@ -240,7 +240,7 @@ def _from_disk(cfg: DataConfig, root: Path) -> Found:
     try:
         tables = datasets.load_from_disk(str(root))
     except Exception as error:  # damaged state.json, missing shards
-        raise UserError(f"data.path: {root} is no sound save_to_disk folder ({_short(error)})") from error
+        raise UserError(f"data.path: {root} is no sound save_to_disk folder ({one_line(error)})") from error
     splits = tables if isinstance(tables, dict) else {"train": tables}
     return {str(k): partial(_raw, cfg, root, str(k), partial(_same, table)) for k, table in splits.items()}
 
@@ -255,7 +255,7 @@ def _cached(kind: str, cfg: DataConfig, files: list[Path], total: int) -> "datas
         return datasets.load_dataset(kind, data_files=names, split="train", cache_dir=cfg.cache_dir)
     except Exception as error:  # the builders wrap what the readers raise
         cause = error.__cause__ or error
-        raise UserError(f"data.path: {files[0].parent} holds no sound {kind} files ({_short(cause)})") from error
+        raise UserError(f"data.path: {files[0].parent} holds no sound {kind} files ({one_line(cause)})") from error
 
 
 def _damaged(files: list[Path]) -> Path:
@@ -269,10 +269,6 @@ def _damaged(files: list[Path]) -> Path:
         except (pa.ArrowException, OSError):
             return file
     return files[0].parent
-
-
-def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _size(n: float) -> str:

@@ -12,11 +12,11 @@ import torch
 from gcssl.checkpoint import load_checkpoint, read_backbone
 from gcssl.checkpoint import read_checkpoint as read_step
 from gcssl.config import ModelConfig, read_yaml
-from gcssl.errors import UserError
+from gcssl.errors import UserError, one_line
 from gcssl.log import say
 from gcssl.models.convert import State, describe, from_nvlabs, is_nvlabs, load_weights, read_json, read_state
 from gcssl.models.gcvit import GCViT
-from gcssl.models.timm_backbone import TimmBackbone, is_model, known_models, nearest, register_variants
+from gcssl.models.timm_backbone import TimmBackbone, is_model, known_models, nearest_models, register_variants
 
 Backbone = GCViT | TimmBackbone
 T = TypeVar("T")
@@ -80,7 +80,7 @@ def build_backbone(
         backbone.name = name
         return backbone
     if not is_model(name):
-        known = nearest(name, [*BACKBONES, *known_models()])
+        known = nearest_models(name, [*BACKBONES, *known_models()])
         raise UserError(f"model.name={name}: no such model here or in timm; nearest: {known}")
     if kw or window_ratio is not None:
         given = ", ".join([*kw, *(["window_ratio"] if window_ratio is not None else [])])
@@ -177,7 +177,7 @@ def load_backbone(
     if exact:
         backbone = from_config(model)
     else:
-        agree(spec, saved, model)
+        check_asked(spec, saved, model)
         backbone = rebuild(saved, model)
     notes = load_weights(backbone, saved.state, saved.args.get("img_size"), spec)
     if notes:
@@ -200,15 +200,14 @@ def read_timm(spec: str) -> Saved:
     name = spec.removeprefix(TIMM)
     base = name.split(".")[0]
     if not is_model(base):
-        raise UserError(f"{spec}: timm has no such model; nearest: {nearest(name, known_models())}")
+        raise UserError(f"{spec}: timm has no such model; nearest: {nearest_models(name, known_models())}")
     if timm.get_pretrained_cfg(name) is None or not timm.is_model_pretrained(name):
         raise UserError(f"{spec}: timm publishes no weights for it; pass a checkpoint file")
     try:
         theirs: Any = timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub, the network and the file system each raise their own
-        reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"{spec}: its weights cannot be had here ({type(error).__name__}: {reason}); "
+            f"{spec}: its weights cannot be had here ({one_line(error)}); "
             "without a network pass the path of a downloaded checkpoint"
         ) from None
     own: dict[str, Any] = theirs.pretrained_cfg
@@ -305,7 +304,7 @@ def from_config_on_meta(model: ModelConfig) -> Backbone:
         return from_config(model)
 
 
-def agree(spec: str, saved: Saved, model: ModelConfig) -> None:
+def check_asked(spec: str, saved: Saved, model: ModelConfig) -> None:
     """UserError when `model` asks for another model than the saved one."""
     if saved.name is None and not model.name:
         raise UserError(f"{spec}: not a GC ViT, nor does it say what it is; pass model.name=<a model of timm>")

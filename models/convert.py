@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from gcssl.errors import UserError
+from gcssl.errors import UserError, one_line
 from gcssl.models.gcvit import GCViT
 from gcssl.models.windows import query_levels, resize_table
 
@@ -53,27 +53,22 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({_one_line(error)}); restore it or move it away") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); restore it or move it away") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a description of the weights beside it, got a {type(content).__name__}")
     return content
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def refusal(error: Exception) -> str:
     """One line for a file that could not be read; names the pickled object that was refused, if any."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError):
-        return f"cannot be read ({_one_line(error)})"
+        return f"cannot be read ({one_line(error)})"
     found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class|operand)[:\s]+`?([A-Za-z_][\w.]*)", text)
     if found:
         name = next(g for g in found.groups() if g)
         return f"refused: it pickles {name}; only tensors, plain containers and argparse.Namespace are read"
-    reason = text[:120] or type(error).__name__
-    return f"not a readable checkpoint ({reason}); expected .safetensors or torch weights"
+    return f"not a readable checkpoint ({one_line(error)}); expected .safetensors or torch weights"
 
 
 def read_state(source: str | Path | Mapping[str, Any]) -> State:

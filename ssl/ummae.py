@@ -64,7 +64,7 @@ class UniformDraw:
         return [(spec, view)], [mask, draw_mask(rng, (h // 2, w // 2), self.secondary_ratio)]
 
 
-def check_sizes(encoder: Backbone, img_size: tuple[int, int], unit: int, secondary_ratio: float) -> None:
+def check_compaction(encoder: Backbone, img_size: tuple[int, int], unit: int, secondary_ratio: float) -> None:
     """UserError unless units tile the encoder's tokens, half the image suits it, and a kept unit stays visible."""
     legal = [u for u in range(STEM_STRIDE, encoder.stride + 1, STEM_STRIDE) if encoder.stride % u == 0]
     if unit not in legal:
@@ -97,7 +97,7 @@ class UMMAE(nn.Module):
     ) -> None:
         super().__init__()
         self.unit = unit = cfg.mask_unit if cfg.mask_unit is not None else min(16, default_unit(img_size))
-        check_sizes(encoder, img_size, unit, cfg.secondary_ratio)
+        check_compaction(encoder, img_size, unit, cfg.secondary_ratio)
         self.encoder: Any = encoder
         self.mask_token = make_mask_token(encoder, cfg.name)
         grid = (img_size[0] // unit, img_size[1] // unit)

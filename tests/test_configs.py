@@ -11,9 +11,9 @@ from PIL import Image
 
 from gcssl.config import PretrainConfig, load_config
 from gcssl.eval.finetune import FinetuneConfig
+from gcssl.eval.inputs import InputConfig
 from gcssl.eval.knn import KnnConfig
 from gcssl.eval.linear_probe import LinearProbeConfig
-from gcssl.eval.validate import ValidateConfig
 from gcssl.loader import ViewMaker, batch_to_device, collate, run_sizes
 from gcssl.models.build import BACKBONES, from_config
 from gcssl.optim import make_optimizer, param_groups, set_lr
@@ -22,7 +22,7 @@ from gcssl.ssl.objectives import OBJECTIVES
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs/pretrain").glob("*.yaml"))
 EVALUATIONS = {
-    "knn": KnnConfig, "linear_probe": LinearProbeConfig, "validate": ValidateConfig, "finetune_demo": FinetuneConfig,
+    "knn": KnnConfig, "linear_probe": LinearProbeConfig, "validate": InputConfig, "finetune_demo": FinetuneConfig,
 }  # fmt: skip
 IMAGES = {"shapes": 10_000, "/data/imagenet": 1_281_167, "/data/cifar10": 50_000}
 

@@ -18,6 +18,7 @@ from gcssl.config import load_config
 from gcssl.errors import Preempted, UserError
 from gcssl.eval import finetune, validate
 from gcssl.eval.finetune import Classifier, FinetuneConfig, FinetuneOptions, TransformMaker, layer_groups, open_run
+from gcssl.eval.inputs import InputConfig
 from gcssl.models.build import backbone_info, build_backbone, load_backbone
 from gcssl.runtime import make_accelerator
 
@@ -65,7 +66,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path, acceler
 def test_validate_finds_the_fine_tuned_accuracy_again(folder: Path, tmp_path: Path, accelerator) -> None:
     result = finetune.run(config(folder, tmp_path), accelerator)
     argv = [f"backbone={tmp_path / 'finetune'}", f"data.path={folder}", f"out={tmp_path / 'v'}", "data.workers=0"]
-    again = validate.run(load_config(validate.ValidateConfig, argv), accelerator)
+    again = validate.run(load_config(InputConfig, argv), accelerator)
     top1 = next(value for name, value in again.items() if name.endswith("/top1"))
     assert top1 == pytest.approx(result["finetune/top1"])
 

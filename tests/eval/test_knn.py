@@ -19,7 +19,7 @@ from gcssl.config import DataConfig, ModelConfig, PretrainConfig, config_dict, l
 from gcssl.errors import UserError
 from gcssl.eval.compare import compare
 from gcssl.eval.inputs import data_of
-from gcssl.eval.knn import KnnConfig, _threads, agrees, knn_accuracy, knn_correct, run, search
+from gcssl.eval.knn import KnnConfig, _threads, knn_accuracy, knn_correct, run, search, self_check
 from gcssl.models.build import backbone_info, build_backbone
 
 BACKENDS = ("faiss", "torch")
@@ -189,7 +189,7 @@ def test_an_index_is_checked_against_brute_force(lie: str) -> None:
     bank, queries = (normalize(clusters(n, seed)[0], dim=1) for n, seed in ((200, 31), (10, 32)))
     index = faiss.IndexFlatIP(bank.shape[1])
     index.add(bank.numpy())
-    assert agrees(Lying(index, lie), bank, queries, 20) == (lie == "")
+    assert self_check(Lying(index, lie), bank, queries, 20) == (lie == "")
 
 
 class OnGpu(torch.Tensor):
@@ -297,7 +297,7 @@ def test_the_settings_of_a_result_name_the_data_of_the_run(
     path = make_run(tmp_path / "run", folder)
     run(KnnConfig(backbone=str(path), ks=[5]), accelerator)
     settings = json.loads((path / "eval/knn.json").read_text())["settings"]
-    assert (settings["data.path"], settings["data.max_bad"]) == (str(folder), 0.01)
+    assert (settings["data.path"], settings["data.shapes_n"]) == (str(folder), 10_000)
 
 
 def test_a_run_can_be_judged_at_another_legal_size(folder: Path, tmp_path: Path, accelerator: Accelerator) -> None:

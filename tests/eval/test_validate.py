@@ -14,7 +14,8 @@ from gcssl.checkpoint import write_backbone
 from gcssl.config import DataConfig, ModelConfig
 from gcssl.data import open_data
 from gcssl.errors import UserError
-from gcssl.eval.validate import ValidateConfig, main, run
+from gcssl.eval.inputs import InputConfig
+from gcssl.eval.validate import main, run
 from gcssl.models.build import backbone_info, build_backbone
 
 CLASSES = ["blue", "green", "red"]
@@ -30,8 +31,8 @@ def export(out: Path, classes: list[str] | None = None, n: int = 3, **info: Any)
     return model
 
 
-def config(spec: Path | str, folder: Path, out: Path, **kw: Any) -> ValidateConfig:
-    return ValidateConfig(
+def config(spec: Path | str, folder: Path, out: Path, **kw: Any) -> InputConfig:
+    return InputConfig(
         **{"backbone": str(spec), "data": DataConfig(path=str(folder), workers=0), "out": str(out), **kw}
     )
 

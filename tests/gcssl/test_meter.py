@@ -22,7 +22,7 @@ def test_means_over_micro_batches_and_flags(accelerator) -> None:
     for micro, loss in enumerate((1.0, 3.0)):
         assert meter.micro == micro
         meter.add({"loss": torch.tensor(loss), "accuracy": torch.tensor(0.5), "_parts": {"private": 1}})
-    values = meter.agree(torch.tensor(2.0), stop=False)
+    values = meter.reduce(torch.tensor(2.0), stop=False)
     expected = {"loss": 2.0, "accuracy": 0.5, "grad_norm": 2.0, "finite": True, "stop": False, "bad": False}
     assert values == expected and meter.micro == 0
 
@@ -33,7 +33,7 @@ def test_what_is_not_finite_stop_and_bad_are_told(accelerator, loss: float, norm
     for value in (1.0, loss):
         meter.add({"loss": torch.tensor(value)})
     meter.bad.append((0, "a.png", "broken"))
-    values = meter.agree(torch.tensor(norm), stop=True)
+    values = meter.reduce(torch.tensor(norm), stop=True)
     assert (values["finite"], values["stop"], values["bad"]) == (False, True, True)
     assert meter.take_bad() == [(0, "a.png", "broken")] and meter.bad == []
 
@@ -45,7 +45,7 @@ def test_a_loss_scaler_answers_for_infinite_gradients_until_its_scale_is_1(accel
         accelerator.scaler.scale(torch.ones(1))  # sets the scale up
         meter = Meter(accelerator)
         meter.add({"loss": torch.tensor(1.0)})
-        finite[scale] = meter.agree(torch.tensor(float("nan")), stop=False)["finite"]
+        finite[scale] = meter.reduce(torch.tensor(float("nan")), stop=False)["finite"]
     assert finite == {2.0: True, 1.0: False}
 
 

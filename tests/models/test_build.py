@@ -12,7 +12,7 @@ import gcssl
 from gcssl.checkpoint import save_checkpoint, write_backbone
 from gcssl.config import AugmentConfig, ModelConfig
 from gcssl.errors import UserError
-from gcssl.models.build import BACKBONES, AskedModel, Saved, agree, backbone_info, build_backbone, load_backbone
+from gcssl.models.build import BACKBONES, AskedModel, Saved, backbone_info, build_backbone, check_asked, load_backbone
 from gcssl.models.gcvit import GCViT
 from gcssl.models.timm_backbone import TimmBackbone
 from gcssl.ssl.simmim import SimMIM, SimMIMConfig
@@ -180,11 +180,11 @@ def test_variants_of_equal_depth_are_not_taken_for_each_other() -> None:
         tiny, nano_ = build_backbone("gcvit_tiny"), build_backbone("gcvit_nano")
     for model in (tiny, nano_):
         saved = Saved({}, model.name, model.model_args, {})
-        agree("x", saved, AskedModel(name=model.name))
+        check_asked("x", saved, AskedModel(name=model.name))
         for other in BACKBONES.keys() - {model.name, f"{model.name}_384", f"{model.name}_512"}:
             with pytest.raises(UserError, match=f"model.name={other} was asked for"):
-                agree("x", saved, AskedModel(name=other))
-    agree("x", Saved({}, "gcvit_tiny", tiny.model_args, {}), AskedModel(name="gcvit_tiny_384"))
+                check_asked("x", saved, AskedModel(name=other))
+    check_asked("x", Saved({}, "gcvit_tiny", tiny.model_args, {}), AskedModel(name="gcvit_tiny_384"))
 
 
 def test_a_run_of_another_version_loads(tmp_path: Path) -> None:

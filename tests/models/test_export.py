@@ -10,7 +10,7 @@ import torch
 
 from gcssl.checkpoint import write_backbone
 from gcssl.errors import UserError
-from gcssl.export import ExportConfig, compare, export
+from gcssl.export import ExportConfig, export, largest_difference
 from gcssl.models.build import backbone_info, build_backbone, load_backbone
 
 # what a user of timm runs; gcssl must not be imported by it
@@ -107,14 +107,14 @@ def test_a_difference_stops_the_export(tmp_path: Path, monkeypatch: pytest.Monke
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-def test_compare_sees_a_wrong_weight() -> None:
+def test_a_wrong_weight_is_seen() -> None:
     model = build_backbone("gcvit_nano", img_size=64).eval()
     other = build_backbone("gcvit_nano", img_size=64).eval()
     other.load_state_dict(model.state_dict())
-    assert compare(model, other) == 0
+    assert largest_difference(model, other) == 0
     other.stages[2].blocks[1].attn.rel_pos.relative_position_bias_table.data += torch.arange(49)[:, None] * 1e-2
     with pytest.raises(UserError, match="differ"):
-        compare(model, other)
+        largest_difference(model, other)
     other.stem.conv1.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="differ"):
-        compare(model, other)
+        largest_difference(model, other)

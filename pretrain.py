@@ -27,9 +27,9 @@ from gcssl.eval.online import OnlineProbe, evaluated_encoder, online_probe
 from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, run_sizes, train_loader
 from gcssl.log import RunLog, cut_after, say
 from gcssl.meter import BadSamples, Meter
-from gcssl.models.build import Backbone, backbone_info, from_config, load_backbone
+from gcssl.models.build import Backbone, backbone_info, check_exists, from_config, load_backbone
 from gcssl.optim import groups_table, make_optimizer, param_groups, rates_at, set_lr
-from gcssl.runfolder import RunFolder, broadcast
+from gcssl.runfolder import RunFolder, broadcast, check_writable
 from gcssl.runtime import StopSignal, entry, make_accelerator, rng, seed_torch
 from gcssl.ssl.objectives import OBJECTIVES
 from gcssl.state import RunState
@@ -44,6 +44,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
     """Run or resume the pretraining that `cfg` describes; returns its run folder."""
     if not cfg.out:
         raise UserError("out: no run folder given; say out=runs/<name>")
+    check_writable(cfg.out)
     accelerator = make_accelerator(cfg.train, cfg.runtime)
     check_objective(cfg)
     backbone = build_pretrain_backbone(cfg)
@@ -104,6 +105,7 @@ def build_pretrain_backbone(cfg: PretrainConfig) -> Backbone:
     """The student before its first step: initialised from the seed, or from `model.weights`."""
     seed_torch(cfg.train.seed, INIT)
     if cfg.model.weights and not list_checkpoints(Path(cfg.out)):  # a checkpoint holds all that came from them
+        check_exists(cfg.model.weights, "model.weights")
         backbone, info = load_backbone(cfg.model.weights, cfg.model, cfg.encoder, exact=True)
         say(f"model.weights: a new run from {cfg.model.weights} (step {info.get('step', 'unknown')})")
         return backbone

@@ -175,9 +175,9 @@ def check_specs(backbone: str, compare: str | None) -> None:
     """UserError for a backbone not given, or a path to nothing: said before anything is opened."""
     if not backbone:
         raise UserError("backbone: not given; pass a run folder, a checkpoint, random or none")
-    for spec in (backbone, compare):
+    for key, spec in (("backbone", backbone), ("compare", compare)):
         if spec:
-            check_exists(spec)
+            check_exists(spec, key)
 
 
 def result_path(cfg: Any, task: str, run: dict[str, Any] | None) -> Path:
@@ -224,7 +224,7 @@ def count_classes(*splits: "Images") -> int:
 def labels_of(images: "Images") -> np.ndarray:
     """int64 N; UserError for a split without labels."""
     if images.labels is None:
-        raise UserError(f"split {images.name} has no labels, and probes need labels; see data.label_column")
+        raise UserError(f"data.label_column: split {images.name} has no labels, and probes need them")
     return images.labels
 
 

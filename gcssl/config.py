@@ -293,8 +293,8 @@ def _explain(error: OmegaConfBaseException, layer: dict[str, Any], known: dict[s
     value = flatten(layer, stop=known).get(key)
     if key in known and key in flatten(layer, stop=known) and "${" not in str(value):
         expected, choices = known[key].expected(), known[key].choices
-        if choices and isinstance(known[key].default, list):  # choices of what the list holds
-            expected = f"a list: {key}=[{value if value in choices else choices[0]}]"
+        if isinstance(known[key].default, list) and not isinstance(value, list):
+            expected = f"a list: {key}=[{value if not choices or value in choices else choices[0]}]"
         return UserError(f"{key}: given {show(value)}, expected {expected}{where}")
     return UserError(f"{key}: {_yaml_problem(error)}{where}")
 

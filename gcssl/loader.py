@@ -66,9 +66,6 @@ class BatchPlan:
                 f"global_batch {self.global_batch}: expected batch_size {self.batch_size} x accumulate "
                 f"{self.accumulate} x world {self.world}"
             )
-        if self.n < self.global_batch:
-            given = f"train.global_batch: given {self.global_batch}"
-            raise UserError(f"{given}, expected at most {self.n}, the number of training images")
 
     @property
     def steps_per_epoch(self) -> int:

@@ -130,6 +130,8 @@ class RunLog:
 
     def summary(self) -> str:
         """One line: steps and images done, images/s, share of the time of the steps spent waiting for data."""
+        if self.start_step >= self.total_steps:
+            return f"all {self.total_steps} steps are done already"
         seconds = max(time.monotonic() - self._begun, 1e-9)
         return (
             f"{self._last_step - self.start_step} steps, {self._images_all} images in {seconds:.1f} s: "

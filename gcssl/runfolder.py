@@ -71,8 +71,17 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
+def check_writable(out: str) -> None:
+    """UserError where the folder `out` cannot be made or written to: said before anything is opened."""
+    path = Path(out).absolute()
+    nearest = next(p for p in (path, *path.parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        why = "may not be written to" if nearest.is_dir() else "is a file"
+        raise UserError(f"out: given {out}, but {nearest} {why}; give another folder")
+
+
 class RunFolder:
-    """`with RunFolder(out, config, facts) as run:` opens or continues the run of this config in `out`.
+    """`with RunFolder(out, config, ...) as run:` opens or continues the run of this config in `out`.
 
     config: config_dict(cfg). facts: JSON values that must not change although the config may, such as
     {"global_batch": 256, "data": fingerprint}; with "global_batch" given, the keys it derives from are free, and with

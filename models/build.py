@@ -84,7 +84,7 @@ def build_backbone(
         raise UserError(f"model.name={name}: no such model here or in timm; nearest: {known}")
     if kw or window_ratio is not None:
         given = ", ".join([*kw, *(["window_ratio"] if window_ratio is not None else [])])
-        raise UserError(f"model.name={name}: {given} concerns GC ViT alone; leave it out for a timm model")
+        raise UserError(f"model.name={name}: {given} concerns GC ViT alone; for a timm model set it to null")
     return TimmBackbone(name, 224 if img_size is None else img_size, **common)
 
 
@@ -189,10 +189,10 @@ def load_backbone(
     return backbone, {**info, "source": spec, "notes": notes}
 
 
-def check_exists(spec: str) -> None:
-    """UserError where `spec` is a path to nothing: said before anything large is opened."""
+def check_exists(spec: str, key: str = "backbone") -> None:
+    """UserError where `spec`, the value of `key`, is a path to nothing: said before anything large is opened."""
     if spec not in FRESH and not spec.startswith(TIMM) and not Path(spec).exists():
-        raise UserError(f"{spec}: no such run, checkpoint or file; expected one of these, or random, or none")
+        raise UserError(f"{key}={spec}: no such run, checkpoint or file; expected one of these, or random, or none")
 
 
 def read_timm(spec: str) -> Saved:

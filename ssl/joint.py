@@ -108,9 +108,10 @@ def check_config(cfg: JointConfig) -> None:
         if getattr(cfg, key) not in choices:
             raise UserError(f"objective.{key}={getattr(cfg, key)} is unknown; one of {sorted(choices)}")
     known = {f.name for schema in (MASKED[cfg.masked][1], VIEW[cfg.view][1]) for f in dataclasses.fields(schema)}
-    for f in dataclasses.fields(JointConfig):
-        if f.default is None and getattr(cfg, f.name) is not None and f.name not in known:
-            raise UserError(f"objective.{f.name}: neither {cfg.masked} nor {cfg.view} has this key; leave it out")
+    optional = [f.name for f in dataclasses.fields(JointConfig) if f.default is None]
+    if foreign := [name for name in optional if getattr(cfg, name) is not None and name not in known]:
+        unset = " ".join(f"objective.{name}=null" for name in foreign)
+        raise UserError(f"objective.{foreign[0]}: neither {cfg.masked} nor {cfg.view} has it; leave it out: {unset}")
     if cfg.share and cfg.masked not in SHARING:
         raise UserError(f"objective.share=true: {cfg.masked} drops what it hides; one of {', '.join(SHARING)} can")
     if len(cfg.weights) != 2 or min(cfg.weights) < 0 or max(cfg.weights) <= 0:

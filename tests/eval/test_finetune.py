@@ -101,10 +101,10 @@ def test_random_is_compared_at_the_architecture_of_the_backbone_given(
     ("wrong", "message"),
     [
         (["compare=/abs/x"], "/abs/x"),
-        (["compare=radnom"], "radnom: no such run"),
+        (["compare=radnom"], "compare=radnom: no such run"),
         (["compare=SAVED"], "compares with random or none"),
         (["name=../x"], "expected one word"),
-        (["backbone=/nowhere"], "/nowhere: no such run"),
+        (["backbone=/nowhere"], "backbone=/nowhere: no such run"),
         (["train.batch_size=15"], "train.batch_size=15: mixup pairs images"),
         (["finetune.auto_augment=foo"], "finetune.auto_augment: given foo, which timm cannot read"),
         (["finetune.auto_augment=rand-z9"], "finetune.auto_augment: given rand-z9, which timm cannot read"),

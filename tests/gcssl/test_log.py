@@ -120,3 +120,8 @@ def test_tensorboard_starts_silently(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_finished_run_that_is_started_again_says_so(tmp_path: Path) -> None:
+    run(tmp_path, 0, 10)
+    assert run(tmp_path, 10, 10).summary() == "all 10 steps are done already"

@@ -11,6 +11,7 @@ votes, ties included.
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MARGIN = 32  # candidates beyond k, so that a rounding error in fp32 cannot drop a neighbour unseen
+TRIAL = 16_384  # images of a bank from which on both backends are tried on a slice first
 SCALE = 10**9  # similarities are compared to nine decimals
 BACKENDS = CHOICES["eval.backend"]
 
@@ -164,6 +166,17 @@ class _FaissGpuRefused(Exception):
     pass
 
 
+def _torch_is_faster(faiss: ModuleType, bank: Tensor, queries: Tensor, k: int) -> bool:
+    """On a slice: which of two matrix products is faster depends on the CPU (docs/results/bench), results do not."""
+    bank, queries = bank[:TRIAL], queries[: TRIAL // 64]
+    seconds = []
+    for way in (_candidates_torch, _Faiss(faiss, bank, queries, k)):
+        begin = time.perf_counter()
+        way(bank, queries, k)
+        seconds.append(time.perf_counter() - begin)
+    return seconds[0] < seconds[1]
+
+
 def _searcher(backend: str, bank: Tensor, queries: Tensor, k: int) -> Any:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -172,6 +185,8 @@ def _searcher(backend: str, bank: Tensor, queries: Tensor, k: int) -> Any:
         raise ValueError("backend 'faiss' was asked for and faiss cannot be imported; install it or use 'torch'")
     if faiss is None or (backend == "auto" and bank.is_cuda and not getattr(faiss, "get_num_gpus", lambda: 0)()):
         return _candidates_torch  # a bank on the GPU is searched there
+    if backend == "auto" and not bank.is_cuda and len(bank) >= TRIAL and _torch_is_faster(faiss, bank, queries, k):
+        return _candidates_torch
     try:
         return _Faiss(faiss, bank, queries, k)
     except _FaissGpuRefused as error:

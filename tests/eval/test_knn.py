@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from torch.nn.functional import normalize
 from gcssl.checkpoint import write_backbone
 from gcssl.config import DataConfig, ModelConfig, PretrainConfig, config_dict, load_config, to_yaml
 from gcssl.errors import UserError
+from gcssl.eval import knn
 from gcssl.eval.compare import compare
 from gcssl.eval.inputs import data_of
 from gcssl.eval.knn import KnnConfig, _threads, knn_accuracy, knn_correct, run, search, self_check
@@ -190,6 +192,26 @@ def test_an_index_is_checked_against_brute_force(lie: str) -> None:
     index = faiss.IndexFlatIP(bank.shape[1])
     index.add(bank.numpy())
     assert self_check(Lying(index, lie), bank, queries, 20) == (lie == "")
+
+
+@pytest.mark.parametrize("slow", ["faiss", "torch"])
+def test_a_large_bank_is_searched_by_the_faster_backend(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(way: Any) -> Any:
+        def wait(*args: Any) -> Any:
+            searched.append(len(args[-3]))
+            time.sleep(0.2)
+            return way(*args)
+
+        return wait
+
+    monkeypatch.setattr(knn, "TRIAL", 1024)
+    bank, queries = (normalize(clusters(n, seed)[0], dim=1) for n, seed in ((2000, 41), (30, 42)))
+    want, searched = search(bank, queries, 20, "torch")[1], list[int]()
+    owner, name = (knn._Faiss, "__call__") if slow == "faiss" else (knn, "_candidates_torch")
+    monkeypatch.setattr(owner, name, late(getattr(owner, name)))
+    assert torch.equal(search(bank, queries, 20, "auto")[1], want)
+    assert searched == [1024]  # the slice alone
+    assert torch.equal(search(bank[:1000], queries, 20, "auto")[1], search(bank[:1000], queries, 20, "torch")[1])
 
 
 class OnGpu(torch.Tensor):

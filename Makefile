@@ -4,9 +4,10 @@ PY := $(VENV)/bin/python
 PYTHON ?= python3
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-.PHONY: help setup demo test test-all test-faults test-mutants test-learning check
+.PHONY: help setup demo test test-all test-faults test-mutants test-learning bench check
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -38,6 +39,9 @@ test-mutants: setup  ## break each guard on purpose and see its test fail; about
 
 test-learning: setup  ## does every objective learn; about an hour, for the night
 	@$(PY) -m pytest -q -m learning $(PYTEST_ARGS)
+
+bench: setup  ## every benchmark on this machine, into docs/results; about twenty minutes
+	@$(PY) -m scripts.bench $(BENCH_ARGS)
 
 check: setup  ## linter, formatter and type checker
 	@$(VENV)/bin/ruff check --quiet .

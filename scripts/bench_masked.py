@@ -24,7 +24,7 @@ from gcssl.models.gcvit import GCViT
 from gcssl.models.visible import count_visible
 from gcssl.runtime import entry
 from gcssl.ssl.masking import draw_mask, hide_pixels
-from scripts.timing import Step, alternate, device, ratios, write
+from scripts.timing import Step, alternate, device, ratios, saved_mib, write
 
 
 def masks(n: int, side: int, ratio: float) -> Tensor:
@@ -56,22 +56,6 @@ def ways(encoder: GCViT, x: Tensor, ratios: list[float], bf16: bool) -> dict[tup
         steps["visible, dense", ratio] = step(lambda m=mask: encoder.forward_visible(x, m, dense=True))
         steps["visible, fast", ratio] = step(lambda m=mask, n=n: encoder.forward_visible(x, m, n_visible=n))
     return steps
-
-
-def saved_mib(step: Step, encoder: nn.Module) -> float:
-    """Storage that autograd keeps for the backward pass."""
-    own = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        step()
-    return sum(kept.values()) / 2**20
 
 
 def measure(encoder: GCViT, steps: dict[tuple[str, float], Step], rounds: int, batch: int) -> list[dict[str, object]]:

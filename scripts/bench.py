@@ -1,0 +1,78 @@
+"""Every benchmark on this machine, one after another:   python -m scripts.bench [word in a benchmark's command ...]
+
+Writes docs/results/bench-<hardware>.md, with the commands and what they printed, and the json of each. About twenty
+minutes on a CPU. A benchmark asked for by name replaces its own part of an earlier page.
+"""
+
+import json
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from gcssl.errors import UserError
+from gcssl.runtime import entry
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs/results"
+COMMANDS = (
+    "bench_model --variant gcvit_xxtiny gcvit_tiny",
+    "bench_masked --variant gcvit_xxtiny",
+    "bench_masked --variant gcvit_tiny",
+    "bench_input",
+    "bench_eval",
+    "bench_scale --parts checkpointing processes",
+    "bench_scale --parts growth",
+)
+
+
+def hardware() -> str:
+    """The GPU's name, else the processor's and its cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return f"{names[0] if names else platform.processor()} {len(names) or 1} cores"
+
+
+def run(command: str) -> dict[str, object]:
+    """What the benchmark printed, and its json."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        argv = [sys.executable, "-m", *f"scripts.{command} --out {out}".split()]
+        done = subprocess.run(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise UserError(f"{command}: failed with {done.returncode}; what it said is above")
+        return {"command": command, "printed": done.stdout.strip(), **json.loads(out.read_text())}
+
+
+def page(name: str, found: list[dict[str, object]]) -> str:
+    parts = [f"# Benchmarks on {name}\n\n`make bench`; the rows, with versions, are in the json beside this page."]
+    for one in found:
+        parts.append(f"## `python -m scripts.{one['command']}`\n\nCommit {one['commit']}.\n\n{one['printed']}")
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: list[str]) -> None:
+    chosen = [command for command in COMMANDS if not argv or any(word in command for word in argv)]
+    if not chosen:
+        raise UserError(f"{' '.join(argv)}: no such benchmark; expected a word of {', '.join(COMMANDS)}")
+    name = hardware()
+    path = RESULTS / f"bench-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    found = {one["command"]: one for one in json.loads(path.read_text())} if path.exists() else {}
+    for command in chosen:
+        print(f"python -m scripts.{command}", flush=True)
+        found[command] = run(command)
+        print(f"{found[command]['printed']}\n", flush=True)
+        rows = [found[c] for c in COMMANDS if c in found]
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+        path.with_suffix(".md").write_text(page(name, rows))
+    print(path.with_suffix(".md"))
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -36,17 +36,16 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            x, reduce = at_least_fp32(x), self.reducer()
-            if reduce is None:
-                return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-            packed = reduce(torch.cat([x.sum(0), x.new_full((1,), len(x))]))  # C + 1: sums, count
-            count = packed[-1].detach()
-            centred = x - packed[:-1] / count
-            var = reduce(centred.square().sum(0)) / count  # C, biased as torch's
-            y = centred * torch.rsqrt(var + self.eps)
-            y = y if self.weight is None else y * self.weight
-            return y if self.bias is None else y + self.bias
+        x, reduce = at_least_fp32(x), self.reducer()
+        if reduce is None:
+            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+        packed = reduce(torch.cat([x.sum(0), x.new_full((1,), len(x))]))  # C + 1: sums, count
+        count = packed[-1].detach()
+        centred = x - packed[:-1] / count
+        var = reduce(centred.square().sum(0)) / count  # C, biased as torch's
+        y = centred * torch.rsqrt(var + self.eps)
+        y = y if self.weight is None else y * self.weight
+        return y if self.bias is None else y + self.bias
 
 
 def mlp(dims: list[int], norm: Callable[[int, bool], nn.Module]) -> nn.Sequential:

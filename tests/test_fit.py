@@ -66,6 +66,17 @@ def test_the_backbone_file_holds_the_encoder_asked_for(which: str, tmp_path: Pat
     assert json.loads((out / "backbone.json").read_text())["encoder"] == which
 
 
+def test_prototypes_do_not_move_while_they_are_frozen(tmp_path: Path) -> None:
+    """Epochs of two steps, the first of them frozen."""
+    keys = ["objective.freeze_last_layer_epochs=1", "objective.local_crops=0", "objective.out_dim=16"]
+    keys += ["train.steps=3", "train.warmup_epochs=0", "checkpoint.every=0.5", "checkpoint.keep=3"]
+    out = pretrain(config("dino", tmp_path, *keys))
+    one, two, three = (
+        load_file(out / f"checkpoints/step_{step:08d}/model.safetensors")["projector.last.weight"] for step in (1, 2, 3)
+    )
+    assert torch.equal(one, two) and not torch.equal(two, three)
+
+
 def test_checkpoints_of_every_second_epoch_stay(tmp_path: Path) -> None:
     """Epochs of two steps; beside them the newest two."""
     keys = ["train.steps=7", "checkpoint.every=0.5", "checkpoint.keep=2", "checkpoint.keep_every=2"]

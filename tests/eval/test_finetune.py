@@ -146,6 +146,12 @@ def test_a_mixing_run_keeps_its_micro_batch(folder: Path, tmp_path: Path, accele
             finetune.run(other, make_accelerator(other.train, other.runtime))
 
 
+def test_nothing_of_a_fit_stays_with_the_accelerator(folder: Path, tmp_path: Path, accelerator) -> None:
+    """A second one would unscale and clip the first one's gradients."""
+    finetune.run(config(folder, tmp_path), accelerator)
+    assert accelerator._models == [] and accelerator._optimizers == []
+
+
 WORKER = """
 import sys
 from gcssl.runtime import quiet_libraries

@@ -214,6 +214,14 @@ def test_a_large_bank_is_searched_by_the_faster_backend(slow: str, monkeypatch: 
     assert torch.equal(search(bank[:1000], queries, 20, "auto")[1], search(bank[:1000], queries, 20, "torch")[1])
 
 
+def test_autocast_around_a_search_changes_nothing() -> None:
+    bank, queries = (normalize(clusters(n, seed)[0], dim=1) for n, seed in ((500, 51), (40, 52)))
+    want = search(bank, queries, 20, "torch")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = search(bank, queries, 20, "torch")
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
 class OnGpu(torch.Tensor):
     """A bank that says it is on a GPU."""
 
@@ -311,6 +319,18 @@ def test_a_data_key_given_at_its_default_wins_over_the_run(asked: list[str], wan
     data = data_of(load_config(KnnConfig, asked), {"data": config_dict(ran)})
     assert (data.shapes_n, data.workers, data.max_bad) == want
     assert (type(data), data.path, data.timeout) == (DataConfig, "shapes", DataConfig().timeout)
+
+
+def test_a_backbone_of_other_classes_is_told(
+    folder: Path, tmp_path: Path, accelerator: Accelerator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "was trained on other classes than those of"
+    path = make_run(tmp_path / "run", folder)
+    info = json.loads((path / "backbone.json").read_text())
+    for classes in (["blue", "green", "red"], ["bus", "car", "van"]):
+        (path / "backbone.json").write_text(json.dumps({**info, "class_names": classes}))
+        run(KnnConfig(backbone=str(path), ks=[5]), accelerator)
+        assert (told in capsys.readouterr().out) == (classes[0] == "bus")
 
 
 def test_the_settings_of_a_result_name_the_data_of_the_run(

@@ -3,12 +3,23 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from gcssl.errors import UserError
-from gcssl.eval.metrics import check_result, mcnemar, percent, rankme, settings_of, table, topk_correct, write_result
+from gcssl.eval.metrics import (
+    check_result,
+    comparison,
+    mcnemar,
+    percent,
+    rankme,
+    settings_of,
+    table,
+    topk_correct,
+    write_result,
+)
 
 
 def test_topk_counts_by_hand() -> None:
@@ -39,6 +50,15 @@ def test_mcnemar_of_many_images_does_not_overflow() -> None:
     assert mcnemar(a, ~a)["p"] == 0.0 or mcnemar(a, ~a)["p"] < 1e-300
     half = torch.arange(50_000) % 2 == 0
     assert mcnemar(half, ~half)["p"] == pytest.approx(1.0)
+
+
+def test_two_backbones_are_paired_only_on_the_same_images() -> None:
+    def judged(*index: int) -> dict[str, Any]:
+        correct = torch.ones(len(index), dtype=torch.bool)
+        return {"metrics": {}, "notes": {}, "paired": "m", "index": torch.tensor(index), "correct": correct}
+
+    assert "mcnemar" in comparison("random", judged(0, 2), judged(0, 2))
+    assert "mcnemar" not in comparison("random", judged(0, 2), judged(0, 1))  # another one could not be decoded
 
 
 def test_a_result_is_replaced_only_by_one_of_the_same_settings(tmp_path: Path) -> None:

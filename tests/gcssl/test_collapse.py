@@ -82,6 +82,15 @@ def test_a_teacher_without_preference_stops_the_run(
             pretrain(config(tmp_path / "c", *hot, "train.on_collapse=stop", "train.max_hours=0"))
 
 
+def test_nothing_is_watched_during_the_warm_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(collapse, "PATIENCE", 5)
+    hot = ["objective.teacher_temp=50", "objective.student_temp=1", "train.blr=1e-5"]
+    pretrain(config(tmp_path, *hot, "train.steps=12", "train.warmup_epochs=4"))  # epochs of three steps
+    assert "collapse?" not in capsys.readouterr().out
+
+
 def test_chance_losses_are_what_equal_embeddings_give() -> None:
     """Each objective's own loss, when its heads map everything to one point, is the `chance` that it states."""
     small: dict[str, Any] = {"hidden_dim": 8, "out_dim": 16, "bottleneck_dim": 4, "local_crops": 0, "queue": 16}

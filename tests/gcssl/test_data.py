@@ -255,6 +255,15 @@ def test_parquet_without_huggingface_metadata(tmp_path: Path) -> None:
     assert_labels_match_pixels(splits.train)
 
 
+def test_a_label_beyond_the_class_names_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    table(6).to_parquet(path)
+    rows = pq.read_table(path)
+    wrong = rows.set_column(rows.schema.get_field_index("label"), "label", pa.array([0, 1, 2, 0, 1, 3]))
+    pq.write_table(wrong.replace_schema_metadata(rows.schema.metadata), path)
+    assert "data.label_column: label 3 in split train of 3 classes" in refused(tmp_path)
+
+
 def test_one_parquet_file_and_shards_without_a_split(tmp_path: Path) -> None:
     table(3).to_parquet(tmp_path / "samples-00000-of-00002.parquet")
     table(3).to_parquet(tmp_path / "samples-00001-of-00002.parquet")

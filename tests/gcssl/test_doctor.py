@@ -113,6 +113,25 @@ def test_a_disk_too_small_and_a_warm_up_too_long(monkeypatch: pytest.MonkeyPatch
     assert found.verdict == "FAIL" and "checkpoints of 36 MB take 0.11 GB, 0.1 GB are free" in found.told
 
 
+def test_checkpoints_that_are_kept_for_ever_count() -> None:
+    for steps in ("train.epochs=10", "train.steps=160"):  # epochs of 16 steps
+        told = doctor.check_disk(examine(config("simmim", steps, "checkpoint.keep_every=2"))).told
+        assert "checkpoints of 36 MB take 0.29 GB" in told  # two, one being written, five
+
+
+def test_waiting_for_data_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def waiting(cfg: PretrainConfig) -> None:
+        line = {"step": 1, "loss": 1.0, "images_per_s": 10.0, "data_wait": shares[0]}
+        (Path(cfg.out) / "metrics.jsonl").write_text(f"{json.dumps(line)}\n")
+
+    monkeypatch.setattr("gcssl.rehearsal.pretrain", waiting)
+    patient = examine(config("simmim", "doctor.minutes=1"))
+    shares = [0.15]
+    assert doctor.check_first_steps(patient).verdict == "ok"
+    shares = [0.25]
+    assert doctor.check_first_steps(patient).verdict == "warn"
+
+
 def test_the_first_steps_are_real_and_leave_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     patient = examine(config("simmim", "doctor.minutes=0.01", "train.epochs=3"))
     found = doctor.check_first_steps(patient)

@@ -187,6 +187,8 @@ def test_the_accelerator_has_our_settings_also_the_second_time(monkeypatch: pyte
         monkeypatch.delenv(name)
     first = make_accelerator(TrainConfig(accumulate=2), RuntimeConfig())
     assert (first.mixed_precision, first.gradient_accumulation_steps) == ("no", 2)
+    assert first.ddp_handler is not None
+    assert not first.ddp_handler.broadcast_buffers  # queue and centre are equal already
     second = make_accelerator(TrainConfig(precision="bf16", batch_size=8, global_batch=24), RuntimeConfig())
     assert (second.mixed_precision, second.gradient_accumulation_steps) == ("bf16", 3)
     make_accelerator(TrainConfig(), RuntimeConfig())

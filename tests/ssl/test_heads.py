@@ -26,8 +26,15 @@ def test_batch_norm_over_processes_is_sound_far_from_zero() -> None:
     exact = plain.double()(x)
     torch.testing.assert_close(reducing(x), exact)
     torch.testing.assert_close(reducing(x.float()).double(), exact, atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("reduce", [None, lambda t: t], ids=["one process", "reducing"])
+def test_batch_norm_computes_in_fp32_under_autocast(reduce: Reduce | None) -> None:
+    norm, x = BatchNorm(3, lambda: reduce), torch.randn(16, 3).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        assert reducing(x.bfloat16()).dtype == torch.float32
+        found = norm(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, norm(x.float()))
 
 
 @pytest.mark.parametrize("reduce", [None, lambda t: t], ids=["one process", "reducing"])

@@ -30,7 +30,6 @@ from gcssl.eval.online import online_probe
 from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, collate
 from gcssl.log import say
 from gcssl.models.gcvit import GCViT
-from gcssl.optim import make_optimizer, param_groups
 from gcssl.pretrain import build_pretrain_backbone, check_objective, pretrain_sizes
 from gcssl.rehearsal import first_minutes, replay, verify_resume
 from gcssl.runtime import entry, rng, seed_torch
@@ -286,12 +285,17 @@ def check_batch(patient: Patient) -> Finding:
     return Finding("warn" if cfg.train.warmup_epochs * sizes.steps_per_epoch > sizes.total_steps else "ok", told)
 
 
+def checkpoint_bytes(patient: Patient) -> tuple[int, int]:
+    """(of the objective's state, of the optimizer's)."""
+    weights = sum(t.numel() * t.element_size() for t in patient.objective.state_dict().values())
+    slots = {"adamw": 2, "lamb": 2, "sgd": 1, "lars": 1}[patient.cfg.train.optimizer]
+    trained = (p for p in patient.objective.parameters() if p.requires_grad)
+    return weights, slots * sum(p.numel() * p.element_size() for p in trained)
+
+
 def check_disk(patient: Patient) -> Finding:
-    cfg, objective = patient.cfg, patient.objective
-    weights = sum(t.numel() * t.element_size() for t in objective.state_dict().values())
-    optimizer = make_optimizer(param_groups(objective.named_parameters(), 0.0), cfg.train)
-    slots = {"adamw": 2, "lamb": 2, "sgd": 1, "lars": 1}[cfg.train.optimizer]
-    moments = slots * sum(p.numel() * p.element_size() for g in optimizer.param_groups for p in g["params"])
+    cfg = patient.cfg
+    weights, moments = checkpoint_bytes(patient)
     epochs = patient.sizes.total_steps // patient.sizes.steps_per_epoch
     for_ever = epochs // cfg.checkpoint.keep_every if cfg.checkpoint.keep_every else 0
     needed = (weights + moments) * (cfg.checkpoint.keep + 1 + for_ever)  # the newest is whole before the oldest goes

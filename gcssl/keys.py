@@ -62,6 +62,11 @@ RANGES: dict[str, tuple[float, float | None, int | None]] = {
     "checkpoint.every": (0, None, None),
     "checkpoint.keep": (2, None, None),  # the newest one may be damaged
     "checkpoint.keep_every": (0, None, None),
+    "plan.processes": (1, None, None),
+    "plan.images_per_s": (ABOVE_0, None, None),
+    "plan.minutes": (ABOVE_0, None, None),
+    "plan.efficiency": (ABOVE_0, 1, None),
+    "plan.price": (0, None, None),
     "doctor.scan": (0, None, None),
     "doctor.minutes": (0, None, None),
     "doctor.processes": (1, None, None),
@@ -215,11 +220,13 @@ def check_limits(key: str, value: Any, leaf: Leaf) -> None:
 
 
 def _range_name(low: float, high: float | None, length: int | None) -> str:
-    if low == ABOVE_0 or high == BELOW_1:
-        least = "above 0" if low == ABOVE_0 else f"at least {low:g}"
-        bounds = least + (" and below 1" if high == BELOW_1 else f" and at most {high:g}")
-    else:
-        bounds = f"at least {low:g}" if high is None else f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    bounds = "above 0" if low == ABOVE_0 else f"at least {low:g}"
+    if high == BELOW_1:
+        bounds += " and below 1"
+    elif high is not None and low == ABOVE_0:
+        bounds += f" and at most {high:g}"
+    elif high is not None:
+        bounds = f"{low:g}" if low == high else f"{low:g} to {high:g}"
     return bounds if length is None else f"a list of {length} numbers, each {bounds}"
 
 

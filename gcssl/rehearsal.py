@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,30 +59,36 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def first_minutes(cfg: PretrainConfig, minutes: float, sizes: Sizes) -> tuple[str, str]:
-    """(verdict, what was found) of training for real."""
+def first_steps(cfg: PretrainConfig, minutes: float, sizes: Sizes) -> list[dict[str, Any]]:
+    """The metrics of training for real, by one process, for so long."""
     with elsewhere() as folder:
         keys = {**QUIET, "out": str(folder), "train.max_hours": minutes / 60, "checkpoint.every": 1e9}
         keys |= {"train.global_batch": None, "train.accumulate": sizes.accumulate}  # the part of one process
-        try:
-            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-                pretrain(changed(cfg, keys))
-        except Preempted:
-            pass
-        except NumericStop as stop:
-            return "FAIL", str(stop)
-        told = metrics(folder)
+        with suppress(Preempted), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            pretrain(changed(cfg, keys))
+        return metrics(folder)
+
+
+def rate(told: list[dict[str, Any]]) -> float:
+    """images/s; the first step, which warms up, is left out."""
     warm = told[1:] or told
-    speed = len(warm) / sum(1 / line["images_per_s"] for line in warm)
+    return len(warm) / sum(1 / line["images_per_s"] for line in warm)
+
+
+def first_minutes(cfg: PretrainConfig, minutes: float, sizes: Sizes) -> tuple[str, str]:
+    """(verdict, what was found) of training for real."""
+    try:
+        told = first_steps(cfg, minutes, sizes)
+    except NumericStop as stop:
+        return "FAIL", str(stop)
+    speed, warm = rate(told), told[1:] or told
     waiting = sum(line["data_wait"] for line in warm) / len(warm)
-    gpu, rss = (
-        max(line.get("max_mem", 0.0) for line in told),
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-    )
+    gpu = max(line.get("max_mem", 0.0) for line in told)
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     memory = f"{gpu:.1f} GiB of GPU memory" if gpu else f"{rss:.1f} GiB of memory"
     hours = sizes.total_steps * sizes.global_batch / speed / sizes.world / 3600
-    text = f"{len(told)} steps, loss {told[0]['loss']:.4g} to {told[-1]['loss']:.4g}, {speed:.0f} images/s, {memory};"
     those = "one process" if sizes.world == 1 else f"{sizes.world} processes"
+    text = f"{len(told)} steps, loss {told[0]['loss']:.4g} to {told[-1]['loss']:.4g}, {speed:.0f} images/s, {memory};"
     text += f" the whole run would take {hours:.1f} hours on {those} like this"
     if waiting > 0.2:
         return "warn", f"{text}; {100 * waiting:.0f} % of the time waits for data: raise data.workers"

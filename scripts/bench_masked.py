@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from gcssl.models.build import build_backbone
 from gcssl.models.gcvit import GCViT
 from gcssl.models.visible import count_visible
+from gcssl.plan import saved_mib
 from gcssl.runtime import entry
 from gcssl.ssl.masking import draw_mask, hide_pixels
-from scripts.timing import Step, alternate, device, ratios, saved_mib, write
+from scripts.timing import Step, alternate, device, ratios, write
 
 
 def masks(n: int, side: int, ratio: float) -> Tensor:

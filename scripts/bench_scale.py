@@ -23,9 +23,10 @@ import torch
 from gcssl.config import PretrainConfig, config_dict, load_config, to_yaml
 from gcssl.doctor import DoctorConfig, examine
 from gcssl.models.build import build_backbone
+from gcssl.plan import saved_mib
 from gcssl.runtime import entry, keep_freed_memory
 from gcssl.ssl.objectives import OBJECTIVES
-from scripts.timing import Step, alternate, device, markdown, ratios, saved_mib, write
+from scripts.timing import Step, alternate, device, markdown, ratios, write
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["data.shapes_n=64", "data.workers=0", "doctor.scan=1", "eval.online_every=0", "train.batch_size=32"]

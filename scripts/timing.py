@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
 
 from gcssl.runfolder import environment
 
@@ -61,22 +60,6 @@ def peak_mib(step: Step) -> float:
     step()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def saved_mib(step: Step, model: nn.Module) -> float:
-    """Storage that autograd keeps for the backward pass, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        step()
-    return sum(kept.values()) / 2**20
 
 
 def markdown(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:

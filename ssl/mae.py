@@ -3,11 +3,11 @@
     loss = mean (prediction - norm_pixels)^2 over hidden units
 
 GC ViT cannot simply drop tokens before its stem: convolutions, squeeze-excite and the global query all join units.
-Here hidden units take no part in any of them (the masked semantics of SparK, arXiv:2301.03580), so nothing of a mask
-token, fill colour or hole is learnt, and none of them is computed (models/visible.py): at ratio 0.75 and 224 px the
-encoder's step takes about a third of the memory of SimMIM's and, on a CPU, of the time (docs/objectives.md). `dense` runs every
-layer on the whole map instead, with equal results: the reference. Departures: a unit is a token of the last stage,
-32 px (ViT's: 16 px), and positions enter through the decoder and the bias tables alone.
+Here hidden units take no part in any of them (the masked semantics of SparK, arXiv:2301.03580), so nothing of a
+mask token, fill colour or hole is learnt, and none of them is computed (models/visible.py): at ratio 0.75 and 224
+px the encoder's step takes about a third of the memory of SimMIM's and, on a CPU, of the time (docs/objectives.md).
+`dense` runs every layer on the whole map instead, with equal results: the reference. Departures: a unit is a token
+of the last stage, 32 px (ViT's: 16 px), and positions enter through the decoder and the bias tables alone.
 """
 
 from dataclasses import dataclass, replace

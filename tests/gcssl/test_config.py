@@ -213,8 +213,9 @@ def test_the_shared_tables_name_real_keys() -> None:
     from gcssl.eval.linear_probe import LinearProbeConfig
     from gcssl.export import ExportConfig
     from gcssl.keys import CHOICES, RANGES, leaves
+    from gcssl.plan import PlanConfig
 
-    schemas = (DoctorConfig, FinetuneConfig, LinearProbeConfig, ExportConfig)
+    schemas = (DoctorConfig, PlanConfig, FinetuneConfig, LinearProbeConfig, ExportConfig)
     known = {key for schema in schemas for key in leaves(schema())}
     assert set(CHOICES) | set(RANGES) <= known
 

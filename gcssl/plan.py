@@ -1,0 +1,161 @@
+"""What a pretraining run will cost, before it starts: parameters, FLOPs, memory, hours, money.
+
+    python -m gcssl.plan configs/pretrain/x.yaml [key=value ...] plan.processes=8 [plan.images_per_s=568] [plan.price=2]
+
+FLOPs and memory are counted on the real objective, on two and four images of the data. Its speed is plan.images_per_s
+of one process where that is given, else that of plan.minutes of real training here, by one process. Without the images
+at hand, say data.path=shapes data.shapes_n=<how many there will be>. Nothing is written.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from gcssl.config import PretrainConfig, load_config
+from gcssl.doctor import DoctorConfig, DoctorOptions, Patient, checkpoint_bytes, examine
+from gcssl.loader import Sizes
+from gcssl.log import say
+from gcssl.rehearsal import first_steps, rate
+from gcssl.runtime import entry, seed_torch
+from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.streams import MODEL
+
+Row = tuple[str, str, str]  # what, how much, where from
+
+
+Shape = Sequence[int]
+
+
+@dataclass
+class PlanOptions:
+    processes: int = 1  # GPUs, or processes on CPUs
+    images_per_s: float | None = None  # of one process; None: measured here
+    minutes: float = 0.5  # of real training, to measure it
+    efficiency: float = 0.9  # share of that speed which a process keeps beside others
+    price: float | None = None  # of one process for one hour
+
+
+@dataclass
+class PlanConfig(PretrainConfig):
+    plan: PlanOptions = field(default_factory=PlanOptions)
+
+
+def saved_mib(step: Callable[[], object], model: nn.Module) -> float:
+    """Storage that autograd keeps for the backward pass of `step`, parameters of `model` left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        step()
+    return sum(kept.values()) / 2**20
+
+
+def conv_backward_flops(grad: Shape, x: Shape, weight: Shape, *args: Any, **_: Any) -> int:
+    """A forward pass for each gradient asked for; torch's own count takes a depthwise convolution for a full one."""
+    transposed, asked = args[4], args[7]
+    return 2 * math.prod(x if transposed else grad) * math.prod(weight[1:]) * (asked[0] + asked[1])
+
+
+@dataclass
+class Counted:
+    """Of one process: FLOPs of an image's step, MiB of an image and of all that does not grow with the batch."""
+
+    flops: float
+    image_mib: float
+    fixed_mib: float
+
+
+def count(patient: Patient) -> Counted:
+    objective, train = patient.objective.train(), patient.cfg.train
+    kept, flops = {}, 0
+    for images in (2, 4):
+        batch = patient.batch(images)
+
+        def step(batch: dict[str, Any] = batch) -> None:
+            seed_torch(train.seed, MODEL)
+            with torch.autocast("cpu", torch.bfloat16, enabled=train.precision != "fp32"):
+                loss = objective(batch, 0)["loss"]
+            loss.backward()
+            objective.zero_grad()
+
+        ours = {torch.ops.aten.convolution_backward: conv_backward_flops}
+        with FlopCounterMode(display=False, custom_mapping=ours) as counter:
+            step()
+        flops = counter.get_total_flops() / images
+        kept[images] = saved_mib(step, objective)
+    image = (kept[4] - kept[2]) / 2
+    trained = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
+    state, optimizer = checkpoint_bytes(patient)
+    return Counted(flops, image, kept[2] - 2 * image + (state + optimizer + trained) / 2**20)
+
+
+def speed(cfg: PlanConfig, sizes: Sizes) -> tuple[float, str]:
+    """(images/s of one process, where that number is from)."""
+    if cfg.plan.images_per_s is not None:
+        return cfg.plan.images_per_s, "given: plan.images_per_s"
+    told = first_steps(plain(cfg), cfg.plan.minutes, sizes)
+    return rate(told), f"measured here: {len(told)} steps"
+
+
+def plain(cfg: PlanConfig) -> DoctorConfig:
+    own = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(PretrainConfig)}
+    return DoctorConfig(**own, doctor=DoctorOptions(scan=1, processes=cfg.plan.processes))
+
+
+def si(number: float) -> str:
+    """3.2e13 -> 32 T."""
+    powers = min(int(math.log10(max(number, 1)) // 3), 6)
+    return f"{number / 1000**powers:.3g} {' kMGTPE'[powers]}"
+
+
+def rows(cfg: PlanConfig) -> list[Row]:
+    patient = examine(plain(cfg))
+    sizes, objective, counted = patient.sizes, patient.objective, count(patient)
+    images = sizes.total_steps * sizes.global_batch
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    memory = (counted.fixed_mib + counted.image_mib * sizes.batch_size) / 1024
+    per_process, source = speed(cfg, sizes)
+    share = cfg.plan.efficiency if sizes.world > 1 else 1.0
+    hours = images / (per_process * sizes.world * share) / 3600
+    found: list[Row] = [
+        ("images", f"{len(patient.data.train):,} of {patient.data.train.name}", "counted"),
+        ("steps", f"{sizes.total_steps:,}, {sizes.steps_per_epoch:,} an epoch; {images:,} images seen", "config"),
+        ("batch", sizes.describe(cfg.train).split(";")[0].removeprefix("global batch "), "config"),
+        ("parameters", f"{sum(p.numel() for p in objective.encoder.parameters()) / 1e6:.2f} M in the encoder, "
+         f"{trained / 1e6:.2f} M are trained", "counted"),
+        ("FLOPs", f"{si(counted.flops)} an image and step, {si(counted.flops * images)} in all", "counted"),
+        ("memory", f"{memory:.2f} GiB a process: {counted.fixed_mib / 1024:.2f} + {counted.image_mib:.1f} MiB an image",
+         "counted, without scratch space"),
+        ("speed", f"{per_process:.4g} images/s a process, {si(per_process * counted.flops)}FLOP/s", source),
+    ]  # fmt: skip
+    if sizes.world > 1:
+        found.append(("efficiency", f"{share:.0%} on {sizes.world} processes", "assumed: plan.efficiency"))
+    found.append(("time", f"{hours:.3g} hours" if hours < 100 else f"{hours:.0f} hours, {hours / 24:.1f} days", ""))
+    if cfg.plan.price is not None:
+        cost = hours * sizes.world * cfg.plan.price
+        found.append(("price", f"{cost:,.2f}", f"given: plan.price={cfg.plan.price:g} an hour and process"))
+    return found
+
+
+def main(argv: list[str]) -> None:
+    cfg = load_config(PlanConfig, argv, {name: schema for name, (_, schema) in OBJECTIVES.items()})
+    found = rows(cfg)
+    width = max(len(value) for _, value, _ in found)
+    for name, value, source in found:
+        say(f"{name:<11} {value:<{width}}  {source}".rstrip())
+
+
+if __name__ == "__main__":
+    entry(main)

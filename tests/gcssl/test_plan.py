@@ -1,0 +1,85 @@
+"""What a plan says: FLOPs and memory as counted otherwise, hours by hand, refusals in one line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from gcssl.config import load_config
+from gcssl.doctor import Patient, examine
+from gcssl.errors import UserError
+from gcssl.plan import PlanConfig, count, main, plain, rows, saved_mib, si
+from gcssl.ssl.objectives import OBJECTIVES
+
+YAML = Path(__file__).parents[2] / "configs/pretrain"
+SMALL = ["data.shapes_n=256", "data.workers=0", "train.batch_size=16", "plan.images_per_s=100"]
+
+
+def config(objective: str, *more: str) -> PlanConfig:
+    schemas = {name: schema for name, (_, schema) in OBJECTIVES.items()}
+    return load_config(PlanConfig, [str(YAML / f"{objective}_gcvit_nano.yaml"), *SMALL, *more], schemas)
+
+
+def patient(objective: str, *more: str) -> Patient:
+    return examine(plain(config(objective, *more)))
+
+
+def test_flops_are_three_times_those_of_encoder_and_head() -> None:
+    one = patient("simmim")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        one.backbone(torch.randn(1, 3, 64, 64))
+    head = 2 * 4 * 256 * 32 * 32 * 3  # four tokens of 256 numbers to the pixels of their cells
+    assert count(one).flops == pytest.approx(3 * (counter.get_total_flops() + head), rel=0.03)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_memory_of_a_batch_is_foreseen(objective: str) -> None:
+    """Counted on two and four images, and seen with six."""
+    one = patient(objective)
+    found, objective_ = count(one), one.objective.train()
+    batch = one.batch(6)
+    kept = saved_mib(lambda: objective_(batch, 0)["loss"].backward(), objective_)
+    static = sum(p.numel() * (4 if p.requires_grad else 1) for p in objective_.parameters()) * 4 / 2**20
+    assert found.image_mib * 6 + found.fixed_mib == pytest.approx(kept + static, rel=0.05)
+
+
+def test_half_precision_keeps_less() -> None:
+    full, half = (count(patient("simmim", f"train.precision={name}")).image_mib for name in ("fp32", "bf16"))
+    assert 0.4 * full < half < 0.8 * full
+
+
+def test_hours_and_price() -> None:
+    keys = ["train.batch_size=16", "train.global_batch=64", "train.epochs=3600", "plan.price=2"]
+    found = {name: value for name, value, _ in rows(config("simmim", *keys, "plan.processes=4", "plan.efficiency=0.8"))}
+    hours = 256 * 3600 / (100 * 4 * 0.8) / 3600
+    assert found["time"] == f"{hours:.3g} hours" and found["price"] == f"{hours * 4 * 2:.2f}"
+    alone = {name: value for name, value, _ in rows(config("simmim", *keys))}
+    assert "efficiency" not in alone and alone["time"] == f"{256 * 3600 / 100 / 3600:.3g} hours"
+
+
+def test_the_speed_is_measured_where_none_is_given(capfd: pytest.CaptureFixture[str]) -> None:
+    main([str(YAML / "simmim_gcvit_nano.yaml"), *SMALL, "plan.images_per_s=null", "plan.minutes=0.01"])
+    lines = dict(line.split(maxsplit=1) for line in capfd.readouterr().out.splitlines())
+    assert lines.keys() == {"images", "steps", "batch", "parameters", "FLOPs", "memory", "speed", "time"}
+    assert "measured here: " in lines["speed"] and float(lines["speed"].split()[0]) > 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        (["plan.processes=0"], "plan.processes: given 0, expected at least 1"),
+        (["plan.images_per_s=0"], "plan.images_per_s: given 0.0, expected above 0"),
+        (["plan.price=-1"], "plan.price: given -1.0, expected at least 0"),
+        (["plan.processes=3", "train.global_batch=64"], "train.global_batch: given 64, expected a multiple of 48"),
+        (["train.global_batch=64"], "simclr compares the images of a batch"),
+    ],
+)
+def test_what_cannot_be_is_refused(keys: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        rows(config("simclr", *keys))
+
+
+@pytest.mark.parametrize(("number", "text"), [(3.2e13, "32 T"), (0.5, "0.5 "), (1e21, "1e+03 E"), (12_345, "12.3 k")])
+def test_large_numbers(number: float, text: str) -> None:
+    assert si(number) == text.rstrip() + ("" if text[-1] != " " else "  ")

@@ -145,7 +145,9 @@ def fit(
     step = state.resume()
     run.start()  # nothing is left to refuse
     if train.compile:
-        objective.encoder.compile()
+        for name, part in objective.named_children():
+            if name in ("encoder", "teacher"):
+                part.compile(dynamic=False)  # sizes are few; symbolic ones take minutes to trace
     model, optimizer = accelerator.prepare(objective, state.optimizer)
     plan = sizes.plan(len(dataset), accelerator.process_index, train.seed, step)
     loader = train_loader(dataset, plan, cfg.data.workers, cfg.data.timeout)

@@ -259,6 +259,7 @@ class GCViT(nn.Module):
         self.crop_pct = 0.875 if min(self.img_size) >= 160 else 1.0  # small images have no border to spare
         levels = query_levels(window_ratio)
         self.windows = self.windows_at(self.img_size)
+        self._visible_map = visible_map  # which compile() replaces
         self.stem = Stem(in_chans, embed_dim)
         self.stages = nn.ModuleList()
         for i, dim in enumerate(self.channels):
@@ -295,6 +296,7 @@ class GCViT(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """torch.compile of what all forward passes share."""
         self._maps = torch.compile(self._maps, *args, **kwargs)  # type: ignore[method-assign]
+        self._visible_map = torch.compile(self._visible_map, *args, **kwargs)
 
     def reset_classifier(self, num_classes: int) -> None:
         """A fresh head; 0 classes: none, forward then returns the pooled features."""
@@ -359,7 +361,7 @@ class GCViT(nn.Module):
         if dense:
             last = self._maps(x, noise=noise, hidden=mask)[-1]
             return hide(last, spread(mask, *last.shape[1:3])).permute(0, 3, 1, 2)
-        return visible_map(self, x, mask, n_visible, self._noise(x, noise)).permute(0, 3, 1, 2)
+        return self._visible_map(self, x, mask, n_visible, self._noise(x, noise)).permute(0, 3, 1, 2)
 
     def forward_pyramid(
         self,

@@ -31,7 +31,7 @@ from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, collate
 from gcssl.log import say
 from gcssl.models.gcvit import GCViT
 from gcssl.pretrain import build_pretrain_backbone, check_objective, pretrain_sizes
-from gcssl.rehearsal import first_minutes, replay, verify_resume
+from gcssl.rehearsal import changed, first_minutes, first_steps, rate, replay, verify_resume
 from gcssl.runtime import entry, rng, seed_torch
 from gcssl.ssl.masking import upsample_mask
 from gcssl.ssl.objectives import OBJECTIVES
@@ -308,8 +308,13 @@ def check_disk(patient: Patient) -> Finding:
 def check_first_steps(patient: Patient) -> Finding:
     if not patient.cfg.doctor.minutes:
         return Finding("ok", "not run: doctor.minutes=0")
+    how = (patient.cfg.doctor.minutes, patient.sizes)
     try:
-        return Finding(*first_minutes(patient.cfg, patient.cfg.doctor.minutes, patient.sizes))
+        found = Finding(*first_minutes(patient.cfg, *how))
+        if patient.cfg.train.compile and found.verdict != "FAIL":
+            eager = rate(first_steps(changed(patient.cfg, {"train.compile": False}), *how))
+            found.told += f"; without train.compile {eager:.0f} images/s"
+        return found
     except UserError as error:
         return Finding("FAIL", str(error))
 

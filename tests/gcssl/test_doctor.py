@@ -132,6 +132,17 @@ def test_waiting_for_data_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_first_steps(patient).verdict == "warn"
 
 
+def test_the_gain_of_compilation_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def clocked(cfg: PretrainConfig) -> None:
+        speed = 300.0 if cfg.train.compile else 200.0
+        line = {"step": 1, "loss": 1.0, "images_per_s": speed, "data_wait": 0.0}
+        (Path(cfg.out) / "metrics.jsonl").write_text(f"{json.dumps(line)}\n")
+
+    monkeypatch.setattr("gcssl.rehearsal.pretrain", clocked)
+    told = doctor.check_first_steps(examine(config("simmim", "doctor.minutes=1", "train.compile=true"))).told
+    assert "300 images/s" in told and told.endswith("without train.compile 200 images/s")
+
+
 def test_the_first_steps_are_real_and_leave_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     patient = examine(config("simmim", "doctor.minutes=0.01", "train.epochs=3"))
     found = doctor.check_first_steps(patient)

@@ -1,7 +1,8 @@
 """Augmentations in two halves: `draw_view` draws a view's parameters, the others apply them.
 
 Crop, resize and flip run on the worker and give uint8 pixels. Colour jitter, grey, blur and solarise run in
-one pure function with one parameter set per sample, on the worker or in batches on the device (`augment.where`).
+one pure function, `colour`, with one parameter set per sample, on the worker or in batches on the device
+(`augment.where`).
 Parameters: SimMIM (arXiv:2111.09886), SimCLR (arXiv:2002.05709), MoCo v3 (arXiv:2104.02057, which takes
 BYOL's).
 """

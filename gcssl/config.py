@@ -146,7 +146,7 @@ def load_config(schema: type[T], argv: list[str], objectives: dict[str, type] | 
     argv: paths of yaml files first, then key=value; what comes later wins. objectives: name -> config
     dataclass, of which objective.name chooses the type of the `objective` key. `${oc.env:...}` is refused
     unless the command line itself (not a yaml) has allow_env=true. With --help among argv it prints the program's
-    docstring and every key with its default, and exits with 0.
+    docstring and every key with its value in the yaml files, or its default, and exits with 0.
     """
     paths, pairs = _split([argument for argument in argv if argument not in HELP])
     raw = [(str(path), read_yaml(path)) for path in paths]
@@ -155,7 +155,8 @@ def load_config(schema: type[T], argv: list[str], objectives: dict[str, type] | 
     default = _with_objective(schema(), [layer for _, layer in raw] + [_nest(k, v) for k, v in pairs], objectives)
     known = leaves(default)
     if HELP & set(argv):
-        sys.stdout.write(_help(known))
+        values = {key: value for _, layer in raw for key, value in flatten(layer, stop=known).items()}
+        sys.stdout.write(_help(known, values))
         raise SystemExit(0)
     layers = raw + [("", _nest(key, _parse(key, text, known))) for key, text in pairs]
     allow_env = any(layer.get("allow_env") is True for source, layer in layers if not source)
@@ -202,8 +203,8 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     return _expand({str(key): value for key, value in content.items()})
 
 
-def _help(known: dict[str, Leaf]) -> str:
-    lines = [f"  {key}={show(leaf.default)}  ({leaf.expected()})" for key, leaf in known.items()]
+def _help(known: dict[str, Leaf], values: dict[str, Any]) -> str:
+    lines = [f"  {key}={show(values.get(key, leaf.default))}  ({leaf.expected()})" for key, leaf in known.items()]
     return "\n".join([(sys.modules["__main__"].__doc__ or "").strip(), "", "[file.yaml ...] key=value ...", *lines, ""])
 
 

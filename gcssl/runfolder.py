@@ -189,8 +189,9 @@ class RunFolder:
         common = old_facts.keys() & self.facts.keys()
         lines += [f"{k}: {old_facts[k]} -> {self.facts[k]}" for k in sorted(common) if old_facts[k] != self.facts[k]]
         if lines:
+            more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
             raise UserError(
-                f"out: {self.path} holds a run with another config ({'; '.join(lines)}); "
+                f"out: {self.path} holds a run with another config ({'; '.join(lines[:8])}{more}); "
                 "set these back to continue it, or give another folder"
             )
         self.resumed = True

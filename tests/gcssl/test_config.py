@@ -46,7 +46,9 @@ def refusal(*argv: str) -> str:
     return str(refused.value)
 
 
-def test_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_key_with_its_default_or_what_the_recipe_sets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as left:
         load("--help")
     lines = capsys.readouterr().out.splitlines()
@@ -54,6 +56,13 @@ def test_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str
     assert (
         "  objective.mask_ratio=0.6  (a number)" in lines and "  model.img_size=64  (a side or [height,width])" in lines
     )
+    path = tmp_path / "x.yaml"
+    path.write_text("train.epochs: 7\nmodel: {img_size: [64, 96]}\n")
+    with pytest.raises(SystemExit):
+        load(str(path), "--help")
+    lines = capsys.readouterr().out.splitlines()
+    assert "  train.epochs=7  (a whole number)" in lines
+    assert "  model.img_size=[64, 96]  (a side or [height,width])" in lines
 
 
 def test_layers_later_wins(tmp_path: Path) -> None:

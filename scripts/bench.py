@@ -19,7 +19,7 @@ from gcssl.runtime import entry
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs/results"
-COMMANDS = (
+ON_CPU = (
     "bench_model --variant gcvit_xxtiny gcvit_tiny",
     "bench_masked --variant gcvit_xxtiny",
     "bench_masked --variant gcvit_tiny",
@@ -28,6 +28,15 @@ COMMANDS = (
     "bench_scale --parts checkpointing processes",
     "bench_scale --parts growth",
 )
+ON_GPU = (
+    "bench_model --variant gcvit_tiny gcvit_base --profile",
+    "bench_masked --variant gcvit_xxtiny --ratio 0.6 0.75 --batch 64 --bf16",
+    "bench_masked --variant gcvit_tiny --ratio 0.6 0.75 --batch 64 --bf16",
+    "bench_eval --batch 64",
+    "bench_model --variant gcvit_tiny --compile --kinds train",
+    "bench_input",
+)
+COMMANDS = ON_GPU if torch.cuda.is_available() else ON_CPU
 
 
 def hardware() -> str:

@@ -19,10 +19,6 @@ keep() {  # the small files of a run folder
     mkdir -p "$out"
     cp -r "$1"/{config.yaml,env.json,status.json,metrics.jsonl,eval} "$out" 2>/dev/null
 }
-bench() {  # bench NAME ARGUMENTS: scripts/bench_NAME.py
-    local name=$1 out="$results/bench_$1_$(echo "${@:2}" | tr -dc 'a-z0-9_')"
-    timeout "$(left)" "$python" -m "scripts.bench_$name" "${@:2}" --out "$out.json" 2>&1 | tee "$out.txt"
-}
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$results/gpu.csv"
 
@@ -31,11 +27,8 @@ if [[ " $parts " == *" tests "* ]]; then
 fi
 
 if [[ " $parts " == *" bench "* ]]; then
-    bench model --variant gcvit_tiny gcvit_base --profile
-    for variant in gcvit_xxtiny gcvit_tiny; do
-        bench masked --variant $variant --batch 64 --ratio 0.6 0.75 --bf16
-    done
-    bench model --variant gcvit_tiny --compile --kinds train --profile
+    timeout "$(left)" "$python" -m scripts.bench 2>&1 | tee "$results/bench.txt"
+    cp docs/results/bench-*.{md,json} "$results"
 fi
 
 if [[ " $parts " == *" pretrain "* ]]; then

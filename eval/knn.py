@@ -205,23 +205,18 @@ def search(bank: Tensor, queries: Tensor, k: int, backend: str = "auto") -> tupl
     m = min(k + MARGIN, n)
     if backend != "torch":
         _import_faiss()  # before the threads are set, which concerns it too
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with _threads(), torch.autocast(bank.device.type, enabled=False):
-            rough, index = _searcher(backend, bank, queries, m)(bank, queries, m)  # M m
-            parts, error = [], 1e-7
-            for part, query, near in zip(rough.split(512), queries.split(512), index.split(512), strict=True):
-                fine = torch.einsum("md,mkd->mk", query.double(), bank[near].double())
-                error = max(error, (fine - part).abs().max().item())
-                parts.append(_similarity_key(fine, near, n).topk(k, dim=1).values)
-            values, index = _split_key(torch.cat(parts), n)
-            if m < n:  # the last candidate bounds what was left out
-                doubt = (values[:, -1] <= rough.min(1).values.double() + 2 * error).nonzero()[:, 0]
-                if len(doubt):
-                    values[doubt], index[doubt] = _search_exact(bank, queries[doubt], k)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+    with _threads():
+        rough, index = _searcher(backend, bank, queries, m)(bank, queries, m)  # M m
+        parts, error = [], 1e-7
+        for part, query, near in zip(rough.split(512), queries.split(512), index.split(512), strict=True):
+            fine = torch.einsum("md,mkd->mk", query.double(), bank[near].double())
+            error = max(error, (fine - part).abs().max().item())
+            parts.append(_similarity_key(fine, near, n).topk(k, dim=1).values)
+        values, index = _split_key(torch.cat(parts), n)
+        if m < n:  # the last candidate bounds what was left out
+            doubt = (values[:, -1] <= rough.min(1).values.double() + 2 * error).nonzero()[:, 0]
+            if len(doubt):
+                values[doubt], index[doubt] = _search_exact(bank, queries[doubt], k)
     return values, index
 
 

@@ -214,14 +214,6 @@ def test_a_large_bank_is_searched_by_the_faster_backend(slow: str, monkeypatch: 
     assert torch.equal(search(bank[:1000], queries, 20, "auto")[1], search(bank[:1000], queries, 20, "torch")[1])
 
 
-def test_autocast_around_a_search_changes_nothing() -> None:
-    bank, queries = (normalize(clusters(n, seed)[0], dim=1) for n, seed in ((500, 51), (40, 52)))
-    want = search(bank, queries, 20, "torch")
-    with torch.autocast("cpu", torch.bfloat16):
-        got = search(bank, queries, 20, "torch")
-    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
-
-
 class OnGpu(torch.Tensor):
     """A bank that says it is on a GPU."""
 

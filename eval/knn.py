@@ -116,11 +116,11 @@ def _search_exact(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor
 def _candidates_torch(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """fp32 inner products, bank and queries in slices; similarity M k, index M k."""
     values, indices = [], []
-    for query in queries.split(1024):
+    for query in queries.split(512):
         best = torch.empty(len(query), 0, device=bank.device)
         where = torch.empty(len(query), 0, dtype=torch.int64, device=bank.device)
-        for start in range(0, len(bank), 8192):
-            part = query @ bank[start : start + 8192].T  # m n
+        for start in range(0, len(bank), 16_384):
+            part = query @ bank[start : start + 16_384].T  # m n
             top = part.topk(min(k, part.shape[1]), dim=1)
             best, where = torch.cat([best, top.values], 1), torch.cat([where, top.indices + start], 1)
             keep = best.topk(min(k, best.shape[1]), dim=1)
@@ -208,7 +208,7 @@ def search(bank: Tensor, queries: Tensor, k: int, backend: str = "auto") -> tupl
     with _threads():
         rough, index = _searcher(backend, bank, queries, m)(bank, queries, m)  # M m
         parts, error = [], 1e-7
-        for part, query, near in zip(rough.split(512), queries.split(512), index.split(512), strict=True):
+        for part, query, near in zip(rough.split(64), queries.split(64), index.split(64), strict=True):  # fits the cache
             fine = torch.einsum("md,mkd->mk", query.double(), bank[near].double())
             error = max(error, (fine - part).abs().max().item())
             parts.append(_similarity_key(fine, near, n).topk(k, dim=1).values)

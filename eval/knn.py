@@ -208,7 +208,8 @@ def search(bank: Tensor, queries: Tensor, k: int, backend: str = "auto") -> tupl
     with _threads():
         rough, index = _searcher(backend, bank, queries, m)(bank, queries, m)  # M m
         parts, error = [], 1e-7
-        for part, query, near in zip(rough.split(64), queries.split(64), index.split(64), strict=True):  # fits the cache
+        # 64 queries' neighbours fit the cache
+        for part, query, near in zip(rough.split(64), queries.split(64), index.split(64), strict=True):
             fine = torch.einsum("md,mkd->mk", query.double(), bank[near].double())
             error = max(error, (fine - part).abs().max().item())
             parts.append(_similarity_key(fine, near, n).topk(k, dim=1).values)

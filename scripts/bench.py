@@ -45,7 +45,8 @@ def hardware() -> str:
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return f"{names[0] if names else platform.processor()} {len(names) or 1} cores"
+    plain = re.sub(r"\((R|TM)\)|CPU|Processor|@.*", "", names[0] if names else platform.processor())
+    return f"{' '.join(plain.split())} {len(names) or 1} cores"
 
 
 def run(command: str) -> dict[str, object]:

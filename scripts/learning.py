@@ -31,7 +31,7 @@ SETTINGS: dict[str, list[str]] = {
     "simmim": ["train.steps=240", "train.blr=2e-3"],
     "localmim": ["train.steps=240", "train.blr=2e-3", "objective.target=pixels"],
     "ummae": ["train.steps=500", "train.blr=2e-3"],
-    "mae": ["train.steps=120", "train.blr=2e-3"],
+    "mae": ["train.steps=500", "train.blr=2e-3"],
     "simclr": [*VIEW, "objective.temperature=0.1"],
     "mocov3": [*VIEW, "objective.temperature=0.1"],
     "moby": [*VIEW, "objective.temperature=0.1", "objective.momentum=0.9", "objective.queue=512", "train.steps=160"],

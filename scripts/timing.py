@@ -73,7 +73,8 @@ def write(path: Path | None, settings: dict[str, Any], rows: list[dict[str, Any]
     """The rows with all that is needed to repeat them."""
     if path:
         told = environment()
-        told = {key: told[key] for key in ("argv", "commit", "versions", "hardware")}
+        told = {key: told[key] for key in ("commit", "versions", "hardware")}
         told["hardware"].pop("host")
         path.parent.mkdir(parents=True, exist_ok=True)
+        settings = {key: value for key, value in settings.items() if key != "out"}
         path.write_text(json.dumps({**told, "settings": settings, "rows": rows}, indent=1, default=str) + "\n")

@@ -6,7 +6,7 @@ GC ViT cannot simply drop tokens before its stem: convolutions, squeeze-excite a
 Here hidden units take no part in any of them (the masked semantics of SparK, arXiv:2301.03580), so nothing of a
 mask token, fill colour or hole is learnt, and none of them is computed (models/visible.py): at ratio 0.75 and 224
 px the encoder keeps about a third of SimMIM's activations. Its step is 3 times as fast on a CPU, and on an H200, which
-waits for kernels to be started, 0.76 to 0.90 times (docs/results/bench/masked.md, docs/results/gpu_h200).
+waits for kernels to be started, 0.76 to 0.90 times (docs/results/bench-intel-xeon-2-cores.md, docs/results/gpu_h200).
 `dense` runs every layer on the whole map instead, with equal results: the reference. Departures: a unit is a token
 of the last stage, 32 px (ViT's: 16 px), and positions enter through the decoder and the bias tables alone.
 """

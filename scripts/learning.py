@@ -53,6 +53,7 @@ LINES: dict[str, dict[str, float]] = {
     "joint": {"knn/top1@20": 9.0, "linear/top1": 15.0},
     "ummae": {"knn/top1@20": 8.0, "linear/top1": 10.0},
     "localmim": {"knn/top1@20": 1.0, "linear/top1": 15.0},
+    "mae": {"knn/top1@20": 5.5, "linear/top1": 13.5},
     "simdino": {"knn/top1@20": 4.0},
 }
 

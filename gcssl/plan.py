@@ -21,7 +21,7 @@ from gcssl.config import PretrainConfig, load_config
 from gcssl.doctor import DoctorConfig, DoctorOptions, Patient, checkpoint_bytes, examine
 from gcssl.loader import Sizes
 from gcssl.log import say
-from gcssl.rehearsal import first_steps, rate
+from gcssl.rehearsal import duration, first_steps, rate
 from gcssl.runtime import entry, seed_torch
 from gcssl.ssl.objectives import OBJECTIVES
 from gcssl.streams import MODEL
@@ -142,7 +142,7 @@ def rows(cfg: PlanConfig) -> list[Row]:
     ]  # fmt: skip
     if sizes.world > 1:
         found.append(("efficiency", f"{share:.0%} on {sizes.world} processes", "assumed: plan.efficiency"))
-    found.append(("time", f"{hours:.3g} hours" if hours < 100 else f"{hours:.0f} hours, {hours / 24:.1f} days", ""))
+    found.append(("time", duration(hours).rstrip(","), ""))
     if cfg.plan.price is not None:
         cost = hours * sizes.world * cfg.plan.price
         found.append(("price", f"{cost:,.2f}", f"given: plan.price={cfg.plan.price:g} an hour and process"))

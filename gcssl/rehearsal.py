@@ -75,6 +75,12 @@ def rate(told: list[dict[str, Any]]) -> float:
     return len(warm) / sum(1 / line["images_per_s"] for line in warm)
 
 
+def duration(hours: float) -> str:
+    if hours < 1:
+        return f"{60 * hours:.2g} minutes"
+    return f"{hours:.3g} hours" if hours < 100 else f"{hours:.0f} hours, {hours / 24:.1f} days,"
+
+
 def first_minutes(cfg: PretrainConfig, minutes: float, sizes: Sizes) -> tuple[str, str]:
     """(verdict, what was found) of training for real."""
     try:
@@ -89,7 +95,7 @@ def first_minutes(cfg: PretrainConfig, minutes: float, sizes: Sizes) -> tuple[st
     hours = sizes.total_steps * sizes.global_batch / speed / sizes.world / 3600
     those = "one process" if sizes.world == 1 else f"{sizes.world} processes"
     text = f"{len(told)} steps, loss {told[0]['loss']:.4g} to {told[-1]['loss']:.4g}, {speed:.0f} images/s, {memory};"
-    text += f" the whole run would take {hours:.1f} hours on {those} like this"
+    text += f" the whole run would take {duration(hours)} on {those} like this"
     if waiting > 0.2:
         return "warn", f"{text}; {100 * waiting:.0f} % of the time waits for data: raise data.workers"
     return "ok", text

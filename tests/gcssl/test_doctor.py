@@ -18,7 +18,7 @@ from gcssl.config import PretrainConfig, load_config
 from gcssl.doctor import CHECKS, DoctorConfig, Patient, examine
 from gcssl.errors import NumericStop, UserError
 from gcssl.pretrain import pretrain
-from gcssl.rehearsal import differences, replay
+from gcssl.rehearsal import differences, duration, replay
 from gcssl.ssl.objectives import OBJECTIVES
 from gcssl.ssl.simmim import SimMIM
 
@@ -146,7 +146,7 @@ def test_the_gain_of_compilation_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_first_steps_are_real_and_leave_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     patient = examine(config("simmim", "doctor.minutes=0.01", "train.epochs=3"))
     found = doctor.check_first_steps(patient)
-    assert found.verdict == "ok" and "images/s" in found.told and "hours on one process" in found.told
+    assert found.verdict == "ok" and "images/s" in found.told and "minutes on one process" in found.told
     assert capfd.readouterr().out == ""
     wild = examine(config("simmim", "doctor.minutes=1", "train.blr=1e30", "train.lr_rule=none"))
     assert doctor.check_first_steps(wild).verdict == "FAIL"
@@ -168,10 +168,10 @@ def test_what_pretraining_refuses_is_refused_or_a_failed_check(tmp_path: Path) -
 
 
 def test_two_processes_take_half_the_time() -> None:
-    keys = ["train.global_batch=32", "train.batch_size=16", "train.steps=1000000", "doctor.minutes=0.005"]
+    keys = ["train.global_batch=32", "train.batch_size=16", "train.steps=9000000", "doctor.minutes=0.005"]
     told = doctor.check_first_steps(examine(config("simmim", *keys, "doctor.processes=2"))).told
-    speed, hours = re.search(r"(\d+) images/s.* take (\S+) hours on 2 processes", told).groups()  # type: ignore[union-attr]
-    assert float(hours) == pytest.approx(32e6 / float(speed) / 2 / 3600, rel=0.05)
+    speed, hours = re.search(r"(\d+) images/s.* take (\S+) hours, .* days, on 2 processes", told).groups()  # type: ignore[union-attr]
+    assert float(hours) == pytest.approx(9e6 * 32 / float(speed) / 2 / 3600, rel=0.05)
 
 
 def test_a_failed_check_is_exit_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,3 +231,10 @@ def test_an_incident_is_replayed(
 def test_verify_resume(capsys: pytest.CaptureFixture[str]) -> None:
     doctor.main(["verify-resume", str(YAML / "simmim_gcvit_nano.yaml"), *SMALL])
     assert "equal bit for bit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("hours", "told"), [(0.05, "3 minutes"), (0.5, "30 minutes"), (2.346, "2.35 hours"), (240, "240 hours, 10.0 days,")]
+)
+def test_durations(hours: float, told: str) -> None:
+    assert duration(hours) == told

@@ -53,7 +53,7 @@ def test_hours_and_price() -> None:
     keys = ["train.batch_size=16", "train.global_batch=64", "train.epochs=3600", "plan.price=2"]
     found = {name: value for name, value, _ in rows(config("simmim", *keys, "plan.processes=4", "plan.efficiency=0.8"))}
     hours = 256 * 3600 / (100 * 4 * 0.8) / 3600
-    assert found["time"] == f"{hours:.3g} hours" and found["price"] == f"{hours * 4 * 2:.2f}"
+    assert found["time"] == f"{60 * hours:.2g} minutes" and found["price"] == f"{hours * 4 * 2:.2f}"
     alone = {name: value for name, value, _ in rows(config("simmim", *keys))}
     assert "efficiency" not in alone and alone["time"] == f"{256 * 3600 / 100 / 3600:.3g} hours"
 

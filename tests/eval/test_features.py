@@ -160,7 +160,7 @@ for protocol in ("cached", "augmented"):
     cfg = linear_probe.LinearProbeConfig(
         protocol=protocol, name=protocol, epochs=2, head_batch=16, lrs=[0.01, 0.03], **common)
     linear_probe.run(cfg, accelerator)
-print("world", accelerator.num_processes)
+accelerator.print("world", accelerator.num_processes)
 """
 
 

@@ -165,7 +165,7 @@ torch.set_num_threads(1)
 cfg = load_config(finetune.FinetuneConfig, sys.argv[1:])
 accelerator = make_accelerator(cfg.train, cfg.runtime)
 finetune.run(cfg, accelerator)
-print("world", accelerator.num_processes)
+accelerator.print("world", accelerator.num_processes)
 """
 
 

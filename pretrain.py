@@ -134,7 +134,10 @@ def fit(
     to_device: Callable[[dict[str, Any], int], dict[str, Any]],
     probe: OnlineProbe | None = None,
 ) -> None:
-    """Train from the newest checkpoint, or the start, to the last step; long, so that a step reads in one place."""
+    """Train from the newest checkpoint, or the start, to the last step; long, so that a step reads in one place.
+
+    What a step must not leave behind, and what ends a run, is in `skip` and `watch_collapse`.
+    """
     train = cfg.train
     save_steps = max(1, round(cfg.checkpoint.every * sizes.steps_per_epoch))
     objective.to(accelerator.device)
@@ -145,9 +148,7 @@ def fit(
     step = state.resume()
     run.start()  # nothing is left to refuse
     if train.compile:
-        for name, part in objective.named_children():
-            if name in ("encoder", "teacher"):
-                part.compile(dynamic=False)  # sizes are few; symbolic ones take minutes to trace
+        compile_encoders(objective)
     model, optimizer = accelerator.prepare(objective, state.optimizer)
     plan = sizes.plan(len(dataset), accelerator.process_index, train.seed, step)
     loader = train_loader(dataset, plan, cfg.data.workers, cfg.data.timeout)
@@ -184,23 +185,16 @@ def fit(
                     optimizer.step()
                 optimizer.zero_grad()
             run.step = step = step + 1
-            if not fault and not accelerator.optimizer_step_was_skipped:
-                objective.after_step(step - 1)
             if fault:
-                bad_steps.skip(step, fault, meter.indices, accelerator)
-                if len(in_a_row := bad_steps.in_a_row) >= train.max_bad_steps:
-                    told = f"step {step}: {len(in_a_row)} steps in a row were skipped, now by a {fault}"
-                    state.give_up(in_a_row[0]["step"] - 1, told, in_a_row)
+                skip(step, fault, meter.indices, bad_steps, state, train.max_bad_steps)
+            elif not accelerator.optimizer_step_was_skipped:
+                objective.after_step(step - 1)
             if values.pop("bad"):
                 bad.record(meter.take_bad(), accelerator)
             stopping = values.pop("stop") and step < sizes.total_steps
             values |= schedules(objective, optimizer, step, sizes) | {"skipped": bad_steps.skipped}
-            warm = step > train.warmup_epochs * sizes.steps_per_epoch
-            if warm and not fault and (sign := watch.see(values)):
-                told = f"step {step}: collapse? for {watch.patience} steps {sign.told}"
-                if train.on_collapse == "stop":
-                    state.give_up(step, told, [])
-                say(told)
+            if not fault and step > train.warmup_epochs * sizes.steps_per_epoch:
+                watch_collapse(step, values, watch, state, train.on_collapse == "stop")
             log.step(step, values, sizes.global_batch, meter.take_wait())
             with log.pause():
                 probing = probe is not None and probe.due(step)
@@ -214,6 +208,31 @@ def fit(
                     measure(probe, objective, step, log, stop)
     say(log.summary())
     accelerator.free_memory()  # another fit with this accelerator must not clip, scale or save what this one trained
+
+
+def compile_encoders(objective: Any) -> None:
+    """torch.compile of student and teacher, a graph a size: sizes are few, symbolic ones take minutes to trace."""
+    for name, part in objective.named_children():
+        if name in ("encoder", "teacher"):
+            part.compile(dynamic=False)
+
+
+def skip(step: int, fault: str, indices: list[Tensor], bad_steps: BadSteps, state: RunState, most: int) -> None:
+    """Leave nothing of step number `step`; so many of them in a row end the run."""
+    bad_steps.skip(step, fault, indices, state.accelerator)
+    in_a_row = bad_steps.in_a_row
+    if len(in_a_row) >= most:
+        told = f"step {step}: {len(in_a_row)} steps in a row were skipped, now by a {fault}"
+        state.give_up(in_a_row[0]["step"] - 1, told, in_a_row)
+
+
+def watch_collapse(step: int, values: dict[str, float], watch: CollapseWatch, state: RunState, stop: bool) -> None:
+    """Say that a sign of a collapse stayed, and end the run where it should."""
+    if sign := watch.see(values):
+        told = f"step {step}: collapse? for {watch.patience} steps {sign.told}"
+        if stop:
+            state.give_up(step, told, [])
+        say(told)
 
 
 def measure(probe: OnlineProbe, objective: Any, step: int, log: RunLog, stop: StopSignal) -> None:

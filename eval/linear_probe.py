@@ -220,11 +220,6 @@ def _place(features: Features, device: torch.device) -> tuple[dict[str, Tensor],
     return {kind: x.to(device) for kind, x in features.x.items()}, features.y.to(device)
 
 
-def _agree(scores: dict[Setting, tuple[float, float]]) -> Setting:
-    """The main process's choice, on every process."""
-    return broadcast(choose(scores))
-
-
 def _where(features: Features, wanted: np.ndarray) -> Tensor:
     """Rows whose image is among `wanted`."""
     return torch.from_numpy(np.isin(features.index.numpy(), wanted)).nonzero()[:, 0]
@@ -241,7 +236,7 @@ def _cached(inputs: Inputs, settings: list[Setting], plan: Plan, held: np.ndarra
     rows, slice_rows = keep.nonzero()[:, 0].to(y.device), slice_rows.to(y.device)
     grid, norm = train_heads(x, y, rows, settings, inputs.n_classes, plan, device)
     scores = grid.scores({kind: value[slice_rows] for kind, value in x.items()}, y[slice_rows], norm)
-    setting = _agree(scores)
+    setting = broadcast(choose(scores))
     everything = torch.arange(len(y), device=y.device)
     grid, norm = train_heads(x, y, everything, [setting], inputs.n_classes, plan, device)
     seconds = time.perf_counter() - begin
@@ -271,7 +266,7 @@ def _augmented(inputs: Inputs, settings: list[Setting], plan: Plan, held: np.nda
             say(f"linear probe: epoch {epoch + 1} of {plan.epochs}, about {left / 60:.0f} min left")
     slice_ = inputs.features(inputs.train.select(np.sort(held)), kinds)
     scores = grids[0][0].scores(slice_.x, slice_.y, grids[0][2])
-    setting = _agree(scores)
+    setting = broadcast(choose(scores))
     grid, rows, norm = grids[1]
     return Probe(setting, scores[setting][0], *grid.head(setting), _on_cpu(norm), len(rows), len(slice_.y), seconds)
 

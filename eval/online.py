@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 
 from gcssl.config import PretrainConfig
@@ -14,17 +15,15 @@ from gcssl.log import say
 from gcssl.models.build import Backbone
 
 KNN_K = 20
+Parts = tuple[np.ndarray, np.ndarray]  # indices of images
 
 
 class OnlineProbe:
     """kNN of the held-out slice against the rest of train, and the features' RankMe."""
 
-    def __init__(self, cfg: PretrainConfig, images: Images, accelerator: Accelerator, every: int) -> None:
-        self.cfg, self.images, self.accelerator = cfg, images, accelerator
+    def __init__(self, cfg: PretrainConfig, images: Images, parts: Parts, accelerator: Accelerator, every: int) -> None:
+        self.cfg, self.images, self.parts, self.accelerator = cfg, images, parts, accelerator
         self.every = every  # optimizer steps
-        self.parts = held_out(images)
-        if not len(self.parts[1]):
-            raise UserError("eval.online_every: with one image a class none can be held out; set eval.online_every=0")
 
     def due(self, step: int) -> bool:
         return step > 0 and step % self.every == 0
@@ -46,10 +45,21 @@ def online_probe(
     cfg: PretrainConfig, images: Images, accelerator: Accelerator, steps_per_epoch: int
 ) -> OnlineProbe | None:
     """The probe of a run, every eval.online_every epochs; None where it has no labels or wants none."""
-    every = cfg.eval.online_every * steps_per_epoch
-    if every and images.labels is None:
+    parts = probe_parts(cfg, images)
+    return parts and OnlineProbe(cfg, images, parts, accelerator, cfg.eval.online_every * steps_per_epoch)
+
+
+def probe_parts(cfg: PretrainConfig, images: Images) -> Parts | None:
+    """(the bank, the held-out slice) of the probe; None for no probe, UserError where nothing can be held out."""
+    if not cfg.eval.online_every:
+        return None
+    if images.labels is None:
         say("no labels in this data set: the online kNN probe is skipped")
-    return OnlineProbe(cfg, images, accelerator, every) if every and images.labels is not None else None
+        return None
+    bank, held = held_out(images)
+    if not len(held):
+        raise UserError("eval.online_every: with one image a class none can be held out; set eval.online_every=0")
+    return bank, held
 
 
 def evaluated_encoder(cfg: PretrainConfig, objective: Any) -> Backbone:

@@ -26,7 +26,7 @@ from gcssl.config import PretrainConfig, load_config
 from gcssl.data import BadImage, Images, Splits, open_data
 from gcssl.errors import UserError
 from gcssl.eval.knn import search
-from gcssl.eval.online import online_probe
+from gcssl.eval.online import probe_parts
 from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, collate
 from gcssl.log import say
 from gcssl.models.gcvit import GCViT
@@ -84,8 +84,7 @@ def examine(cfg: DoctorConfig) -> Patient:
     backbone = build_pretrain_backbone(cfg)
     data = open_data(cfg.data, backbone.img_size)
     sizes = pretrain_sizes(cfg, len(data.train), cfg.doctor.processes)
-    nobody: Any = None
-    online_probe(cfg, data.train, nobody, sizes.steps_per_epoch)  # it may refuse the data
+    probe_parts(cfg, data.train)  # may refuse them
     cls: Any = OBJECTIVES[cfg.objective.name][0]
     args = (cfg.augment, backbone.img_size, sizes.total_steps, sizes.steps_per_epoch)
     splits = {"train": data.train, **({"val": data.test} if data.test is not None else {})}

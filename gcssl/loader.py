@@ -99,12 +99,15 @@ class Sizes:
     steps_per_epoch: int
     total_steps: int
 
+    def layout(self) -> str:
+        return f"{self.global_batch} = {self.batch_size} x {self.world} processes x {self.accumulate} accumulated"
+
     def describe(self, train: TrainConfig) -> str:
         epochs, warmup = self.total_steps / self.steps_per_epoch, train.warmup_epochs
         rises = f"; train.warmup_epochs={warmup:g} is longer than the run's {epochs:.3g} epochs: the lr only rises"
         return (
-            f"global batch {self.global_batch} = {self.batch_size} x {self.world} processes x {self.accumulate}"
-            f" accumulated; lr {scaled_lr(train, self.global_batch):.3g} ({train.lr_rule} rule, base {train.lr_base});"
+            f"global batch {self.layout()}; lr {scaled_lr(train, self.global_batch):.3g} ({train.lr_rule} rule,"
+            f" base {train.lr_base});"
             f" {self.total_steps} steps, {self.steps_per_epoch} an epoch{rises if warmup > epochs else ''}"
         )
 

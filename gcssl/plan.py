@@ -7,7 +7,6 @@ of one process where that is given, else that of plan.minutes of real training h
 at hand, say data.path=shapes data.shapes_n=<how many there will be>. Nothing is written.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,14 +20,12 @@ from gcssl.config import PretrainConfig, load_config
 from gcssl.doctor import DoctorConfig, DoctorOptions, Patient, checkpoint_bytes, examine
 from gcssl.loader import Sizes
 from gcssl.log import say
-from gcssl.rehearsal import duration, first_steps, rate
+from gcssl.rehearsal import changed, duration, first_steps, rate
 from gcssl.runtime import entry, seed_torch
 from gcssl.ssl.objectives import OBJECTIVES
 from gcssl.streams import MODEL
 
 Row = tuple[str, str, str]  # what, how much, where from
-
-
 Shape = Sequence[int]
 
 
@@ -92,9 +89,8 @@ def count(patient: Patient) -> Counted:
 
         ours = {torch.ops.aten.convolution_backward: conv_backward_flops}
         with FlopCounterMode(display=False, custom_mapping=ours) as counter:
-            step()
+            kept[images] = saved_mib(step, objective)
         flops = counter.get_total_flops() / images
-        kept[images] = saved_mib(step, objective)
     image = (kept[4] - kept[2]) / 2
     trained = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
     state, optimizer = checkpoint_bytes(patient)
@@ -105,13 +101,13 @@ def speed(cfg: PlanConfig, sizes: Sizes) -> tuple[float, str]:
     """(images/s of one process, where that number is from)."""
     if cfg.plan.images_per_s is not None:
         return cfg.plan.images_per_s, "given: plan.images_per_s"
-    told = first_steps(plain(cfg), cfg.plan.minutes, sizes)
+    told = first_steps(cfg, cfg.plan.minutes, sizes)
     return rate(told), f"measured here: {len(told)} steps"
 
 
-def plain(cfg: PlanConfig) -> DoctorConfig:
-    own = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(PretrainConfig)}
-    return DoctorConfig(**own, doctor=DoctorOptions(scan=1, processes=cfg.plan.processes))
+def patient_of(cfg: PlanConfig) -> Patient:
+    """The run, built as the doctor does."""
+    return examine(DoctorConfig(**vars(changed(cfg, {})), doctor=DoctorOptions(scan=1, processes=cfg.plan.processes)))
 
 
 def si(number: float) -> str:
@@ -121,7 +117,7 @@ def si(number: float) -> str:
 
 
 def rows(cfg: PlanConfig) -> list[Row]:
-    patient = examine(plain(cfg))
+    patient = patient_of(cfg)
     sizes, objective, counted = patient.sizes, patient.objective, count(patient)
     images = sizes.total_steps * sizes.global_batch
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
@@ -132,7 +128,7 @@ def rows(cfg: PlanConfig) -> list[Row]:
     found: list[Row] = [
         ("images", f"{len(patient.data.train):,} of {patient.data.train.name}", "counted"),
         ("steps", f"{sizes.total_steps:,}, {sizes.steps_per_epoch:,} an epoch; {images:,} images seen", "config"),
-        ("batch", sizes.describe(cfg.train).split(";")[0].removeprefix("global batch "), "config"),
+        ("batch", sizes.layout(), "config"),
         ("parameters", f"{sum(p.numel() for p in objective.encoder.parameters()) / 1e6:.2f} M in the encoder, "
          f"{trained / 1e6:.2f} M are trained", "counted"),
         ("FLOPs", f"{si(counted.flops)} an image and step, {si(counted.flops * images)} in all", "counted"),
@@ -142,7 +138,7 @@ def rows(cfg: PlanConfig) -> list[Row]:
     ]  # fmt: skip
     if sizes.world > 1:
         found.append(("efficiency", f"{share:.0%} on {sizes.world} processes", "assumed: plan.efficiency"))
-    found.append(("time", duration(hours).rstrip(","), ""))
+    found.append(("time", duration(hours), ""))
     if cfg.plan.price is not None:
         cost = hours * sizes.world * cfg.plan.price
         found.append(("price", f"{cost:,.2f}", f"given: plan.price={cfg.plan.price:g} an hour and process"))

@@ -76,9 +76,10 @@ def rate(told: list[dict[str, Any]]) -> float:
 
 
 def duration(hours: float) -> str:
+    """0.05 -> 3 minutes."""
     if hours < 1:
         return f"{60 * hours:.2g} minutes"
-    return f"{hours:.3g} hours" if hours < 100 else f"{hours:.0f} hours, {hours / 24:.1f} days,"
+    return f"{hours:.3g} hours" if hours < 100 else f"{hours:.0f} hours ({hours / 24:.1f} days)"
 
 
 def first_minutes(cfg: PretrainConfig, minutes: float, sizes: Sizes) -> tuple[str, str]:

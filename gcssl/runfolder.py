@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -299,6 +300,13 @@ def _commit() -> str | None:
     return told[0].strip() + ("+" if told[1].strip() else "")
 
 
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    plain = re.sub(r"\((R|TM)\)|CPU|Processor|@.*", "", found[1] if found else platform.processor())
+    return " ".join(plain.split())
+
+
 def _hardware() -> dict[str, Any]:
     import torch
 
@@ -309,6 +317,7 @@ def _hardware() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "machine": platform.machine(),
+        "processor": _processor(),
         "system": platform.platform(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(memory, 1),

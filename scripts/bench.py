@@ -5,7 +5,6 @@ minutes on a CPU. A benchmark asked for by name replaces its own part of an earl
 """
 
 import json
-import platform
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 
 from gcssl.errors import UserError
 from gcssl.runtime import entry
+from scripts.timing import hardware
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs/results"
@@ -37,16 +37,6 @@ ON_GPU = (
     "bench_input",
 )
 COMMANDS = ON_GPU if torch.cuda.is_available() else ON_CPU
-
-
-def hardware() -> str:
-    """The GPU's name, else the processor's and its cores."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    plain = re.sub(r"\((R|TM)\)|CPU|Processor|@.*", "", names[0] if names else platform.processor())
-    return f"{' '.join(plain.split())} {len(names) or 1} cores"
 
 
 def run(command: str) -> dict[str, object]:

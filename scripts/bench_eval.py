@@ -4,9 +4,10 @@
 
 kNN: our exact search (fp32 candidates, checked in float64) beside FAISS's flat index and plain torch, on clustered
 random features of 512 numbers; told as core-hours of the whole of ImageNet-1K (1,281,167 x 50,000), which grow with
-bank x queries. Heads: one epoch of the whole grid of gcssl.eval.linear_probe for 100 classes beside a loop over its
-heads, each a torch.nn.Linear under torch.optim.SGD. Features: images/s of gcvit_xxtiny at 224 px, and what the probe's
-default grid and one head add to them, at 100 epochs for the ImageNet-1K train set.
+bank x queries (but for the trial of both backends on a slice, by which `auto` chooses). Heads: one epoch of the whole
+grid of gcssl.eval.linear_probe for 100 classes beside a loop over its heads, each a torch.nn.Linear under
+torch.optim.SGD. Features: images/s of gcvit_xxtiny at 224 px, and what the probe's default grid and one head add to
+them, at 100 epochs for the ImageNet-1K train set.
 One thread, seconds of this process's CPU (of the wall on a GPU); the ways alternate.
 """
 

@@ -28,7 +28,7 @@ fi
 
 if [[ " $parts " == *" bench "* ]]; then
     timeout "$(left)" "$python" -m scripts.bench 2>&1 | tee "$results/bench.txt"
-    cp docs/results/bench-*.{md,json} "$results"
+    find docs/results -name "bench-*" -newer "$results/gpu.csv" -exec cp {} "$results" \;
 fi
 
 if [[ " $parts " == *" pretrain "* ]]; then

@@ -19,6 +19,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def hardware() -> str:
+    """The GPU's name, else the processor's and its cores."""
+    found = environment()["hardware"]
+    return found["gpus"][0] if found["gpus"] else f"{found['processor']} {found['cpus']} cores"
+
+
 def seconds(step: Step, times: int = 1) -> float:
     """Seconds a call: of the wall on a GPU, waited for; else of this process's CPU, so that a load matters less."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time

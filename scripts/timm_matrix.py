@@ -9,10 +9,6 @@ DistributedDataParallel asks it: every trainable parameter must get a gradient. 
 
 import gc
 import math
-import os
-import platform
-import re
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
@@ -27,9 +23,11 @@ from torch import nn
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.build import build_backbone
+from gcssl.runfolder import environment
 from gcssl.runtime import entry
 from gcssl.ssl.masking import default_unit, draw_mask
 from gcssl.ssl.objectives import OBJECTIVES
+from scripts.timing import hardware
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "timm.md"
 SIZES = (64, 96, 128, 160, 192, 224, 256)  # tried in this order, then the model's own
@@ -255,25 +253,14 @@ def document(rows: list[Row], command: str, seconds: float) -> str:
         "",
         f"{len(rows)} models of {len({r.family for r in rows})} families: {', '.join(counts)}.",
         "",
-        f"Made by `{command}` in {seconds / 60:.0f} minutes on {time.strftime('%Y-%m-%d')}, commit {commit()}, "
-        f"torch {torch.__version__}, timm {timm.__version__}, {hardware()}.",
+        f"Made by `{command}` in {seconds / 60:.0f} minutes on {time.strftime('%Y-%m-%d')}, "
+        f"commit {environment()['commit']}, torch {torch.__version__}, timm {timm.__version__}, {hardware()}.",
         "",
         f"| {' | '.join(TITLES)} |",
         f"|{'---|' * len(TITLES)}",
         *(f"| {' | '.join(astuple(row))} |" for row in sorted(rows, key=lambda r: (r.family, r.model))),
     ]
     return "\n".join(lines) + "\n"
-
-
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, cwd=DOC.parent, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
-def hardware() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return f"{found[1] if found else platform.processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
 
 def main(argv: list[str]) -> None:

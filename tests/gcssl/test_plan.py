@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gcssl.config import load_config
-from gcssl.doctor import Patient, examine
+from gcssl.doctor import Patient
 from gcssl.errors import UserError
-from gcssl.plan import PlanConfig, count, main, plain, rows, saved_mib, si
+from gcssl.plan import PlanConfig, count, main, patient_of, rows, saved_mib, si
 from gcssl.ssl.objectives import OBJECTIVES
 
 YAML = Path(__file__).parents[2] / "configs/pretrain"
@@ -22,7 +22,7 @@ def config(objective: str, *more: str) -> PlanConfig:
 
 
 def patient(objective: str, *more: str) -> Patient:
-    return examine(plain(config(objective, *more)))
+    return patient_of(config(objective, *more))
 
 
 def test_flops_are_three_times_those_of_encoder_and_head() -> None:

@@ -49,6 +49,8 @@ def noticed(mutant: Mutant, copy: Path) -> bool:
 
 def main() -> None:
     chosen = [m for m in MUTANTS if not sys.argv[1:] or any(word in m.guard for word in sys.argv[1:])]
+    if not chosen:
+        sys.exit(f"{' '.join(sys.argv[1:])}: no guard in scripts/mutants.yaml has that in its name")
     unnoticed = 0
     with tempfile.TemporaryDirectory(prefix="gcssl-mutants-") as folder:
         copy = Path(folder) / "gcssl"

@@ -141,7 +141,7 @@ def test_unfinished_runs_and_single_checkpoints(tmp_path: Path) -> None:
         load_backbone(str(tmp_path / "run"), encoder="both")
 
 
-def test_finished_runs(tmp_path: Path) -> None:
+def test_finished_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     student, _ = run_folder(tmp_path / "run")
     info = backbone_info(student, step=6, objective="mocov3", encoder="student", class_names=["a", "b"])
     write_backbone(tmp_path / "run", student.state_dict(), info)
@@ -153,6 +153,7 @@ def test_finished_runs(tmp_path: Path) -> None:
     assert load_backbone(str(tmp_path / "run"), encoder="teacher")[1]["encoder"] == "teacher"
     larger, found = load_backbone(str(tmp_path / "run"), AskedModel(img_size=96))
     assert larger.img_size == (96, 96) and found["img_size"] == [96, 96] and len(found["notes"]) == 4
+    assert "bias tables of stage 1" in capsys.readouterr().out
     exact, _ = load_backbone(
         str(tmp_path / "run"), ModelConfig(img_size=128, window_ratio=[16, 16, 16, 32]), exact=True
     )

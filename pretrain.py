@@ -63,11 +63,11 @@ def pretrain(cfg: PretrainConfig) -> Path:
         undecayed = {f"encoder.{name}" for name in backbone.no_weight_decay()}
         groups = param_groups(objective.named_parameters(), cfg.train.weight_decay, undecayed)
         say(groups_table(groups))
-        maker = ViewMaker(objective.draw, backbone.img_size, cfg.augment.where)
+        maker = ViewMaker(objective.draw, backbone.img_size, cfg.augment)
         dataset = TrainSet(images, maker, cfg.train.seed)
 
         def to_device(batch: dict[str, Any], step: int) -> dict[str, Any]:
-            batch = batch_to_device(batch, accelerator.device, backbone.mean, backbone.std, cfg.augment.where)
+            batch = batch_to_device(batch, accelerator.device, backbone.mean, backbone.std, cfg.augment)
             if cfg.model.drop_path > 0 and backbone.n_noise:
                 shape = (len(batch["views"]), backbone.n_noise, sizes.global_batch)
                 batch["noise"] = drop_noise(cfg.train.seed, step, shape, batch["position"], accelerator.device)

@@ -2,7 +2,7 @@
 
 Crop, resize and flip run on the worker and give uint8 pixels. Colour jitter, grey, blur and solarise run in
 one pure function, `colour`, with one parameter set per sample, on the worker or in batches on the device
-(`augment.where`).
+(`augment.where`). `augment.colour=fast` makes jitter and grey one matrix.
 Parameters: SimMIM (arXiv:2111.09886), SimCLR (arXiv:2002.05709), MoCo v3 (arXiv:2104.02057, which takes
 BYOL's).
 """
@@ -30,6 +30,7 @@ INTERPOLATIONS = {
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 BLUR_RADIUS = 6  # 13 taps: three sigmas of the largest published sigma, 2
 MAX_SIGMA = BLUR_RADIUS / 3
+YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])  # NTSC, 1953
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
@@ -191,20 +192,43 @@ def resize_center_crop(image: Image.Image, size: tuple[int, int], crop_pct: floa
     return np.ascontiguousarray(np.asarray(out).transpose(2, 0, 1))
 
 
-def colour(x: Tensor, params: dict[str, Tensor]) -> Tensor:
+def colour(x: Tensor, params: dict[str, Tensor], fast: bool = False) -> Tensor:
     """Jitter, grey, blur, solarise, in this order: uint8 B 3 H W -> float32 B 3 H W in 0..1.
 
     `params` holds `View.params()` stacked: jitter B, factors B 4, order B 4, gray B, sigma B, solarize B.
     They are read on the host: leave them there while x is on a device, so that nothing waits for the device.
+    fast: jitter and grey are one matrix an image (`_mix`), near torchvision's and not equal to them.
     """
     x = x.float().div_(255)
     params = {name: value.cpu() for name, value in params.items()}
+    if fast:
+        _mix(x, params)
+        params |= {name: torch.zeros_like(params[name]) for name in ("jitter", "gray")}
     if x.device.type == "cpu":
         for i in range(len(x)):
             _colour_alone(x[i : i + 1], {name: value[i] for name, value in params.items()})
     else:
         _colour_together(x, params)
     return x
+
+
+def _mix(x: Tensor, params: dict[str, Tensor]) -> None:
+    """Jitter and grey of B 3 H W in place, in YIQ: hue turns the chroma IQ, saturation scales it, grey removes it,
+    contrast scales all about the mean of Y, brightness scales all. Values are clamped once, at the end: until then the
+    four commute, so the drawn order does not matter.
+    """
+    still = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    brightness, contrast, saturation, shift = torch.where(params["jitter"][:, None], params["factors"], still).T
+    turn, kept = -2 * math.pi * shift, saturation * ~params["gray"]
+    sin, cos = kept * turn.sin(), kept * turn.cos()
+    chroma = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
+    matrix = YIQ.inverse()[:, :1] @ YIQ[:1] + YIQ.inverse()[:, 1:] @ chroma @ YIQ[1:]  # B 3 3
+    matrix, lift = _on((brightness * contrast).view(-1, 1, 1) * matrix, x), _on(brightness * (1 - contrast), x)
+    size = 1 if x.device.type == "cpu" else len(x)  # a CPU's cache holds one image
+    for part, m, up in zip(x.split(size), matrix.split(size), lift.split(size), strict=True):
+        pixels = part.flatten(2)
+        offset = up.view(-1, 1, 1) * _gray(part).mean((1, 2, 3)).view(-1, 1, 1)
+        pixels.copy_(torch.baddbmm(offset, m, pixels).clamp_(0, 1))
 
 
 def _colour_alone(x: Tensor, params: dict[str, Tensor]) -> None:

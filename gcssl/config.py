@@ -60,6 +60,7 @@ class AugmentConfig:
     """
 
     where: str = "device"  # colour, blur, solarise: on the device in batches, or on the worker
+    colour: str = "exact"  # jitter as torchvision's; fast: by one matrix an image, clamped once
     scale: list[float] | None = None
     ratio: list[float] | None = None
     flip_p: float | None = None

@@ -73,10 +73,10 @@ class Patient:
 
     def batch(self, count: int = SAMPLES) -> dict[str, Any]:
         """The first images of the training set as the objective gets them."""
-        maker = ViewMaker(self.objective.draw, self.backbone.img_size, self.cfg.augment.where)
+        maker = ViewMaker(self.objective.draw, self.backbone.img_size, self.cfg.augment)
         dataset = TrainSet(self.data.train, maker, self.cfg.train.seed)
         items = [dataset[(0, i, i)] for i in range(min(count, len(dataset)))]
-        return batch_to_device(collate(items), "cpu", self.backbone.mean, self.backbone.std, self.cfg.augment.where)
+        return batch_to_device(collate(items), "cpu", self.backbone.mean, self.backbone.std, self.cfg.augment)
 
 
 def examine(cfg: DoctorConfig) -> Patient:

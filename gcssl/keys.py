@@ -20,6 +20,7 @@ CHOICES = {
     "format": ("timm", "torch"),
     "model.bias_resize": ("bicubic", "crop"),
     "augment.where": ("device", "worker"),
+    "augment.colour": ("exact", "fast"),
     "augment.interpolation": ("bilinear", "bicubic"),
     "train.optimizer": ("adamw", "sgd", "lars", "lamb"),
     "train.lr_rule": ("linear", "sqrt", "none"),

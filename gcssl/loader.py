@@ -10,7 +10,7 @@ import contextlib
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from gcssl.augment import View, ViewSpec, colour, crop_resize, normalize
-from gcssl.config import TrainConfig
+from gcssl.config import AugmentConfig, TrainConfig
 from gcssl.data import BadImage, Images
 from gcssl.errors import UserError
 from gcssl.optim import scaled_lr
@@ -196,25 +196,25 @@ class TrainSet(_Told):
 
 @dataclass
 class ViewMaker:
-    """The `make` of pretraining: an objective's draw, crop and resize here, colour where `where` says."""
+    """The `make` of pretraining: an objective's draw, crop and resize here, colour where `augment.where` says."""
 
     draw: Draw
     img_size: tuple[int, int]
-    where: str = "device"
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __call__(self, image: Image.Image, _label: int | None, key: tuple[int, ...]) -> dict[str, Any]:
         drawn, masks = self.draw(rng(*key), self.img_size)
         views = [crop_resize(image, view, spec) for spec, view in drawn]
         params = [view.params() for _, view in drawn]
-        if self.where == "worker":
-            views = [_colour_one(x, p) for x, p in zip(views, params, strict=True)]
+        if self.augment.where == "worker":
+            views = [_colour_one(x, p, self.augment.colour == "fast") for x, p in zip(views, params, strict=True)]
         return {"views": views, "params": params, "masks": masks}
 
 
-def _colour_one(x: np.ndarray, params: dict[str, np.ndarray]) -> np.ndarray:
+def _colour_one(x: np.ndarray, params: dict[str, np.ndarray], fast: bool) -> np.ndarray:
     """`colour` for one image, rounded back to uint8 3 H W so that a batch stays small."""
     one = {name: torch.as_tensor(np.asarray(value))[None] for name, value in params.items()}
-    return colour(torch.from_numpy(x)[None], one)[0].mul_(255).round_().to(torch.uint8).numpy()
+    return colour(torch.from_numpy(x)[None], one, fast)[0].mul_(255).round_().to(torch.uint8).numpy()
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -362,12 +362,13 @@ def batch_to_device(
     device: torch.device | str,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-    where: str = "device",
+    augment: AugmentConfig | None = None,
 ) -> dict[str, Any]:
-    """The batch on `device`, its views normalised floats (coloured here when where == "device").
+    """The batch on `device`, its views normalised floats (coloured here unless augment.where=worker).
 
     `params` stay on the host, where `colour` reads them; `bad` stays a list.
     """
+    augment = augment or AugmentConfig()
     out = dict(batch)
     for key, value in batch.items():
         if isinstance(value, Tensor):
@@ -376,7 +377,8 @@ def batch_to_device(
     views = []
     for i, x in enumerate(batch.get("views", [])):
         x = x.to(device, non_blocking=True)
-        x = colour(x, batch["params"][i]) if where == "device" else x.float().div_(255)
+        here = augment.where == "device"
+        x = colour(x, batch["params"][i], augment.colour == "fast") if here else x.float().div_(255)
         views.append(normalize(x, mean, std))
     out["views"] = views
     return out

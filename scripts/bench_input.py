@@ -6,8 +6,8 @@
 crops. Peers: torchvision's transforms on PIL images (with Pillow's Gaussian blur, as in MoCo v3's code), and its v2
 transforms on uint8 tensors. All run on one thread, from encoded bytes in memory to float32, and alternate; the time is
 that of this process's CPU. Ours is told in two parts: what a worker does (decode, crop, resize) and what is done in
-batches, on the GPU where there is one (colour, blur, normalise). Without --data (parquet with a column `image`) the
-images are noise over smooth colours, 500 x 375 pixels, JPEG quality 90.
+batches, on the GPU where there is one (colour, blur, normalise); `fast` is augment.colour=fast. Without --data (parquet
+with a column `image`) the images are noise over smooth colours, 500 x 375 pixels, JPEG quality 90.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from gcssl.augment import BYOL_1, BYOL_2, IMAGENET_MEAN, IMAGENET_STD, SIMCLR, SIMMIM, ViewSpec, draw_view
+from gcssl.config import AugmentConfig
 from gcssl.data import decode
 from gcssl.loader import Drawn, ViewMaker, batch_to_device, collate
 from gcssl.runtime import entry, keep_freed_memory, rng
@@ -79,8 +80,8 @@ def by_torchvision(specs: list[ViewSpec], files: list[bytes], on_tensors: bool) 
     return run
 
 
-def by_gcssl(specs: list[ViewSpec], files: list[bytes]) -> tuple[Callable[[], object], Callable[[], object]]:
-    """(what a worker does, what is done in batches)."""
+def by_gcssl(specs: list[ViewSpec], files: list[bytes]) -> dict[str, Callable[[], object]]:
+    """What a worker does, and what is done in batches, by exact and by fast jitter."""
 
     def draw(generator: np.random.Generator, _: tuple[int, int]) -> Drawn:
         return [(spec, draw_view(generator, spec)) for spec in specs], [None] * len(specs)
@@ -90,8 +91,11 @@ def by_gcssl(specs: list[ViewSpec], files: list[bytes]) -> tuple[Callable[[], ob
     def work() -> dict[str, Any]:
         return collate([maker(decode(file), None, (0, i)) for i, file in enumerate(files)])
 
+    def in_batches(colour: str) -> Callable[[], object]:
+        return lambda: batch_to_device(batch, "cpu", IMAGENET_MEAN, IMAGENET_STD, AugmentConfig(colour=colour))
+
     batch = work()
-    return work, lambda: batch_to_device(batch, "cpu", IMAGENET_MEAN, IMAGENET_STD)
+    return {"gcssl, worker": work, "gcssl, batched": in_batches("exact"), "gcssl, batched, fast": in_batches("fast")}
 
 
 def jpegs(count: int, data: Path | None) -> list[bytes]:
@@ -116,15 +120,14 @@ def jpegs(count: int, data: Path | None) -> list[bytes]:
 
 def measure(name: str, files: list[bytes], rounds: int) -> list[dict[str, Any]]:
     specs = PIPELINES[name]
-    work, batched = by_gcssl(specs, files)
     steps = {
         "torchvision on PIL": by_torchvision(specs, files, False),
         "torchvision v2 on tensors": by_torchvision(specs, files, True),
-        "gcssl, worker": work,
-        "gcssl, batched": batched,
+        **by_gcssl(specs, files),
     }
     times = alternate(steps, rounds, warm=1)
-    times["gcssl"] = [a + b for a, b in zip(times["gcssl, worker"], times["gcssl, batched"], strict=True)]
+    for way, batched in {"gcssl": "gcssl, batched", "gcssl, fast": "gcssl, batched, fast"}.items():
+        times[way] = [a + b for a, b in zip(times["gcssl, worker"], times[batched], strict=True)]
     return [
         {"pipeline": name, "way": way, "ms": 1000 * statistics.median(own) / len(files),
          "rate": len(files) / statistics.median(own), **ratios(times["torchvision on PIL"], own)}

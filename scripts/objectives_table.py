@@ -77,7 +77,8 @@ def study(name: str, data: str, out: Path) -> None:
     for file in FILES:
         for path in (out / file, out / "eval" / file):
             if path.exists():
-                (RESULTS / name / file).write_text(path.read_text().replace(data, Path(data).name))
+                text = path.read_text().replace(data, Path(data).name).replace(f"{ROOT}/", "")
+                (RESULTS / name / file).write_text(text)
 
 
 def row(name: str) -> list[object]:

@@ -50,13 +50,13 @@ def test_a_recipe_loads_builds_and_fits_its_processes(path: Path) -> None:
     cfg = load(path, *tiny)
     encoder = from_config(cfg.model)
     objective = objective_class(cfg.objective, encoder, cfg.augment, (64, 64), 4, 2)
-    make = ViewMaker(objective.draw, (64, 64), cfg.augment.where)
+    make = ViewMaker(objective.draw, (64, 64), cfg.augment)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8))
     optimizer = make_optimizer(param_groups(objective.named_parameters(), cfg.train.weight_decay), cfg.train)
     start = [p.detach().clone() for p in encoder.parameters()]
     for step in range(2):
         batch = collate([make(noise, None, (step, i)) for i in range(2)])
-        batch = batch_to_device(batch, "cpu", encoder.mean, encoder.std, cfg.augment.where)
+        batch = batch_to_device(batch, "cpu", encoder.mean, encoder.std, cfg.augment)
         loss = objective(batch, step)["loss"]
         loss.backward()
         set_lr(optimizer, 1e-4)

@@ -1,5 +1,7 @@
 """Augmentations: equal to torchvision's, equal alone and in a batch, and the published parameters."""
 
+import colorsys
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -130,12 +132,75 @@ def test_colour_is_the_same_alone_and_in_a_batch_and_leaves_its_input() -> None:
     _colour_together(together, p)  # as on a GPU
     assert (together - alone).abs().max() <= 1e-5
     assert torch.equal(x, before)
-    assert batch.dtype == torch.float32 and 0 <= batch.min() and batch.max() <= 1
+    assert batch.dtype == torch.float32 and -1e-6 <= batch.min() and batch.max() <= 1 + 1e-6
 
 
 def test_nothing_drawn_changes_nothing() -> None:
     x = images(4)
     assert torch.equal(colour(x, params(4)), x.float() / 255)
+    assert (colour(x, params(4), fast=True) - x / 255).abs().max() <= 1e-5
+
+
+def mild() -> Tensor:
+    """Colours that no operation below drives out of 0..1: there the fast jitter clamps nothing."""
+    return (images(6).float() / 255 * 0.2 * 255 + 0.4 * 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize("op", range(3))
+def test_fast_brightness_contrast_and_saturation_equal_torchvision_where_nothing_is_clamped(op: int) -> None:
+    for factor in (0.6, 1.3):
+        factors = torch.tensor([[1.0, 1.0, 1.0, 0.0]]).repeat(6, 1)
+        factors[:, op] = factor
+        p = params(6, jitter=torch.ones(6, dtype=torch.bool), factors=factors)
+        assert (colour(mild(), p, fast=True) - slow_colour(mild(), p)).abs().max() <= 2e-3
+        assert (colour(mild(), p, fast=True) - mild() / 255).abs().max() > 0.02
+
+
+def test_fast_jitter_is_a_slow_sequence_in_yiq_in_any_order() -> None:
+    """Beside the four operations one after the other, in float64, without clamping, on colours by colorsys."""
+    x, p = mild(), drawn(6, replace(BYOL_1, jitter_p=1.0, gray_p=0.3, blur_p=0.0))
+    p["factors"][:, :3] = p["factors"][:, :3].clamp(0.8, 1.2)
+    out = colour(x, p, fast=True)
+    for i in range(6):
+        b, c, s, hue = p["factors"][i].tolist()
+        pixels = [colorsys.rgb_to_yiq(*rgb) for rgb in (x[i].double() / 255).flatten(1).T.tolist()]
+        yiq = torch.tensor(pixels, dtype=torch.float64)
+        for op in p["order"][i].tolist():
+            if op == 0:
+                yiq = yiq * b
+            elif op == 1:
+                mean = yiq[:, 0].mean()
+                yiq = yiq * c
+                yiq[:, 0] += (1 - c) * mean
+            elif op == 2:
+                yiq[:, 1:] *= s
+            else:
+                turned = torch.polar(torch.tensor(1.0).double(), torch.tensor(-2 * math.pi * hue).double())
+                chroma = torch.complex(yiq[:, 1], yiq[:, 2]) * turned
+                yiq[:, 1], yiq[:, 2] = chroma.real, chroma.imag
+        if p["gray"][i]:
+            yiq[:, 1:] = 0
+        want = torch.tensor([colorsys.yiq_to_rgb(*row) for row in yiq.tolist()]).T.view(3, *x.shape[2:])
+        assert (out[i] - want).abs().max() <= 0.01  # colorsys rounds the weights of Y to 0.30, 0.59, 0.11
+
+
+def test_fast_hue_turns_the_same_way_and_as_far_as_torchvisions() -> None:
+    x = images(24)
+    p = drawn(24, ViewSpec(jitter_p=1.0, jitter=(0.0, 0.0, 0.0, 0.2)))
+    exact, other = colour(x, p), {**p, "factors": p["factors"] * torch.tensor([1, 1, 1, -1])}
+    near, far = ((colour(x, q, fast=True) - exact).abs().mean() for q in (p, other))
+    assert near < 0.5 * far
+
+
+@pytest.mark.parametrize("spec", [SIMCLR, BYOL_1, BYOL_2], ids=["simclr", "byol_1", "byol_2"])
+def test_fast_views_stay_near_torchvisions(spec: ViewSpec) -> None:
+    x, p = images(48), drawn(48, spec)
+    fast = colour(x, p, fast=True)
+    assert -1e-6 <= fast.min() and fast.max() <= 1 + 1e-6
+    difference = (fast - slow_colour(x, p)).abs().mean()
+    assert difference <= 0.06, difference  # of 1; two draws of one image differ by several times that
+    alone = torch.cat([colour(x[i : i + 1], {k: v[i : i + 1] for k, v in p.items()}, True) for i in range(48)])
+    assert torch.equal(fast, alone)
 
 
 def test_normalize_inverts() -> None:

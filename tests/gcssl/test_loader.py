@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from gcssl.augment import BYOL_1, BYOL_2, IMAGENET_MEAN, IMAGENET_STD, View, ViewSpec, draw_view
+from gcssl.config import AugmentConfig
 from gcssl.data import Images
 from gcssl.errors import UserError
 from gcssl.eval.features import Crop
@@ -82,7 +83,7 @@ def plan(**changes: Any) -> BatchPlan:
 
 
 def batches(images: Images, workers: int, where: str = "device", **changes: Any) -> list[dict[str, Any]]:
-    dataset = TrainSet(images, ViewMaker(draw, SIZE, where), seed=3)
+    dataset = TrainSet(images, ViewMaker(draw, SIZE, AugmentConfig(where=where)), seed=3)
     return list(train_loader(dataset, plan(n=len(images), **changes), workers, timeout=60))
 
 
@@ -166,15 +167,15 @@ def test_views_and_masks_differ_between_images_views_and_epochs() -> None:
 def test_colour_on_the_worker_and_on_the_device_agree() -> None:
     images = make_images(30)
     for one, two in zip(batches(images, 0, "device"), batches(images, 0, "worker"), strict=True):
-        a = batch_to_device(one, "cpu", IMAGENET_MEAN, IMAGENET_STD, "device")["views"]
-        b = batch_to_device(two, "cpu", IMAGENET_MEAN, IMAGENET_STD, "worker")["views"]
+        a = batch_to_device(one, "cpu", IMAGENET_MEAN, IMAGENET_STD)["views"]
+        b = batch_to_device(two, "cpu", IMAGENET_MEAN, IMAGENET_STD, AugmentConfig(where="worker"))["views"]
         for x, y in zip(a, b, strict=True):
             assert (x - y).abs().max() * max(IMAGENET_STD) <= 2 / 255 and x.std() > 0.3
 
 
 def test_batch_to_device_normalises_and_keeps_the_rest() -> None:
     batch = batches(make_images(20), 0, total_steps=1)[0]
-    out = batch_to_device(batch, "cpu", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "worker")
+    out = batch_to_device(batch, "cpu", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), AugmentConfig(where="worker"))
     torch.testing.assert_close(out["views"][0], batch["views"][0] / 255)
     assert out["bad"] == [] and torch.equal(out["index"], batch["index"]) and out["masks"][1] is None
 

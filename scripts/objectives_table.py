@@ -12,18 +12,17 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from statistics import median
 
 from gcssl.config import PretrainConfig, load_config
 from gcssl.errors import UserError
 from gcssl.eval import finetune, knn, linear_probe
 from gcssl.eval.compare import compare
-from gcssl.eval.metrics import table
 from gcssl.plan import PlanConfig, count, patient_of, si
 from gcssl.pretrain import pretrain
 from gcssl.runtime import entry, make_accelerator
 from gcssl.ssl.objectives import OBJECTIVES
 from scripts.learning import ROOT, SETTINGS
+from scripts.timing import markdown
 
 RESULTS = ROOT / "docs/results/cifar10_objectives"
 EPOCHS, FINETUNE_EPOCHS = 5, 3
@@ -32,19 +31,8 @@ PRETRAIN += [f"train.epochs={EPOCHS}", "train.steps=null"]
 UNTRAINED = ["model.name=gcvit_nano", "model.window_ratio=[16,16,16,32]"]
 FINETUNE = [str(ROOT / "configs/eval/finetune_demo.yaml"), f"train.epochs={FINETUNE_EPOCHS}", "train.batch_size=128"]
 FINETUNE += ["train.lr_base=128", "data.workers=0"]
-JUDGED = {"knn.json": "knn/top1@20", "linear_probe.json": "linear/top1", "finetune.json": "finetune/top1"}
-HEAD: list[object] = [
-    "objective",
-    "FLOPs an image",
-    "GiB",
-    "images/s",
-    "kNN",
-    "linear",
-    "fine-tuned",
-    "p linear",
-    "p fine-tuned",
-]
-FILES = ("config.yaml", "metrics.jsonl", "cost.json", *JUDGED)
+JUDGED = {"knn": "knn/top1@20", "linear_probe": "linear/top1", "finetune": "finetune/top1"}
+FILES = ("config.yaml", "metrics.jsonl", "cost.json", *(f"{task}.json" for task in JUDGED))
 
 
 def study(name: str, data: str, out: Path) -> None:
@@ -81,20 +69,19 @@ def study(name: str, data: str, out: Path) -> None:
                 (RESULTS / name / file).write_text(text)
 
 
-def row(name: str) -> list[object]:
+def row(name: str) -> dict[str, str]:
     """Counted cost, top-1 of the three evaluations, and McNemar's p against the untrained backbone's."""
     folder = RESULTS / name
-    shown: list[object] = [name]
-    if name == "none":
-        shown += ["", "", ""]
-    else:
+    shown = {"objective": name}
+    if name != "none":
         cost = json.loads((folder / "cost.json").read_text())
-        rates = [json.loads(line).get("images_per_s") for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        shown += [si(cost["flops_an_image"]), cost["gib"], median(rate for rate in rates if rate)]
-    for file, metric in JUDGED.items():
-        shown.append(json.loads((folder / file).read_text())[metric])
-    paired = [compare(folder / file, RESULTS / "none" / file)["p"] for file in ("linear_probe.json", "finetune.json")]
-    return shown if name == "none" else [*shown, *(f"{p:.1g}" for p in paired)]
+        shown |= {"flops": si(cost["flops_an_image"]), "gib": f"{cost['gib']:.2f}"}
+    for task, metric in JUDGED.items():
+        path, untrained = (RESULTS / one / f"{task}.json" for one in (name, "none"))
+        shown[task] = f"{json.loads(path.read_text())[metric]:.2f}"
+        if name != "none":
+            shown[task] += f" (p {compare(path, untrained)['p']:.0e})"
+    return shown
 
 
 def main(argv: list[str]) -> None:
@@ -109,7 +96,10 @@ def main(argv: list[str]) -> None:
             study(name, options["data"], ROOT / f"runs/objectives/{name}")
     there = [name for name in ("none", *SETTINGS) if (RESULTS / name).exists()]
     if "none" in there:
-        sys.stdout.write("\n".join(table([HEAD, *map(row, there)])) + "\n")
+        heads = ["objective", "FLOPs an image and step", "GiB", "kNN, k 20", "linear probe", "fine-tuned"]
+        rows = [dict.fromkeys(("flops", "gib"), "") | row(name) for name in there]
+        keys = ["objective", "flops", "gib", *JUDGED]
+        sys.stdout.write(markdown(rows, {head: f"{{{key}}}" for head, key in zip(heads, keys, strict=True)}))
 
 
 if __name__ == "__main__":

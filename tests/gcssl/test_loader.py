@@ -82,8 +82,8 @@ def plan(**changes: Any) -> BatchPlan:
     return BatchPlan(**(base | changes))
 
 
-def batches(images: Images, workers: int, where: str = "device", **changes: Any) -> list[dict[str, Any]]:
-    dataset = TrainSet(images, ViewMaker(draw, SIZE, AugmentConfig(where=where)), seed=3)
+def batches(images: Images, workers: int, augment: AugmentConfig | None = None, **changes: Any) -> list[dict[str, Any]]:
+    dataset = TrainSet(images, ViewMaker(draw, SIZE, augment or AugmentConfig()), seed=3)
     return list(train_loader(dataset, plan(n=len(images), **changes), workers, timeout=60))
 
 
@@ -137,9 +137,9 @@ def test_plans_that_cannot_be_are_refused() -> None:
 @pytest.mark.parametrize("where", ["device", "worker"])
 def test_batches_are_the_same_for_any_worker_count_and_after_a_resume(where: str) -> None:
     images = make_images(50, broken=(4, 11))
-    none = batches(images, 0, where)
-    assert_equal_batches(none, batches(images, 3, where))
-    assert_equal_batches(none[7:], batches(images, 2, where, start_step=7))
+    none = batches(images, 0, AugmentConfig(where=where))
+    assert_equal_batches(none, batches(images, 3, AugmentConfig(where=where)))
+    assert_equal_batches(none[7:], batches(images, 2, AugmentConfig(where=where), start_step=7))
 
 
 def test_a_batch_has_the_contracts_shapes() -> None:
@@ -164,13 +164,17 @@ def test_views_and_masks_differ_between_images_views_and_epochs() -> None:
     assert not np.array_equal(other["views"][0], items[6]["views"][0])
 
 
-def test_colour_on_the_worker_and_on_the_device_agree() -> None:
-    images = make_images(30)
-    for one, two in zip(batches(images, 0, "device"), batches(images, 0, "worker"), strict=True):
-        a = batch_to_device(one, "cpu", IMAGENET_MEAN, IMAGENET_STD)["views"]
-        b = batch_to_device(two, "cpu", IMAGENET_MEAN, IMAGENET_STD, AugmentConfig(where="worker"))["views"]
-        for x, y in zip(a, b, strict=True):
+@pytest.mark.parametrize("how", ["exact", "fast"])
+def test_colour_on_the_worker_and_on_the_device_agree(how: str) -> None:
+    images, device, worker = make_images(30), AugmentConfig(colour=how), AugmentConfig("worker", how)
+    for one, two in zip(batches(images, 0, device), batches(images, 0, worker), strict=True):
+        a = batch_to_device(one, "cpu", IMAGENET_MEAN, IMAGENET_STD, device)["views"]
+        b = batch_to_device(two, "cpu", IMAGENET_MEAN, IMAGENET_STD, worker)["views"]
+        other = AugmentConfig(colour="fast" if how == "exact" else "exact")
+        c = batch_to_device(one, "cpu", IMAGENET_MEAN, IMAGENET_STD, other)["views"]
+        for x, y, z in zip(a, b, c, strict=True):
             assert (x - y).abs().max() * max(IMAGENET_STD) <= 2 / 255 and x.std() > 0.3
+            assert (x - z).abs().max() > 0.2
 
 
 def test_batch_to_device_normalises_and_keeps_the_rest() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from gcssl.errors import UserError
-from gcssl.eval.features import KINDS, gather_rows
+from gcssl.eval.features import KINDS, Features, gather_rows
 from gcssl.eval.inputs import InputConfig, Inputs, evaluate, program
 from gcssl.keys import CHOICES
 from gcssl.log import say
@@ -279,28 +279,33 @@ def knn_accuracy(
     return {k: 100.0 * row.double().mean().item() for k, row in zip(ks, correct, strict=True)}
 
 
+def sharded_correct(
+    bank: Features,
+    test: Features,
+    kind: str,
+    ks: Sequence[int],
+    temperature: float,
+    backend: str,
+    accelerator: "Accelerator",
+    device: torch.device,
+) -> Tensor:
+    """knn_correct of features of one kind, M len(ks), on every process: each searches for every world-th query."""
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    x, queries = bank.x[kind].to(device), test.x[kind][mine].to(device)
+    correct = knn_correct(x, bank.y, queries, test.y[mine], ks, temperature, backend)
+    return gather_rows(correct.T.contiguous(), len(test.y), accelerator)
+
+
 # ---------------------------------------------------------------------------------------------------- program
 
 
 def judge(inputs: Inputs, cfg: KnnConfig) -> dict[str, Any]:
-    """kNN of one backbone: "metrics", "notes", and "correct" and "index" of the test images.
-
-    Each process classifies every world-th test image against the whole bank.
-    """
+    """kNN of one backbone: "metrics", "notes", and "correct" and "index" of the test images."""
     accelerator, kind = inputs.accelerator, cfg.features
     bank, test = inputs.features(inputs.train, (kind,)), inputs.features(inputs.test, (kind,))
     ks, n = sorted(set(cfg.ks)), len(bank.y)
-    mine, device = slice(accelerator.process_index, None, accelerator.num_processes), accelerator.device
-    correct = knn_correct(
-        bank.x[kind].to(device),
-        bank.y,
-        test.x[kind][mine].to(device),
-        test.y[mine],
-        ks,
-        cfg.temperature,
-        cfg.eval.backend,
-    )
-    correct = gather_rows(correct.T.contiguous(), len(test.y), accelerator)  # N k
+    how = (ks, cfg.temperature, cfg.eval.backend, accelerator, accelerator.device)
+    correct = sharded_correct(bank, test, kind, *how)  # M k
     notes = {
         "protocol": f"weighted kNN, cosine, votes exp(s/{cfg.temperature:g}), exact search",
         "features": kind,

@@ -46,7 +46,8 @@ def rankme(x: Tensor) -> float:
     """Effective rank of features N C (RankMe, arXiv:2210.02885, equation 1): e^entropy of the normalised singular
     values; between 1 and min(N, C).
     """
-    eigenvalues = torch.linalg.eigvalsh(x.double().T @ x.double())  # of C C: the squares of the singular values
+    products = sum(part.double().T @ part.double() for part in x.split(65_536))  # C C
+    eigenvalues = torch.linalg.eigvalsh(products)  # the squares of the singular values
     p = eigenvalues.clamp(min=0).sqrt()
     p = p / p.sum() + 1e-7
     return math.exp(-(p * p.log()).sum().item())

@@ -3,18 +3,19 @@
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 
 from gcssl.config import PretrainConfig
 from gcssl.data import Images, held_out
 from gcssl.errors import UserError
 from gcssl.eval.features import Pace, extract
-from gcssl.eval.knn import knn_accuracy
+from gcssl.eval.knn import sharded_correct
 from gcssl.eval.metrics import rankme
 from gcssl.log import say
 from gcssl.models.build import Backbone
 
-KNN_K = 20
+KNN_K, TEMPERATURE = 20, 0.07
 Parts = tuple[np.ndarray, np.ndarray]  # indices of images
 
 
@@ -34,8 +35,10 @@ class OnlineProbe:
         bank, queries = (
             extract(encoder, self.images, part, self.accelerator, pace=pace, quiet=True) for part in self.parts
         )
-        top1 = knn_accuracy(bank.x["last"], bank.y, queries.x["last"], queries.y, (KNN_K,), backend=cfg.eval.backend)
-        value, rank = next(iter(top1.values())), rankme(bank.x["last"])
+        # on the CPU: the GPU is full of what the training keeps there
+        how = ((KNN_K,), TEMPERATURE, cfg.eval.backend, self.accelerator, torch.device("cpu"))
+        value = 100.0 * sharded_correct(bank, queries, "last", *how).double().mean().item()
+        rank = rankme(bank.x["last"])
         told = f"{value:.1f} on {len(self.parts[1])} held-out training images, RankMe {rank:.1f}"
         say(f"step {step}: online knn/top1@{KNN_K} {told}")
         return {f"online_knn/top1@{KNN_K}": value, "online_rankme": rank}

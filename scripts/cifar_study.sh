@@ -17,14 +17,14 @@ finetune() {  # NAME EPOCHS AUGMENT LR DROP_PATH more...
         from=("backbone=$start" "out=$out/$start/eval" model.name=gcvit_nano model.img_size=64 'model.window_ratio=[16,16,16,32]') ;;
     esac
     "$python" -m gcssl.eval.finetune configs/eval/finetune_demo.yaml "${from[@]}" "name=$1" "data.path=$data" data.workers=1 \
-        train.batch_size=128 train.lr_base=128 train.precision=bf16 train.warmup_epochs=1 checkpoint.every=5 \
+        train.batch_size=128 train.lr_base=128 "train.precision=${PRECISION:-bf16}" train.warmup_epochs=1 checkpoint.every=5 \
         "train.epochs=$2" "finetune.augment=$3" "train.blr=$4" "model.drop_path=$5" "${@:6}"
 }
 
 case $step in
 pretrain)
     "$python" pretrain.py "configs/pretrain/${start}_gcvit_nano.yaml" "data.path=$data" data.workers=1 "out=$out/$start" \
-        "train.epochs=${epochs[$start]}" train.precision=bf16
+        "train.epochs=${epochs[$start]}" "train.precision=${PRECISION:-bf16}"
     "$python" -m gcssl.eval.knn "backbone=$out/$start" compare=random
     "$python" -m gcssl.eval.linear_probe "backbone=$out/$start" compare=random
     ;;

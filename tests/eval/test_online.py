@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 import gcssl.eval.online as online
 from gcssl.config import PretrainConfig
@@ -27,14 +29,13 @@ def test_images_without_labels_are_not_probed_and_that_is_said_where_a_probe_was
 def test_the_probe_asks_for_the_held_out_images_and_knows_only_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def knn(bank: Any, bank_y: Any, queries: Any, queries_y: Any, *_: Any, **__: Any) -> dict[int, float]:
-        assert bank is bank_y and queries is queries_y
-        asked.append((bank, queries))
-        return {20: 0.0}
+    def knn(bank: Any, queries: Any, *_: Any) -> Tensor:
+        asked.append((bank.y, queries.y))
+        return torch.tensor([[True], [False]])
 
     asked: list[tuple[np.ndarray, np.ndarray]] = []
     monkeypatch.setattr(online, "extract", lambda _, __, part, *___, **____: Namespace(x={"last": part}, y=part))
-    monkeypatch.setattr(online, "knn_accuracy", knn)
+    monkeypatch.setattr(online, "sharded_correct", knn)
     monkeypatch.setattr(online, "rankme", lambda bank: float(len(bank)))
     cfg = PretrainConfig(out=str(tmp_path))
     cfg.eval.online_every, cfg.data.shapes_n = 1, 64
@@ -45,4 +46,4 @@ def test_the_probe_asks_for_the_held_out_images_and_knows_only_the_others(
     [(bank, queries)] = asked
     assert sorted([*bank, *queries]) == list(range(64))
     assert queries.tolist() == held_out(images)[1].tolist()
-    assert found == {"online_knn/top1@20": 0.0, "online_rankme": float(len(bank))}
+    assert found == {"online_knn/top1@20": 50.0, "online_rankme": float(len(bank))}

@@ -159,19 +159,25 @@ def crop_box(view: View, spec: ViewSpec, height: int, width: int) -> tuple[int, 
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def crop_resize(image: Image.Image, view: View, spec: ViewSpec) -> np.ndarray:
-    """The view's box of an RGB image at spec.size, flipped if drawn: uint8 3 H W.
+def pixels_of(image: Image.Image) -> Tensor:
+    """An RGB image for `crop_resize`: uint8 1 3 H W, its channels last in memory, as torch resizes fastest."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
 
-    As torchvision's RandomResizedCrop but for the border, where Pillow's filter sees the pixels beside the
-    box.
+
+def crop_resize(pixels: Tensor, view: View, spec: ViewSpec) -> np.ndarray:
+    """The view's box of `pixels_of` an image at spec.size, flipped if drawn: uint8 3 H W.
+
+    torch's antialiased resizing of bytes: in whole numbers, so the same on every machine, within two levels of Pillow's
+    (torchvision's RandomResizedCrop) and two to three times as fast where there is AVX2.
     """
-    top, left, h, w = crop_box(view, spec, image.height, image.width)
-    size = (spec.size[1], spec.size[0])
-    out = image.resize(size, INTERPOLATIONS[spec.interpolation], box=(left, top, left + w, top + h))
-    pixels = np.asarray(out)  # H W 3
-    if view.flip:
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    top, left, h, w = crop_box(view, spec, *pixels.shape[2:])
+    box = pixels[..., top : top + h, left : left + w]
+    if spec.interpolation in ("bilinear", "bicubic"):
+        out = F.interpolate(box, spec.size, mode=spec.interpolation, antialias=True)[0].numpy()  # 3 H W
+    else:  # Pillow's alone
+        crop = Image.fromarray(box[0].permute(1, 2, 0).numpy())
+        out = np.asarray(crop.resize(spec.size[::-1], INTERPOLATIONS[spec.interpolation])).transpose(2, 0, 1)
+    return np.ascontiguousarray(out[:, :, ::-1] if view.flip else out)
 
 
 def resize_center_crop(image: Image.Image, size: tuple[int, int], crop_pct: float, interpolation: str) -> np.ndarray:
@@ -224,11 +230,13 @@ def _mix(x: Tensor, params: dict[str, Tensor]) -> None:
     chroma = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
     matrix = YIQ.inverse()[:, :1] @ YIQ[:1] + YIQ.inverse()[:, 1:] @ chroma @ YIQ[1:]  # B 3 3
     matrix, lift = _on((brightness * contrast).view(-1, 1, 1) * matrix, x), _on(brightness * (1 - contrast), x)
-    size = 1 if x.device.type == "cpu" else len(x)  # a CPU's cache holds one image
-    for part, m, up in zip(x.split(size), matrix.split(size), lift.split(size), strict=True):
-        pixels = part.flatten(2)
-        offset = up.view(-1, 1, 1) * _gray(part).mean((1, 2, 3)).view(-1, 1, 1)
-        pixels.copy_(torch.baddbmm(offset, m, pixels).clamp_(0, 1))
+    lift = lift.view(-1, 1, 1)
+    # a CPU's cache holds one image, and those that are neither jittered nor grey are left alone
+    alone = [slice(i, i + 1) for i in (params["jitter"] | params["gray"]).nonzero().flatten().tolist()]
+    for rows in alone if x.device.type == "cpu" else [slice(None)]:
+        pixels = x[rows].flatten(2)
+        offset = lift[rows] * _gray(x[rows]).mean((1, 2, 3)).view(-1, 1, 1)
+        pixels.copy_(torch.baddbmm(offset, matrix[rows], pixels).clamp_(0, 1))
 
 
 def _colour_alone(x: Tensor, params: dict[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from gcssl.augment import View, ViewSpec, colour, crop_resize, normalize
+from gcssl.augment import View, ViewSpec, colour, crop_resize, normalize, pixels_of
 from gcssl.config import AugmentConfig, TrainConfig
 from gcssl.data import BadImage, Images
 from gcssl.errors import UserError
@@ -204,7 +204,8 @@ class ViewMaker:
 
     def __call__(self, image: Image.Image, _label: int | None, key: tuple[int, ...]) -> dict[str, Any]:
         drawn, masks = self.draw(rng(*key), self.img_size)
-        views = [crop_resize(image, view, spec) for spec, view in drawn]
+        pixels = pixels_of(image)
+        views = [crop_resize(pixels, view, spec) for spec, view in drawn]
         params = [view.params() for _, view in drawn]
         if self.augment.where == "worker":
             views = [_colour_one(x, p, self.augment.colour == "fast") for x, p in zip(views, params, strict=True)]

@@ -1,11 +1,16 @@
-"""A picture of runs' metrics.jsonl against their epochs, one line a run (needs matplotlib).
+"""A picture of runs' metrics.jsonl, one line a run, against epochs or minutes of training (needs matplotlib).
 
-python -m scripts.curves runs/mocov3 runs/joint out=curves.png [metrics=loss,online_knn/top1@20]
+python -m scripts.curves runs/mocov3 runs/joint out=curves.png [metrics=loss,online_knn/top1@20] [x=minutes]
+
+Minutes are those of the steps: probes and checkpoints between them do not count.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from gcssl.errors import UserError
 from gcssl.runtime import entry
@@ -13,22 +18,41 @@ from gcssl.runtime import entry
 METRICS = "loss,online_knn/top1@20"
 
 
-def read(run: Path, metric: str) -> tuple[list[float], list[float]]:
-    """Epochs and values of a metric."""
+def epochs(lines: list[dict[str, Any]], run: Path) -> list[float]:  # noqa: ARG001
+    """Of every line, that of an evaluation too."""
+    per_step = next((line["epoch"] / line["step"] for line in lines if line.get("epoch")), 0.0)
+    return [line["step"] * per_step for line in lines]
+
+
+def minutes(lines: list[dict[str, Any]], run: Path) -> list[float]:
+    """Of every line: what its steps, and all before them, took at the speed recorded."""
+    batch = json.loads((run / "env.json").read_text())["facts"]["global_batch"]
+    timed = [line for line in lines if line.get("images_per_s")]
+    steps = np.array([0, *(line["step"] for line in timed)])
+    spent = np.diff(steps) * batch / np.array([line["images_per_s"] for line in timed])
+    return np.interp([line["step"] for line in lines], steps, [0, *(spent.cumsum() / 60)]).tolist()
+
+
+AXES = {"epochs": epochs, "minutes": minutes}
+
+
+def read(run: Path, metric: str, x: str) -> tuple[list[float], list[float]]:
+    """Places on the axis and values of a metric."""
     path = run / "metrics.jsonl"
     if not path.exists():
         raise UserError(f"{run}: no metrics.jsonl there; expected a run folder")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    per_step = next((line["epoch"] / line["step"] for line in lines if line.get("epoch")), 0.0)
-    points = [(line["step"] * per_step, line[metric]) for line in lines if metric in line]
-    return [epoch for epoch, _ in points], [value for _, value in points]
+    points = [(at, line[metric]) for at, line in zip(AXES[x](lines, run), lines, strict=True) if metric in line]
+    return [at for at, _ in points], [value for _, value in points]
 
 
 def main(argv: list[str]) -> None:
     options = dict(word.split("=", 1) for word in argv if "=" in word)
     runs = [Path(word) for word in argv if "=" not in word]
-    if not runs or not options.keys() <= {"out", "metrics"} or "out" not in options:
-        raise UserError(f"given {' '.join(argv) or 'nothing'}, expected run folders and out=<file>.png")
+    x = options.get("x", "epochs")
+    if not runs or not options.keys() <= {"out", "metrics", "x"} or "out" not in options or x not in AXES:
+        told = f"expected run folders, out=<file>.png and x={' or '.join(AXES)}"
+        raise UserError(f"given {' '.join(argv) or 'nothing'}, {told}")
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -37,9 +61,9 @@ def main(argv: list[str]) -> None:
     figure = Figure(figsize=(5.5 * len(metrics), 4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         for run in runs:
-            epochs, values = read(run, metric)
-            axes.plot(epochs, values, marker="o" if len(epochs) < 50 else "", label=run.name)
-        axes.set(xlabel="epoch", ylabel=metric)
+            places, values = read(run, metric, x)
+            axes.plot(places, values, marker="o" if len(places) < 50 else "", label=run.name)
+        axes.set(xlabel=x, ylabel=metric)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(options["out"], dpi=100)

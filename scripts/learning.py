@@ -35,7 +35,7 @@ SETTINGS: dict[str, list[str]] = {
     "simclr": [*VIEW, "objective.temperature=0.1"],
     "mocov3": [*VIEW, "objective.temperature=0.1"],
     "moby": [*VIEW, "objective.temperature=0.1", "objective.momentum=0.9", "objective.queue=512", "train.steps=160"],
-    "byol": [*VIEW, "objective.momentum=0.9", "train.steps=160"],
+    "byol": [*VIEW, "train.blr=1e-3", "objective.momentum=0.99", "augment.jitter=[0.8,0.8,0.8,0.2]", "train.steps=240"],
     "vicreg": VIEW,
     "dino": [*VIEW, *PROTOTYPES],
     "simdino": [*VIEW, *CROPS, "objective.momentum=0.9"],
@@ -55,6 +55,7 @@ LINES: dict[str, dict[str, float]] = {
     "localmim": {"knn/top1@20": 1.0, "linear/top1": 15.0},
     "mae": {"knn/top1@20": 5.5, "linear/top1": 13.5},
     "simdino": {"knn/top1@20": 4.0},
+    "byol": {"knn/top1@20": 4.5, "linear/top1": 9.0},
 }
 
 

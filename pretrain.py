@@ -16,11 +16,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from gcssl.badsteps import BadSteps
+from gcssl.badsteps import BadSteps, running_statistics
 from gcssl.beats import Beats
 from gcssl.checkpoint import list_checkpoints, write_backbone
 from gcssl.collapse import CollapseWatch
-from gcssl.config import PretrainConfig, load_config
+from gcssl.config import CheckpointConfig, PretrainConfig, load_config
 from gcssl.data import open_data
 from gcssl.errors import Preempted, UserError
 from gcssl.eval.online import OnlineProbe, evaluated_encoder, online_probe
@@ -30,7 +30,8 @@ from gcssl.meter import BadSamples, Meter
 from gcssl.models.build import Backbone, backbone_info, check_exists, from_config, load_backbone
 from gcssl.optim import groups_table, make_optimizer, param_groups, rates_at, set_lr
 from gcssl.runfolder import RunFolder, broadcast, check_writable
-from gcssl.runtime import StopSignal, entry, make_accelerator, rng, seed_torch
+from gcssl.runtime import StopSignal, entry, main_process_first, make_accelerator, rng, seed_torch
+from gcssl.ssl.gather import average_
 from gcssl.ssl.objectives import OBJECTIVES
 from gcssl.state import RunState
 from gcssl.streams import DROP_PATH, INIT, MODEL
@@ -49,7 +50,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
     check_objective(cfg)
     backbone = build_pretrain_backbone(cfg)
     objective_class: Any = OBJECTIVES[cfg.objective.name][0]
-    with accelerator.main_process_first():  # the main process fills the caches
+    with main_process_first(accelerator):  # it fills the caches
         images = open_data(cfg.data, backbone.img_size).train
     say(images.describe())
     sizes = pretrain_sizes(cfg, len(images), accelerator.num_processes)
@@ -139,13 +140,15 @@ def fit(
     What a step must not leave behind, and what ends a run, is in `skip` and `watch_collapse`.
     """
     train = cfg.train
-    save_steps = max(1, round(cfg.checkpoint.every * sizes.steps_per_epoch))
     objective.to(accelerator.device)
     bad_steps = BadSteps(run.path, train, objective)
     watch = CollapseWatch(objective.chance(sizes.global_batch) if hasattr(objective, "chance") else {})
     judges = {"bad_steps": bad_steps, "collapse": watch}
     state = RunState(run, objective, make_optimizer(groups, train), accelerator, judges)
     step = state.resume()
+    statistics = [b for b in running_statistics(objective.encoder) if b.is_floating_point()]
+    if statistics and accelerator.num_processes * sizes.accumulate > 1:
+        say("batch norm in the backbone: over each process's micro-batch, so other layouts of a batch train otherwise")
     run.start()  # nothing is left to refuse
     if train.compile:
         compile_encoders(objective)
@@ -188,6 +191,7 @@ def fit(
             if fault:
                 skip(step, fault, meter.indices, bad_steps, state, train.max_bad_steps)
             elif not accelerator.optimizer_step_was_skipped:
+                average_(statistics)  # so that teacher, checkpoint and resume have those of all processes
                 objective.after_step(step - 1)
             if values.pop("bad"):
                 bad.record(meter.take_bad(), accelerator)
@@ -200,14 +204,21 @@ def fit(
                 probing = probe is not None and probe.due(step)
                 if step % sizes.steps_per_epoch == 0 or step == sizes.total_steps:
                     show(objective, batch, step, log)
-                if step % save_steps == 0 or step == sizes.total_steps or stopping or probing:
+                if stopping or probing or step == sizes.total_steps or saves_at(step, cfg.checkpoint, sizes):
                     state.save(step, cfg.checkpoint, sizes.steps_per_epoch)
                 if stopping:
+                    accelerator.wait_for_everyone()  # else the launcher kills the one that saves
                     raise Preempted(stop.told(step, sizes.total_steps))
                 if probe and probing:
                     measure(probe, objective, step, log, stop)
     say(log.summary())
     accelerator.free_memory()  # another fit with this accelerator must not clip, scale or save what this one trained
+
+
+def saves_at(step: int, cfg: CheckpointConfig, sizes: Sizes) -> bool:
+    """Is there to be a checkpoint after `step`: each checkpoint.every, and those that are kept for ever?"""
+    periods = [max(1, round(cfg.every * sizes.steps_per_epoch)), (cfg.keep_every or 0) * sizes.steps_per_epoch]
+    return any(period and step % period == 0 for period in periods)
 
 
 def compile_encoders(objective: Any) -> None:

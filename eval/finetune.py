@@ -65,7 +65,7 @@ from gcssl.models.build import FRESH, AskedModel, Backbone, backbone_info, from_
 from gcssl.optim import groups_table, param_groups
 from gcssl.pretrain import drop_noise, fit
 from gcssl.runfolder import RunFolder
-from gcssl.runtime import entry, make_accelerator, seed_torch
+from gcssl.runtime import entry, main_process_first, make_accelerator, seed_torch
 from gcssl.streams import INIT, MIXUP
 
 
@@ -245,7 +245,7 @@ def open_run(cfg: FinetuneConfig, accelerator: Accelerator, spec: str) -> Inputs
     """The backbone before its first step, with a fresh head for the classes of the data, and the data."""
     seed_torch(cfg.train.seed, INIT)
     backbone, info = load_backbone(spec, cfg.model, cfg.encoder)
-    with accelerator.main_process_first():  # the main process fills the caches
+    with main_process_first(accelerator):  # it fills the caches
         train, test, name = open_splits(cfg.data, backbone.img_size)
     if cfg.finetune.holdout:
         rest, held = hold_out(train, "set finetune.holdout=false")

@@ -27,7 +27,7 @@ from gcssl.models.build import (
     load_backbone,
 )
 from gcssl.models.windows import pair
-from gcssl.runtime import make_accelerator
+from gcssl.runtime import main_process_first, make_accelerator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -233,7 +233,7 @@ def open_inputs(cfg: InputConfig, accelerator: "Accelerator", only_test: bool = 
     run = run_config(cfg.backbone)
     model, data = model_of(cfg, run), data_of(cfg, run)
     backbone, info = load_backbone(cfg.backbone, model, cfg.encoder)
-    with accelerator.main_process_first():  # the main process fills the caches
+    with main_process_first(accelerator):  # it fills the caches
         train, test, name = open_splits(data, backbone.img_size, only_test and run is None)
     cfg = dataclasses.replace(cfg, data=data)
     n_classes = count_classes(train, test)

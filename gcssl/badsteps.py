@@ -21,6 +21,12 @@ from gcssl.log import say
 WINDOW = 128  # steps whose losses a spike is measured against; before there are as many nothing is one
 
 
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers of batch norms, which a forward pass in training mode changes."""
+    norms = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
+    return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+
+
 class BadSteps:
     """Judges each step, counts and lists the bad ones in `bad_steps.jsonl`, and puts back what a forward changed."""
 
@@ -29,12 +35,7 @@ class BadSteps:
         self.losses: list[float] = []  # spikes too, so that a new level is soon the normal one
         self.skipped = 0
         self.in_a_row: list[dict[str, Any]] = []  # what was listed of the bad steps since the last good one
-        self.buffers = [
-            buffer
-            for module in model.modules()
-            if getattr(module, "track_running_stats", False)
-            for buffer in module.buffers(recurse=False)
-        ]
+        self.buffers = running_statistics(model)
         self.before: list[Tensor] = []
 
     def begin(self) -> None:

@@ -54,22 +54,19 @@ class DataConfig:
 
 @dataclass
 class AugmentConfig:
-    """Overrides of the objective's published view parameters; None keeps them.
-
-    Lists hold one value a view.
-    """
+    """Overrides of the objective's published view parameters; None keeps them."""
 
     where: str = "device"  # colour, blur, solarise: on the device in batches, or on the worker
     colour: str = "exact"  # jitter as torchvision's; fast: by one matrix an image, clamped once
-    scale: list[float] | None = None
-    ratio: list[float] | None = None
+    scale: list[float] | None = None  # smallest and largest share of the image's area in a crop
+    ratio: list[float] | None = None  # smallest and largest width / height of a crop
     flip_p: float | None = None
     jitter_p: float | None = None
     jitter: list[float] | None = None  # brightness, contrast, saturation, hue
     gray_p: float | None = None
-    blur_p: list[float] | None = None
-    blur_sigma: list[float] | None = None
-    solarize_p: list[float] | None = None
+    blur_p: list[float] | None = None  # one a view
+    blur_sigma: list[float] | None = None  # smallest and largest, in pixels
+    solarize_p: list[float] | None = None  # one a view
     interpolation: str | None = None
 
 
@@ -81,19 +78,19 @@ class TrainConfig:
     global_batch: int | None = None  # None: batch_size x processes x accumulate
     accumulate: int = 1  # derived when global_batch is set
     optimizer: str = "adamw"
-    blr: float = 1.5e-4
+    blr: float = 1.5e-4  # peak learning rate at lr_base images a step
     lr_rule: str = "linear"  # linear | sqrt | none
     lr_base: int = 256
-    min_lr: float = 0.0
+    min_lr: float = 0.0  # the schedule's end, not scaled by the batch
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.05
-    weight_decay_end: float | None = None
+    weight_decay_end: float | None = None  # a cosine from weight_decay to it; null: constant
     warmup_epochs: float = 10.0
-    clip_grad: float | None = None
+    clip_grad: float | None = None  # largest norm of the whole gradient; null or 0: none
     precision: str = "fp32"  # fp32 | bf16 | fp16
     compile: bool = False
     deterministic: bool = False
-    max_hours: float | None = None
+    max_hours: float | None = None  # of training, then a checkpoint and exit code 75
     on_collapse: str = "warn"  # warn | stop, with exit code 78
     spike_sigma: float | None = 6.0  # skip losses so many deviations above the last 128 steps'; null: none
     max_bad_steps: int = 5  # skipped ones in a row that stop the run, with exit code 78

@@ -18,11 +18,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gcssl.config import DataConfig
 from gcssl.errors import UserError, one_line
-from gcssl.folders import find_folders, has_folders
+from gcssl.folders import entries, find_folders, has_folders
 from gcssl.log import say
 from gcssl.shapes import CLASSES, shapes_split
 from gcssl.sources import TEST_NAMES, TRAIN_NAMES, Found, Raw, Reader
-from gcssl.tables import HUB_NAME, find_hub, find_other, find_tables
+from gcssl.tables import HUB_NAME, find_hub, find_other, find_tables, table_files
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit; larger files are refused as decompression bombs
 # none of these decoders starts a program; that of JPEG opens MPO too
@@ -138,15 +138,15 @@ def _find(cfg: DataConfig) -> Found:
         if HUB_NAME.fullmatch(cfg.path):
             return find_hub(cfg)
         raise UserError(f"data.path: given {cfg.path}, no such folder; expected one, a Hub name, or shapes")
-    if root.is_dir() and not any(root.iterdir()):
+    if root.is_dir() and not entries(root):
         raise UserError(f"data.path: {cfg.path} is empty, expected images, parquet, arrow or tar files")
     if any((root / part / name).is_file() for part in ("", "train") for name in METADATA):
         return find_other(cfg, root)  # the datasets library pairs images with a metadata file
-    found = find_tables(cfg, root)
     if root.is_dir() and has_folders(cfg, root):
-        if found:
+        if table_files(root):
             say(f"data: {root} holds folders of images; the tables beside them are not used")
         return find_folders(cfg, root)
+    found = find_tables(cfg, root)
     if not found and root.is_dir():
         found = find_folders(cfg, root)
     return found or find_other(cfg, root)
@@ -224,7 +224,7 @@ def _class_ids(raw: Raw, name: str, train_classes: list[str] | None) -> tuple[np
 def held_out(images: Images, share: float = 0.05, cap: int = 25_000) -> tuple[np.ndarray, np.ndarray]:
     """(rest, held): sorted int64 indices that part the images, the same for every seed and machine.
 
-    `held` has `share` of each class (of all images when unlabelled), at most `cap` in all and at least one of
+    `held` has `share` of each class (of all images when unlabelled), about `cap` in all at most, and at least one of
     every class that has two images; which ones is decided by a hash of the set's fingerprint and the index.
     """
     n = len(images)

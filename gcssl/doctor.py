@@ -87,7 +87,12 @@ def examine(cfg: DoctorConfig) -> Patient:
     probe_parts(cfg, data.train)  # may refuse them
     cls: Any = OBJECTIVES[cfg.objective.name][0]
     args = (cfg.augment, backbone.img_size, sizes.total_steps, sizes.steps_per_epoch)
-    splits = {"train": data.train, **({"val": data.test} if data.test is not None else {})}
+    splits = {"train": data.train}
+    try:
+        if data.test is not None:
+            splits["val"] = data.test
+    except UserError as error:  # pretraining does not open it
+        say(f"the test split is not looked at: {error}")
     seen = {name: scan(images, cfg) for name, images in splits.items()}
     return Patient(cfg, data, backbone, cls(cfg.objective, backbone, *args), sizes, seen)
 

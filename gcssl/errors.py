@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 class Preempted(Exception):
-    """Stopped by a signal or by train.max_hours after a checkpoint; the same command continues. Exit 75."""
+    """Stopped by a signal or by train.max_hours, in the loop after a checkpoint: the same command goes on. 75."""
 
     agreed = True  # all processes stop at this step
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from gcssl.config import DataConfig
 from gcssl.errors import UserError
@@ -20,8 +21,8 @@ def find_folders(cfg: DataConfig, root: Path) -> Found:
     """The splits of a folder of images, opened on demand; empty when there is no image at all.
 
     Sub-folders with a split's name are splits, others are classes (ids in the order of the sorted names), or
-    not used beside a training and a test split; a folder without classes is unlabelled. The ids of every split
-    are those of the training folder.
+    not used beside a training split: one that has a test split beside it, classes below it, or was asked for. A
+    folder without classes is unlabelled. The ids of every split are those of the training folder.
     """
     return _splits(cfg, *_base(root))
 
@@ -46,8 +47,9 @@ def _splits(cfg: DataConfig, root: Path, default_labels: str | None) -> Found:
     train = next((n for n in splits if n == cfg.train_split), None)
     train = train or next((n for n in splits if n.lower() in TRAIN_NAMES), None)
     tests = [n for n in splits if n != train and (n == cfg.val_split or n.lower() in TEST_NAMES)]
-    others += _images(root)
-    if train and tests:
+    images = _images(root)
+    others += images
+    if train and (tests or train == cfg.train_split or (len(_classes(root / train)) > 1 and not images)):
         if others:
             rest = f"{others[0]} ({len(others)} in all)" if len(others) > 1 else others[0]
             say(f"data: {root} has the splits {', '.join(splits)}; not used beside them: {rest}")
@@ -67,7 +69,7 @@ def _splits(cfg: DataConfig, root: Path, default_labels: str | None) -> Found:
 def _names(cfg: DataConfig, root: Path) -> tuple[list[str], list[str]]:
     """(folders with a split's name, other folders) that hold images."""
     named = {cfg.train_split, cfg.val_split, *TRAIN_NAMES, *TEST_NAMES}
-    folders = [name for name in _folders(root) if _has_image(root / name)]
+    folders = _classes(root)
     splits = [name for name in folders if name in named or name.lower() in named]
     return splits, [name for name in folders if name not in splits]
 
@@ -85,7 +87,7 @@ def _test_tree(root: Path, train: Path, val_labels: str | None, needs_labels: bo
     names, labels, classes = _tree(root)
     if len(classes) >= 2:
         return Raw(Files(root, names), labels, classes)
-    if not needs_labels or len([c for c in _folders(train) if _has_image(train / c)]) < 2:
+    if not needs_labels or len(_classes(train)) < 2:
         return Raw(Files(root, names))
     if val_labels is None:
         raise UserError(
@@ -124,7 +126,7 @@ def _tree(root: Path) -> tuple[list[str], list[int], list[str]]:
     """(file names relative to root, class ids, class names), sorted; with files at the top no classes."""
     flat = _images(root)
     if flat:
-        beside = [folder for folder in _folders(root) if _has_image(root / folder)]
+        beside = _classes(root)
         if beside:
             raise UserError(
                 f"data.path: {root} holds images ({flat[0]}) beside folders of images ({beside[0]}), expected one or "
@@ -143,14 +145,30 @@ def _tree(root: Path) -> tuple[list[str], list[int], list[str]]:
     return names, labels, classes
 
 
+def _classes(root: Path) -> list[str]:
+    """Folders in root that hold images."""
+    return [name for name in _folders(root) if _has_image(root / name)]
+
+
 def _folders(root: Path) -> list[str]:
-    with os.scandir(root) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    return sorted(e.name for e in entries(root) if e.is_dir() and _is_visible(e.name))
 
 
 def _images(root: Path) -> list[str]:
-    with os.scandir(root) as entries:
-        return sorted(e.name for e in entries if _is_image(e.name) and e.is_file())
+    return sorted(e.name for e in entries(root) if _is_image(e.name) and e.is_file())
+
+
+def entries(root: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(root) as found:
+            return list(found)
+    except OSError as error:
+        _refuse(error)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    """A folder left out would be a class left out, and the others' ids would move."""
+    raise UserError(f"data.path: {error.filename} cannot be listed: {error.strerror}; mend it or move it away")
 
 
 def _below(root: Path) -> list[str]:
@@ -170,14 +188,18 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
     """(folder, its files) of root and all below, each real folder once and none that holds root: links may loop."""
     above = Path(os.path.realpath(os.path.dirname(os.path.abspath(root))))
     seen = {str(p) for p in (above, *above.parents, *Path(os.path.realpath(root)).parents)}
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_refuse):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        folders.sort()
+        folders[:] = sorted(filter(_is_visible, folders))
         yield folder, files
+
+
+def _is_visible(folder: str) -> bool:
+    return not folder.startswith(".") and folder != "lost+found"  # of a file system's root; its owner's alone
 
 
 def _is_image(name: str) -> bool:

@@ -172,6 +172,7 @@ def replay(argv: list[str]) -> None:
     with elsewhere() as folder:
         copy = shutil.copytree(argv[0], folder / "run")
         one_step = ["train.max_hours=0", "log.every=1", "log.trackers=[]", "checkpoint.every=1e9"]
+        one_step += ["train.max_bad_steps=2"]  # a bad one is told below, and does not end this
         run_again(copy, [*argv[1:], *one_step, f"out={copy}"])
         told = [line for line in metrics(copy) if line["step"] == incident["step"] + 1 and "loss" in line]
         again = (

@@ -188,7 +188,9 @@ class RunFolder:
         free += DATA_KEYS if "data" in self.facts and self.facts["data"] == old_facts.get("data") else ()
         lines = [line for line in diff_configs(old, self.config) if not _is_free(line.split(":")[0], free)]
         common = old_facts.keys() & self.facts.keys()
-        lines += [f"{k}: {old_facts[k]} -> {self.facts[k]}" for k in sorted(common) if old_facts[k] != self.facts[k]]
+        changed = [k for k in sorted(common) if old_facts[k] != self.facts[k]]
+        other_images = "data.path: other images (their number, class names or contents) than this run began with"
+        lines += [other_images if k == "data" else f"{k}: {old_facts[k]} -> {self.facts[k]}" for k in changed]
         if lines:
             more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
             raise UserError(

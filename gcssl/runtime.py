@@ -1,6 +1,6 @@
-"""What a process needs around the training: exit codes, stop signals, seeds, the accelerator.
+"""What a process needs around the training: its end, stop signals, seeds, the accelerator.
 
-The run folder is in gcssl/runfolder.py.
+The run folder is in gcssl/runfolder.py, the exit codes in gcssl/errors.py.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -206,6 +206,26 @@ def make_accelerator(train: "TrainConfig", runtime: "RuntimeConfig") -> "Acceler
         keep_freed_memory()
     accelerator.wait_for_everyone()  # a process that ends at once must not leave others half connected
     return accelerator
+
+
+@contextmanager
+def main_process_first(accelerator: "Accelerator") -> Iterator[None]:
+    """The main process runs the block before the others do, however long it takes: copying a set takes hours, and
+    runtime.timeout is for processes that compute."""
+    if accelerator.num_processes == 1:
+        yield
+        return
+    from torch import distributed
+
+    group: Any = distributed.new_group(backend="gloo", timeout=timedelta(days=2))
+    if not accelerator.is_main_process:
+        distributed.barrier(group)
+    try:
+        yield
+    finally:
+        if accelerator.is_main_process:
+            distributed.barrier(group)
+        distributed.destroy_process_group(group)
 
 
 def keep_freed_memory() -> None:

@@ -98,6 +98,7 @@ class RunState:
         folder = self.run.path / f"incidents/after_step_{step}"
         if self.run.is_main:
             self._leave(folder, step, {"step": step, "reason": reason, "steps": faults})
+        self.accelerator.wait_for_everyone()  # else the launcher kills the one that writes
         raise NumericStop(f"{reason}; what led to it is in {folder}")
 
     def _leave(self, folder: Path, step: int, told: dict[str, Any]) -> None:

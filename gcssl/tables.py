@@ -53,15 +53,21 @@ def find_tables(cfg: DataConfig, root: Path) -> Found:
     """The splits of tables in a folder or one below it (or of one file), opened on demand; empty when there is none."""
     if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
         return _from_disk(cfg, root)
+    found = table_files(root)
     for suffix, opener in ((".parquet", _parquet), (".arrow", _arrow), (".tar", _webdataset)):
-        below = sorted(f for pattern in (f"*{suffix}", f"[!.]*/*{suffix}") for f in root.glob(pattern))
-        files = [root] if root.is_file() and root.suffix == suffix else below
+        files = [file for file in found if file.suffix == suffix]
         if files:
             shards = _by_split(files, cfg)
             for split, paths in shards.items():
                 _in_one_folder(split, paths)
             return {k: partial(_raw, cfg, root, k, partial(opener, cfg, paths)) for k, paths in shards.items()}
     return {}
+
+
+def table_files(root: Path) -> list[Path]:
+    """Tables in a folder or one below it, or the one file that root is; sorted."""
+    below = [root] if root.is_file() else [f for pattern in ("*", "[!.]*/*") for f in root.glob(pattern)]
+    return sorted(f for f in below if f.suffix in (".parquet", ".arrow", ".tar"))
 
 
 def find_hub(cfg: DataConfig) -> Found:

@@ -61,3 +61,4 @@ class MomentumObjective(nn.Module):
         """Move the teachers after optimizer step `step`, the one that `forward` got."""
         for teacher, student in self.follows:
             ema_update(getattr(self, teacher), getattr(self, student), self.momentum(step))
+            getattr(self, teacher).eval()  # timm's LeViT and others cache their attention biases there

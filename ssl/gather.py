@@ -92,3 +92,13 @@ def all_reduce_mean(x: Tensor) -> Tensor:
     total = x.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total / world_size()
+
+
+@torch.no_grad()
+def average_(tensors: list[Tensor]) -> None:
+    """Put each tensor's mean over the processes in its place, by one all-reduce."""
+    if tensors and world_size() > 1:
+        joined = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(joined)
+        for t, mean in zip(tensors, (joined / world_size()).split([t.numel() for t in tensors]), strict=True):
+            t.copy_(mean.view_as(t))

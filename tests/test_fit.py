@@ -84,6 +84,13 @@ def test_checkpoints_of_every_second_epoch_stay(tmp_path: Path) -> None:
     assert sorted(path.name[-1] for path in (out / "checkpoints").iterdir()) == ["4", "6", "7"]
 
 
+def test_a_kept_checkpoint_is_made_between_two_others(tmp_path: Path) -> None:
+    """Epochs of two steps: every third epoch is saved at step 6, every second kept at step 4."""
+    keys = ["train.steps=9", "checkpoint.every=3", "checkpoint.keep=2", "checkpoint.keep_every=2"]
+    out = pretrain(config("simmim", tmp_path, *keys))
+    assert sorted(path.name[-1] for path in (out / "checkpoints").iterdir()) == ["4", "8", "9"]
+
+
 def test_a_timm_backbone_drops_the_same_paths_after_a_resume(tmp_path: Path) -> None:
     """Its drop path draws from torch's generator, ours from the numbers it is handed."""
     keys = ["model.name=test_vit", "model.drop_path=0.5", "objective.mask_unit=16", "train.steps=3"]

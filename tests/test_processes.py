@@ -22,6 +22,8 @@ KEYS = [
 # The whole program, with a fault in process 1 at step 3 (the fourth).
 PROGRAM = """
 import os, signal, sys, time
+from pathlib import Path
+from gcssl import state
 from gcssl.pretrain import main
 from gcssl.runtime import entry
 from gcssl.ssl.simmim import SimMIM
@@ -36,6 +38,22 @@ def at(step):
     if hurt and step == 3 and fault == "raise":
         raise ValueError("no such luck")
 
+def slow_save(*given, **more):
+    if not hurt and fault == "slow save":
+        time.sleep(12)  # an error is told by the other processes after 8
+    return save(*given, **more)
+
+def slow_data(*given):
+    if not hurt and fault == "slow data":
+        time.sleep(14)
+    return open_data(*given)
+
+def preempted(*given):
+    folder = Path(next(word for word in sys.argv if word.startswith("out="))[4:]) / "checkpoints"
+    if hurt:
+        (folder.parent / "seen").write_text(str([path.name for path in folder.glob("step_*")]))
+    return Preempted(*given)
+
 def poisoned(self, batch, step):
     at(step)
     out = forward(self, batch, step)
@@ -48,6 +66,9 @@ def slow(*batch):
         time.sleep(1000)
     return to_device(*batch)
 
+Preempted, program.Preempted = program.Preempted, preempted
+save, state.save_checkpoint = state.save_checkpoint, slow_save
+open_data, program.open_data = program.open_data, slow_data
 slow.step = -1
 SimMIM.forward, program.batch_to_device = poisoned, slow
 entry(main)
@@ -130,6 +151,21 @@ def test_a_signal_stops_all_processes_after_a_checkpoint(target: str, tmp_path: 
     found = status(out)
     assert (found["state"], found["exit_code"]) == ("preempted", 75), (found, stderr[-2000:])
     assert (out / f"checkpoints/step_{found['step']:08d}").is_dir() and code != 0
+
+
+@pytest.mark.fault("a stop whose checkpoint takes long to write", "no process leaves before it is there")
+def test_all_processes_wait_for_the_last_checkpoint(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code, _, stderr = end(start(out, "train.max_hours=0", "checkpoint.every=1000", fault="slow save"))
+    assert code != 0 and status(out)["state"] == "preempted", stderr[-2000:]
+    assert (out / "seen").read_text() == "['step_00000001']"
+
+
+@pytest.mark.fault("images copied into a cache for longer than runtime.timeout", "the other processes wait")
+def test_a_long_copy_of_the_images_ends_no_process(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code, _, stderr = end(start(out, "train.steps=1", "runtime.timeout=8", fault="slow data"))
+    assert code == 0, stderr[-2000:]
 
 
 @pytest.mark.fault(

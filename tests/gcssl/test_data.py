@@ -1,7 +1,9 @@
 """Every layout opens with the right labels, every mistake is one line."""
 
 import csv
+import errno
 import io
+import os
 import shutil
 import tarfile
 import time
@@ -318,6 +320,52 @@ def test_a_stray_table_hides_no_folders_of_images(
         assert splits.train.classes == ["ant", "cat", "dog"]
         assert_labels_match_pixels(splits.train)
         assert ("tables beside them are not used" in capsys.readouterr().out) == ("deep" not in stray)
+
+
+@pytest.mark.fault("a class folder that cannot be listed", "one line names it; no class is left out silently")
+@pytest.mark.parametrize("folder", ["train/cat", "train", ""])
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tree(tmp_path / "train")
+    scan, bad = os.scandir, str(tmp_path / folder)
+
+    def scandir(path: str | Path) -> object:
+        if str(path) == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), bad)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=f"data.path: {bad} cannot be listed: Input/output error"):
+        opened(tmp_path)
+
+
+def test_a_file_systems_lost_files_are_no_class(tmp_path: Path) -> None:
+    write_tree(tmp_path)
+    write_tree(tmp_path / "lost+found")
+    assert opened(tmp_path).train.classes == ["ant", "cat", "dog"]
+
+
+def test_a_training_folder_with_classes_is_no_class_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path / "train")
+    write_tree(tmp_path / "extras")
+    assert opened(tmp_path).train.classes == ["ant", "cat", "dog"]
+    assert "not used beside them: extras" in capsys.readouterr().out
+
+
+def test_a_training_folder_that_is_asked_for_is_no_class(tmp_path: Path) -> None:
+    for name in ("train", "extras"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(encoded(COLOURS["cat"]))
+    assert opened(tmp_path).train.classes == ["extras", "train"]
+    train = opened(tmp_path, train_split="train").train
+    assert train.classes is None and len(train) == 1
+
+
+def test_tables_in_two_folders_beside_folders_of_images_are_not_used(tmp_path: Path) -> None:
+    write_tree(tmp_path)
+    for name in ("m1", "m2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.parquet").write_bytes(b"no table")
+    assert opened(tmp_path).train.classes == ["ant", "cat", "dog"]
 
 
 def test_tables_lie_in_the_folder_or_one_below(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.build import AskedModel, backbone_info, build_backbone, load_backbone
 from gcssl.models.timm_backbone import TimmBackbone
+from gcssl.ssl.byol import BYOL, BYOLConfig
 from gcssl.ssl.objectives import OBJECTIVES
 
 
@@ -100,6 +101,17 @@ def test_trying_a_model_out_leaves_nothing_behind() -> None:
         with torch.no_grad():
             assert torch.equal(model(x), fresh(x))
         model.train().eval()
+
+
+def test_a_teacher_that_keeps_its_biases_follows_its_student() -> None:
+    student, x = wrapped("levit_128s"), torch.randn(1, 3, 64, 64)
+    objective = BYOL(BYOLConfig(hidden_dim=8, out_dim=4, momentum=0.0), student, AugmentConfig(), (64, 64), 10**9, 1)
+    with torch.no_grad():
+        objective.teacher(x)
+        for name, parameter in student.named_parameters():
+            nn.init.normal_(parameter) if "attention_biases" in name else None
+        objective.after_step(0)
+        assert torch.allclose(objective.teacher(x), student.eval()(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224"])

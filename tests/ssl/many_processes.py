@@ -103,7 +103,10 @@ def run_collectives(share: slice) -> dict[str, Any]:
     z = (torch.randn(N, 6) + 1.0)[share].requires_grad_()
     y = head(z)
     (y * torch.randn(N, 4)[share]).sum(1).mean().backward()
-    rows = {"x": joined.detach(), "y": gather.all_gather_no_grad(y)}
+    own = torch.nn.BatchNorm1d(6, dtype=torch.float64)  # as in a timm backbone: over its process's samples
+    own(x.detach())
+    gather.average_([own.running_mean, own.bias.data])
+    rows = {"x": joined.detach(), "y": gather.all_gather_no_grad(y), "mean": own.running_mean}
     # A process's input gradient is that of the sum over processes; their mean is what DDP gives to weights.
     grads = {k: gather.all_gather_no_grad(v.grad) / gather.world_size() for k, v in (("x", x), ("z", z))}
     grads |= {n: gather.all_reduce_mean(p.grad) for n, p in head.named_parameters() if p.grad is not None}

@@ -49,6 +49,9 @@ def test_processes_equal_one_on_the_joined_batch(results: dict[str, Any], case: 
 
 def test_one_process_needs_no_group() -> None:
     x = torch.randn(3, 2, requires_grad=True)
+    before = x.detach().clone()
+    gather.average_([x.detach()])
+    assert torch.equal(x, before)
     assert gather.world_size() == 1 and gather.rank() == 0 and gather.reducer() is None
     assert gather.all_gather_with_grad(x) is x and gather.all_reduce_sum_with_grad(x) is x
     assert not gather.all_gather_no_grad(x).requires_grad

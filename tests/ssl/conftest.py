@@ -55,6 +55,23 @@ def make_objective() -> Callable[..., Any]:
     return make
 
 
+@pytest.fixture
+def make_midway(make_objective: Callable[..., Any]) -> Callable[..., Any]:
+    """make_objective's, as some way into a run: a teacher unlike the student, centres unlike zero and each other."""
+
+    def make(name: str, **cfg: Any) -> Any:
+        objective = make_objective(name, **cfg)
+        with torch.no_grad():
+            for key, p in objective.named_parameters():
+                if key.startswith(("teacher.", "momentum_")):
+                    p.add_(0.05 * torch.randn_like(p))
+            for key in objective.centers:
+                getattr(objective, key).mean.normal_(0, 0.1)
+        return objective
+
+    return make
+
+
 def smooth_images(n: int, seed: int = 0, size: tuple[int, int] = SIZE) -> Tensor:
     """n 3 *size: low-frequency noise of about unit variance."""
     g = torch.Generator().manual_seed(seed)

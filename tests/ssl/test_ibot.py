@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from gcssl.errors import UserError
-from gcssl.ssl.dino import crops_loss
 from gcssl.ssl.ibot import masked_loss
 
 Make = Callable[..., Any]
@@ -37,17 +36,36 @@ def test_nothing_hidden_is_no_loss_and_no_nan(make_objective: Make, batch: dict[
     assert all(p.grad.isfinite().all() for p in objective.parameters() if p.requires_grad)
 
 
-def test_view_loss_is_dinos_on_the_masked_views(make_objective: Make, batch: dict[str, Any]) -> None:
-    objective = make_objective("ibot")
+def test_loss_equals_the_slow_version(make_midway: Make, make_batch: Make) -> None:
+    """One image at a time; views and regions have a centre and a temperature each."""
+    own = {"local_crops": 1, "local_size": 32, "teacher_temp": 0.05, "teacher_patch_temp": 0.09, "student_temp": 0.2}
+    objective, batch = make_midway("ibot", **own), make_batch(3, views=2, small=1, grid=(2, 2))
+    batch["masks"][1][2] = False  # one view that hides nothing
     out = objective(batch, 0)
+
+    def assigned(x: torch.Tensor, center: torch.Tensor, temperature: float) -> torch.Tensor:
+        return ((objective.momentum_projector(x) - center) / temperature).softmax(-1)
+
+    view, patch = [], []
     with torch.no_grad():
-        hidden = [x.masked_fill(m.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None], 0) for x, m in
-                  zip(batch["views"], batch["masks"], strict=True)]  # fmt: skip
-        maps = [objective.encoder.forward_features(x, m, objective.mask_token) for x, m in
-                zip(hidden, batch["masks"], strict=True)]  # fmt: skip
-        student = [objective.projector(m.mean((2, 3))) for m in maps]
-        teacher = [objective.center(objective.momentum_projector(objective.teacher(x)), 0.04) for x in batch["views"]]
-    torch.testing.assert_close(out["loss/view"], crops_loss(teacher, student, 0.1), rtol=1e-4, atol=1e-5)
+        for b in range(3):
+            x, masks = [v[b, None] for v in batch["views"]], [m[b, None] for m in batch["masks"]]
+            hidden = [m.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None] for m in masks]
+            maps = [objective.encoder.forward_features(x[v].masked_fill(hidden[v], 0), masks[v], objective.mask_token)
+                    for v in range(2)] + [objective.encoder.forward_features(x[2])]  # fmt: skip
+            regions = [m[0].flatten(1).T for m in maps]  # n C
+            taught = [objective.teacher.forward_features(x[v])[0].flatten(1).T for v in range(2)]
+            for v in range(3):
+                student = (objective.projector(regions[v].mean(0)) / 0.2).log_softmax(0)
+                view += [-(assigned(taught[t].mean(0), objective.center.mean, 0.05) * student).sum()
+                         for t in range(2) if t != v]  # fmt: skip
+            for v in range(2):
+                student = (objective.projector(regions[v]) / 0.2).log_softmax(1)
+                each = -(assigned(taught[v], objective.patch_center.mean, 0.09) * student).sum(1)
+                each = each[masks[v].flatten()]
+                patch.append(each.mean() if len(each) else torch.tensor(0.0))
+    torch.testing.assert_close(out["loss/view"], torch.stack(view).mean())
+    torch.testing.assert_close(out["loss/patch"], torch.stack(patch).mean())
     torch.testing.assert_close(out["loss"].detach(), out["loss/view"] + out["loss/patch"])
 
 

@@ -51,10 +51,18 @@ def test_each_update_gets_its_lr_weight_decay_and_clipped_gradient(
     assert norms == pytest.approx([1e-3] * 5, rel=1e-2)
 
 
-@pytest.mark.parametrize("which", ["student", "teacher"])
-def test_the_backbone_file_holds_the_encoder_asked_for(which: str, tmp_path: Path) -> None:
-    keys = ["train.steps=1", "objective.hidden_dim=32", *(["encoder=teacher"] if which == "teacher" else [])]
-    out = pretrain(config("mocov3", tmp_path, *keys))
+@pytest.mark.parametrize(
+    ("objective", "asked", "which"),
+    [
+        ("mocov3", [], "student"),
+        ("mocov3", ["encoder=teacher"], "teacher"),
+        ("dino", ["objective.local_crops=0", "objective.out_dim=16"], "teacher"),  # its own, unasked
+    ],
+)
+def test_the_backbone_file_holds_the_encoder_asked_for(
+    objective: str, asked: list[str], which: str, tmp_path: Path
+) -> None:
+    out = pretrain(config(objective, tmp_path, "train.steps=1", "objective.hidden_dim=32", *asked))
     state = load_file(out / "checkpoints/step_00000001/model.safetensors")
     same = {}
     for prefix in ("encoder.", "teacher."):

@@ -113,7 +113,7 @@ def test_random_is_one_model_and_leaves_the_random_state_alone() -> None:
     assert info["name"] == "gcvit_nano" and info["mean"] == [0.485, 0.456, 0.406] and info["crop_pct"] == 1.0
 
 
-def run_folder(path: Path) -> tuple[GCViT, GCViT]:
+def run_folder(path: Path, **state: str) -> tuple[GCViT, GCViT]:
     """A run as pretraining leaves it after a kill: config and checkpoints, no backbone yet."""
     student, teacher = nano(1, window_ratio=[16, 16, 16, 32]), nano(2, window_ratio=[16, 16, 16, 32])
     config = {"model": {"name": "gcvit_nano", "img_size": 64, "window_ratio": [16, 16, 16, 32]}}
@@ -123,7 +123,7 @@ def run_folder(path: Path) -> tuple[GCViT, GCViT]:
     for step, offset in ((3, 1.0), (6, 0.0)):
         tensors = {f"encoder.{k}": v + offset for k, v in student.state_dict().items()}
         tensors |= {f"teacher.{k}": v + offset for k, v in teacher.state_dict().items()}
-        save_checkpoint(path, step, {"model": tensors}, {}, keep=2)
+        save_checkpoint(path, step, {"model": tensors}, state, keep=2)
     return student, teacher
 
 
@@ -139,6 +139,12 @@ def test_unfinished_runs_and_single_checkpoints(tmp_path: Path) -> None:
     assert info["step"] == 3 and torch.equal(backbone.stem.conv1.bias, student.stem.conv1.bias + 1)
     with pytest.raises(UserError, match="encoder=both"):
         load_backbone(str(tmp_path / "run"), encoder="both")
+
+
+def test_an_unfinished_run_gives_the_encoder_that_its_objective_prefers(tmp_path: Path) -> None:
+    _, teacher = run_folder(tmp_path / "run", default_encoder="teacher")
+    backbone, info = load_backbone(str(tmp_path / "run"))
+    assert same(backbone.state_dict(), teacher.state_dict()) and info["encoder"] == "teacher"
 
 
 def test_finished_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

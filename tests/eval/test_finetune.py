@@ -235,6 +235,8 @@ def test_layer_decay_is_per_block_and_absent_for_the_baseline() -> None:
     model, cfg = backbone(), FinetuneConfig(finetune=FinetuneOptions(layer_decay=0.5))
     scales = sorted({g["lr_scale"] for g in layer_groups(cfg, model, "runs/a")})
     assert scales == [0.5**k for k in range(9, -1, -1)]  # stem, eight blocks, head
+    unasked = layer_groups(FinetuneConfig(), model, "runs/a")
+    assert min(g["lr_scale"] for g in unasked) == pytest.approx(0.95**9)
     plain = layer_groups(FinetuneConfig(), model, "none")
     assert {g["lr_scale"] for g in plain} == {1.0}
 

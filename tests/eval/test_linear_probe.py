@@ -129,6 +129,12 @@ def test_a_diverged_head_is_never_chosen_and_disturbs_no_other() -> None:
         choose({wild: scores[wild]})
 
 
+def test_of_heads_equal_in_top1_the_one_of_lower_loss_is_chosen() -> None:
+    high, low = Setting("last", 0.1, 0.0), Setting("last", 0.3, 0.0)
+    scores = {high: (50.0, -2.0), low: (50.0, -1.0)}  # top-1, -loss
+    assert choose(scores) == choose(dict(reversed(scores.items()))) == low
+
+
 def test_permuted_labels_give_chance() -> None:
     (x, y), (tx, ty) = blobs(400, 6, 1.0), blobs(400, 8, 1.0)
     settings, plan = [Setting("last", 0.3, 0.0)], Plan(3, 128, 0)

@@ -67,6 +67,15 @@ def test_crop_size_and_interpolation_can_be_asked_for(folder: Path, tmp_path: Pa
     assert result["crop"] == {"size": [96, 96], "crop_pct": 0.9} and result["interpolation"] == "bicubic"
 
 
+def test_a_checkpoint_that_squashes_images_does_so_unless_a_crop_is_asked_for(
+    folder: Path, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    export(tmp_path / "m", crop_mode="squash")
+    for asked, crop in ((None, {"squash": True}), (0.9, {"crop_pct": 0.9})):
+        result = run(config(tmp_path / "m", folder, tmp_path / str(asked), crop_pct=asked), accelerator)
+        assert result["crop"] == {"size": [64, 64], **crop}
+
+
 def test_a_test_split_alone_will_do(folder: Path, tmp_path: Path, accelerator: Accelerator) -> None:
     export(tmp_path / "m", classes=CLASSES)
     (tmp_path / "data").mkdir()

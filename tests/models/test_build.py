@@ -243,10 +243,14 @@ def test_raw_checkpoints_say_what_they_are(tmp_path: Path, to_nvlabs) -> None:
     model = build_backbone("gcvit_xxtiny", img_size=96, num_classes=3, window_ratio=[16, 16, 16, 32])
     torch.save({"state_dict": model.state_dict()}, tmp_path / "timm.pth")
     torch.save({"state_dict": to_nvlabs(model.state_dict())}, tmp_path / "nvlabs.pth.tar")
+    torch.save({"state_dict": to_nvlabs(nano(img_size=384).state_dict())}, tmp_path / "large.pth.tar")
+    _, large = load_backbone(str(tmp_path / "large.pth.tar"))
+    assert (large["img_size"], large["crop_pct"], large["crop_mode"]) == ([384, 384], 1.0, "squash")
     for name, crop in (("timm.pth", 0.875), ("nvlabs.pth.tar", 1.0)):
         backbone, info = load_backbone(str(tmp_path / name))
         assert same(backbone.state_dict(), model.state_dict())
         assert info["name"] == backbone.name == "gcvit_xxtiny" and info["crop_pct"] == crop
+        assert info.get("crop_mode") != "squash"
         assert backbone.img_size == (96, 96) and backbone.num_classes == 3
     resnet = timm.create_model("resnet18", num_classes=0)
     torch.save(resnet.state_dict(), tmp_path / "resnet.pth")

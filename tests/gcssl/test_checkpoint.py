@@ -160,6 +160,17 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_used(
         read_checkpoint(newest)
 
 
+@pytest.mark.fault(
+    "every checkpoint damaged",
+    "refused: no run silently begins again",
+)
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path: Path) -> None:
+    for step in (1, 2):
+        flip(save(tmp_path, step) / "model.safetensors")
+    with pytest.raises(UserError, match=r"checkpoints: none of 2 checkpoints can be used; remove it to begin again"):
+        load_checkpoint(tmp_path)
+
+
 def test_a_file_that_the_manifest_does_not_name_is_not_read(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     (path / "extra.safetensors").write_bytes(b"x")
@@ -406,3 +417,22 @@ def test_atomic_write_keeps_the_old_content_when_it_fails(tmp_path: Path, monkey
     with pytest.raises(OSError, match="No space"):
         atomic_write(path, "new")
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"] and json.loads(path.read_text()) == {"a": 1}
+
+
+def test_atomic_write_has_the_new_name_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the folder's fsync a power cut may bring the old content back."""
+    done: list[int | str] = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(fd: int) -> None:
+        done.append(os.fstat(fd).st_ino)
+        real_fsync(fd)
+
+    def replace(old: Path, new: Path) -> None:
+        done.append("replaced")
+        real_replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    atomic_write(tmp_path / "x.json", "new")
+    assert done == [(tmp_path / "x.json").stat().st_ino, "replaced", tmp_path.stat().st_ino]

@@ -1,5 +1,6 @@
 """Steps that must not count: what is bad, that nothing is left of it, what a run that ends on them leaves."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -8,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
 from gcssl.badsteps import WINDOW, BadSteps
-from gcssl.config import PretrainConfig, TrainConfig, load_config
+from gcssl.config import PretrainConfig, RuntimeConfig, TrainConfig, load_config
 from gcssl.errors import NumericStop
 from gcssl.pretrain import pretrain
+from gcssl.runtime import make_accelerator
 from gcssl.ssl.objectives import OBJECTIVES
 
 YAML = Path(__file__).parents[2] / "configs/pretrain"
@@ -133,6 +136,68 @@ def test_nothing_is_left_of_a_bad_step(objective: str, tmp_path: Path, monkeypat
     told = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in told] == [0, 0, 1, 1, 1]
     assert [line["loss"] is None for line in told] == [0, 0, 1, 0, 0]
+
+
+def scale_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 as it is on a GPU but for the precision: a loss scaler, and no fused optimizer."""
+
+    def scaling(train: TrainConfig, runtime: RuntimeConfig) -> Accelerator:
+        accelerator = make_accelerator(dataclasses.replace(train, precision="fp32"), runtime)
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+
+        def unscale() -> None:
+            for optimizer in accelerator._optimizers:
+                accelerator.scaler.unscale_(optimizer.optimizer)
+
+        accelerator.unscale_gradients = unscale
+        return accelerator
+
+    monkeypatch.setattr("gcssl.pretrain.make_accelerator", scaling)
+
+
+def scale_after(out: Path, step: int) -> float:
+    return json.loads((out / f"checkpoints/step_{step:08d}/state.json").read_text())["scaler"]["scale"]
+
+
+@pytest.mark.parametrize("objective", ["moby", "dino"])
+@pytest.mark.fault(
+    "a gradient that overflows under a loss scale",
+    "parameters, optimizer, teacher, queue, centre as before it",
+)
+def test_a_step_that_the_loss_scaler_skips_moves_no_teacher_queue_or_centre(
+    objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loss is finite, so it is no bad step: batch norms have seen it, as in torch."""
+    cls = OBJECTIVES[objective][0]
+    forward = cls.forward
+
+    def overflowing(self: Any, batch: dict[str, Any], step: int) -> dict[str, Any]:
+        out = forward(self, batch, step)
+        if step + 1 == 3:
+            out["loss"].register_hook(lambda grad: grad * math.inf)
+        return out
+
+    monkeypatch.setattr(cls, "forward", overflowing)
+    scale_losses(monkeypatch)
+    keys = ["train.precision=fp16", "train.steps=5", "checkpoint.keep=4", *SMALL_HEADS[objective]]
+    out = pretrain(config(objective, tmp_path, *keys))
+    before, after, later = (checkpoint(out, step) for step in (2, 3, 4))
+    norms = ("running_mean", "running_var", "num_batches_tracked")
+    assert not [name for name in before if not torch.equal(before[name], after[name]) and not name.endswith(norms)]
+    moved = {name.split(".")[1] for name in before if not torch.equal(after[name], later[name])}
+    assert moved >= {"encoder", "teacher", "queue" if objective == "moby" else "center"}
+    assert scale_after(out, 3) == scale_after(out, 2) / 2 and not (out / "bad_steps.jsonl").exists()
+
+
+def test_a_bad_step_under_a_loss_scaler_lowers_the_scale_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scaler refuses to unscale the next gradients unless it is told that this step is over."""
+    poison(monkeypatch, "simmim", lambda step: step == 2)
+    scale_losses(monkeypatch)
+    out = pretrain(config("simmim", tmp_path, "train.precision=fp16", "train.steps=3", "checkpoint.keep=3"))
+    assert [bad["step"] for bad in listed(out)] == [2]
+    assert scale_after(out, 3) == scale_after(out, 2) == scale_after(out, 1) / 2
 
 
 @pytest.mark.fault(

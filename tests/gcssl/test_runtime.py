@@ -86,6 +86,18 @@ def test_another_process_speaks_only_when_the_main_one_does_not(
     assert leave(UserError("x: bad"), tmp_path) == (2, "gcssl: x: bad (process 1)\n")
 
 
+def test_only_an_end_that_all_processes_share_waits_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To leave the process group waits; a signal outside of the loop may have come to this process alone."""
+    monkeypatch.setattr("gcssl.runtime._leave_process_group", lambda: print("waits", file=sys.stderr))
+    waits = {}
+    for end in (None, Preempted("p"), NumericStop("n"), UserError("u"), signal.SIGTERM):
+        _, told = leave(end, tmp_path)
+        waits[end if end is None else type(end).__name__] = "waits" in told
+    assert waits == {None: True, "Preempted": True, "NumericStop": True, "UserError": False, "Signals": False}
+
+
 def test_outcomes() -> None:
     assert outcome(None) == outcome(SystemExit(0)) == ("finished", 0, "")
     assert outcome(UserError("a\n b")) == ("refused", 2, "a b")
@@ -201,6 +213,7 @@ def test_the_accelerator_has_our_settings_also_the_second_time(monkeypatch: pyte
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps=4"),
         ("ACCELERATE_USE_FSDP", "true", "distributed_type FSDP"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "distributed_type DEEPSPEED"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "distributed_type MEGATRON_LM"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "use train.compile"),
     ],
 )
@@ -211,6 +224,14 @@ def test_a_launcher_that_sets_other_values_is_refused(
     with pytest.raises(UserError, match="accelerate config") as refused:
         make_accelerator(TrainConfig(), RuntimeConfig())
     assert told in str(refused.value)
+
+
+def test_processes_that_accelerate_does_not_see_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would train the same run twice; Accelerate has counted one process by now, and does not count again."""
+    make_accelerator(TrainConfig(), RuntimeConfig())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="launcher: it started 2 processes, of which accelerate sees 1; start them"):
+        make_accelerator(TrainConfig(), RuntimeConfig())
 
 
 FAULTS = """
@@ -242,6 +263,14 @@ def test_memory_that_a_step_frees_is_there_for_the_next_one() -> None:
 def test_fp16_needs_a_gpu() -> None:
     with pytest.raises(UserError, match="train.precision: given fp16 on a machine without a GPU"):
         make_accelerator(TrainConfig(precision="fp16"), RuntimeConfig())
+
+
+def test_bf16_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    with pytest.raises(UserError, match="train.precision: Tesla T4 has no bf16, expected fp16 or fp32"):
+        make_accelerator(TrainConfig(precision="bf16"), RuntimeConfig())
 
 
 def test_deterministic_turns_nondeterministic_kernels_off_and_on() -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from gcssl.config import PretrainConfig, load_config
 from gcssl.doctor import CHECKS, DoctorConfig, Patient, examine
 from gcssl.errors import NumericStop, UserError
 from gcssl.pretrain import pretrain
-from gcssl.rehearsal import differences, duration, replay
+from gcssl.rehearsal import differences, duration, replay, verify_resume
 from gcssl.ssl.objectives import OBJECTIVES
 from gcssl.ssl.simmim import SimMIM
 
@@ -224,6 +225,24 @@ def test_an_incident_is_replayed(
         replay([str(incident)])
     with pytest.raises(UserError, match="expected a folder RUN/incidents"):
         replay([str(tmp_path)])
+
+
+def test_a_resume_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With programs that train nothing in place of the runs; the second one is killed."""
+    seconds = iter(["0", "60", "0"] * 2)
+
+    def start(_: PretrainConfig, out: Path) -> subprocess.Popen[str]:
+        (out / "checkpoints/step_00000003").mkdir(parents=True, exist_ok=True)
+        return subprocess.Popen(["sleep", next(seconds)], stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    monkeypatch.setattr("gcssl.rehearsal.start", start)
+    monkeypatch.setattr("gcssl.rehearsal.differences", lambda *_: ["model a", "step 4, loss"])
+    with pytest.raises(NumericStop, match="verify-resume: killed after step 1: 2 differ: model a"):
+        verify_resume(config("simmim"))
+    monkeypatch.setattr("gcssl.rehearsal.differences", lambda *_: [])
+    assert "equal bit for bit" not in capsys.readouterr().out
+    verify_resume(config("simmim"))
+    assert "equal bit for bit" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -428,6 +428,12 @@ def test_columns_are_found_or_asked_for(tmp_path: Path) -> None:
     assert "no image column" in refused(tmp_path) and "text, n" in refused(tmp_path)
 
 
+def test_a_label_column_of_another_type_is_refused(tmp_path: Path) -> None:
+    table(3).add_column("weight", [0.5, 1.0, 2.0]).to_parquet(tmp_path / "train.parquet")
+    told = refused(tmp_path, label_column="weight")
+    assert told.startswith("data.label_column: weight holds Value('float") and "expected integers or names" in told
+
+
 def test_labels_are_read_without_decoding_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table(6).to_parquet(tmp_path / "train.parquet")
     monkeypatch.setattr(datasets.Image, "decode_example", lambda *_, **__: pytest.fail("an image was decoded"))

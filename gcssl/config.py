@@ -157,6 +157,7 @@ def load_config(schema: type[T], argv: list[str], objectives: dict[str, type] | 
         sys.stdout.write(_help(known, values))
         raise SystemExit(0)
     layers = raw + [("", _nest(key, _parse(key, text, known))) for key, text in pairs]
+    layers = [(source, _at_home(layer)) for source, layer in layers]
     allow_env = any(layer.get("allow_env") is True for source, layer in layers if not source)
     merged = OmegaConf.structured(default)
     for source, layer in layers:
@@ -243,6 +244,13 @@ def _merge(a: Any, b: Any) -> Any:
     if not (isinstance(a, dict) and isinstance(b, dict)):
         return b
     return {**a, **{key: _merge(a.get(key), value) for key, value in b.items()}}
+
+
+def _at_home(tree: Any) -> Any:
+    """The shell leaves ~/ alone after a `=`, and nobody names a file or a folder ~."""
+    if isinstance(tree, dict):
+        return {key: _at_home(value) for key, value in tree.items()}
+    return str(Path(tree).expanduser()) if isinstance(tree, str) and tree.startswith("~/") else tree
 
 
 def _with_objective(default: T, layers: list[dict[str, Any]], objectives: dict[str, type] | None) -> T:

@@ -133,7 +133,7 @@ def _find(cfg: DataConfig) -> Found:
     """The splits of data.path by layout: split or class folders of images, tables, a flat folder, other files."""
     if not cfg.path:
         raise UserError("data.path: not given, expected a folder of images or tables, a Hub name, or shapes")
-    root = Path(cfg.path).expanduser()
+    root = Path(cfg.path)
     if not root.exists():
         if HUB_NAME.fullmatch(cfg.path):
             return find_hub(cfg)

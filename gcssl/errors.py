@@ -1,5 +1,6 @@
 """The ways a run can end, and the exit code of each."""
 
+import errno
 import os
 
 
@@ -24,6 +25,11 @@ class LostProcess(Exception):
     """Another process of the run hung or died. Exit 1, in one line."""
 
 
+def is_full_disk(error: BaseException) -> bool:
+    """Nothing in the program is wrong: exit 1, in one line too."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def outcome(error: BaseException | None) -> tuple[str, int, str]:
     """State, exit code and reason of the exception that ended a run, for status.json; None: it finished."""
     if error is None or (isinstance(error, SystemExit) and not error.code):
@@ -39,6 +45,8 @@ def outcome(error: BaseException | None) -> tuple[str, int, str]:
         return "failed", 1, "interrupted from the keyboard"
     if isinstance(error, LostProcess):
         return "failed", 1, text
+    if is_full_disk(error):
+        return "failed", 1, f"{text}; make room on the run folder's disk, and run the same command again to go on"
     return "failed", 1, f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -81,6 +81,15 @@ def test_the_objective_is_typed_by_its_name() -> None:
     assert isinstance(cfg.objective.weights[0], float)
 
 
+def test_home_is_found_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = tmp_path / "a.yaml"
+    recipe.write_text("data: {cache_dir: ~/cache}\nmodel.weights: ~/w\n")
+    cfg = load(str(recipe), "objective.name=pixels", "out=~/run", "data.path=a~/b")
+    assert (cfg.out, cfg.data.path) == (f"{tmp_path}/run", "a~/b")
+    assert (cfg.data.cache_dir, cfg.model.weights) == (f"{tmp_path}/cache", f"{tmp_path}/w")
+
+
 def test_image_sizes() -> None:
     assert load("objective.name=pixels", "model.img_size=96").model.img_size == 96
     assert load("objective.name=pixels", "model.img_size=[64,96]").model.img_size == [64, 96]

@@ -1,5 +1,6 @@
 """Exit codes, the run folder, signals, seeds, and what the accelerator is allowed to be."""
 
+import errno
 import os
 import random
 import signal
@@ -72,6 +73,14 @@ def test_entry_maps_ends_to_exit_codes(
     assert left == code
     assert told.strip().splitlines()[-1:] == ([line] if line else [])
     assert ("Traceback" in told) == (code == 1) and (code == 1 or len(told.splitlines()) == bool(line))
+
+
+@pytest.mark.fault("the disk is full when a run logs", "one line says to make room; the same command goes on")
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line(tmp_path: Path, number: int) -> None:
+    code, told = leave(OSError(number, os.strerror(number)), tmp_path)
+    assert code == 1 and told.startswith(f"gcssl: [Errno {number}]") and told.count("\n") == 1
+    assert "make room on the run folder's disk, and run the same command again" in told
 
 
 def test_ctrl_c_is_one_line(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class FinetuneOptions:
     augment: str = "full"  # none: flip | light: crop, flip | full: crop, flip, RandAugment, erasing, mixup, cutmix
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # area of the random crop
     auto_augment: str = "rand-m9-mstd0.5-inc1"
-    color_jitter: float = 0.4
+    color_jitter: float = 0.4  # of augment=full without auto_augment, as in timm
     reprob: float = 0.25
     mixup: float = 0.8
     cutmix: float = 1.0

@@ -20,7 +20,7 @@ from scripts.timing import hardware
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs/results"
 ON_CPU = (
-    "bench_model --variant gcvit_xxtiny gcvit_tiny",
+    "bench_model --variant gcvit_xxtiny gcvit_tiny --bf16",
     "bench_masked --variant gcvit_xxtiny",
     "bench_masked --variant gcvit_tiny",
     "bench_input",

@@ -68,12 +68,13 @@ class Heads:
         train_heads({"last": self.x}, self.y, rows, settings, CLASSES, Plan(1, 1024, 0), self.x.device)
 
     def loop(self) -> None:
-        """What a user of plain PyTorch writes: a head at a time."""
+        """What a user of plain PyTorch writes: features standardised once, then a head at a time."""
+        standard = (self.x - self.x.mean(0)) / self.x.std(0)
         for setting in self.settings:
             head = nn.Linear(DIM, CLASSES, device=self.x.device)
             sgd = torch.optim.SGD(head.parameters(), setting.lr, MOMENTUM, weight_decay=setting.weight_decay)
-            for x, y in zip(self.x.split(1024), self.y.split(1024), strict=True):
-                cross_entropy(head((x - x.mean(0)) / x.std(0)), y).backward()
+            for x, y in zip(standard.split(1024), self.y.split(1024), strict=True):
+                cross_entropy(head(x), y).backward()
                 sgd.step()
                 sgd.zero_grad()
 

@@ -3,9 +3,10 @@
     python -m scripts.bench_model [--variant gcvit_tiny ...] [--batch 64] [--compile] [--profile]
 
 A training step is forward, backward and AdamW (fused on a GPU); on a GPU under bf16 autocast, on a CPU in fp32 and with
---bf16 also under autocast, one thread. The ways alternate; speed-ups are over "timm" of the same round: median,
-smallest and largest. TFLOP/s counts a training step as three forward passes; its share is of a square matrix product of
-the same precision, measured first. MiB is what a step takes above weights and optimizer state.
+--bf16 also under autocast, one thread. The ways alternate; speed-ups are over "timm" of the same round (on a CPU: in
+fp32): median, smallest and largest. TFLOP/s counts a training step as three forward passes; its share is of a square
+matrix product of the same precision, measured first. MiB is what a step takes above weights and optimizer state, on a
+CPU what autograd keeps for its backward pass.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -22,8 +23,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gcssl.models.build import build_backbone
 from gcssl.models.convert import load_weights
+from gcssl.plan import saved_mib
 from gcssl.runtime import entry
 from scripts.timing import Step, alternate, device, markdown, peak_mib, ratios, seconds, write
+
+
+class Way(NamedTuple):
+    model: nn.Module
+    bf16: bool  # under autocast
 
 
 def models(variant: str, size: int, compiled: bool) -> dict[str, nn.Module]:
@@ -46,13 +53,14 @@ def models(variant: str, size: int, compiled: bool) -> dict[str, nn.Module]:
     return found
 
 
-def train_step(model: nn.Module, x: Tensor, target: Tensor, bf16: bool) -> Step:
+def train_step(way: Way, x: Tensor, target: Tensor) -> Step:
+    model = way.model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=x.is_cuda)
     model.train()
 
     def run() -> None:
         optimizer.zero_grad()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=way.bf16):
             loss = nn.functional.cross_entropy(model(x).float(), target)
         loss.backward()
         optimizer.step()
@@ -60,11 +68,11 @@ def train_step(model: nn.Module, x: Tensor, target: Tensor, bf16: bool) -> Step:
     return run
 
 
-def inference(model: nn.Module, x: Tensor, bf16: bool) -> Step:
+def inference(way: Way, x: Tensor) -> Step:
     def run() -> None:
-        model.eval()
-        with torch.inference_mode(), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            model(x)
+        way.model.eval()
+        with torch.inference_mode(), torch.autocast(x.device.type, torch.bfloat16, enabled=way.bf16):
+            way.model(x)
 
     return run
 
@@ -87,7 +95,9 @@ def matmul_peak(bf16: bool) -> float:
     return 2 * n**3 / statistics.median(times) / 1e12
 
 
-def measure(kind: str, steps: dict[str, Step], args: argparse.Namespace, work: float) -> list[dict[str, Any]]:
+def measure(
+    kind: str, steps: dict[str, Step], ways: dict[str, Way], args: argparse.Namespace, work: float
+) -> list[dict[str, Any]]:
     """Rows of one table; work: TFLOP a call."""
     rows: list[dict[str, Any]] = []
     for name, step in steps.items():
@@ -97,10 +107,13 @@ def measure(kind: str, steps: dict[str, Step], args: argparse.Namespace, work: f
         if "compiled" in name:
             print(f"{name}, {kind}: compiled in {time.perf_counter() - start:.0f} s", flush=True)
     memory = {name: peak_mib(step) for name, step in steps.items()}
+    if kind == "train" and not torch.cuda.is_available():
+        memory = {name: saved_mib(step, ways[name].model) for name, step in steps.items()}
     times = alternate(steps, args.rounds, args.times)
     for name, own in times.items():
         row = {"what": kind, "model": name, "images": args.batch / statistics.median(own), **ratios(times["timm"], own)}
         row |= {"tflops": work / statistics.median(own), "mib": memory[name], "memory": memory[name] / memory["timm"]}
+        row["bf16"] = ways[name].bf16
         rows.append(row)
     return rows
 
@@ -145,27 +158,32 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    bf16 = args.bf16 or torch.cuda.is_available()
     torch.backends.cudnn.benchmark = True
-    peak = matmul_peak(bf16)
-    print(f"{device()}: {peak:.3g} TFLOP/s in a matrix product")
+    on_gpu = torch.cuda.is_available()
+    peak = {bf16: matmul_peak(bf16) for bf16 in sorted({on_gpu, on_gpu or args.bf16})}
+    told = [f"{value:.3g} in {'bf16' if bf16 else 'fp32'}" for bf16, value in peak.items()]
+    print(f"{device()}: TFLOP/s of a matrix product: {', '.join(told)}")
     rows = []
     for variant in args.variant:
         x = torch.randn(args.batch, 3, args.size, args.size, device=device())
         target = torch.randint(1000, (args.batch,), device=device())
         found, work = models(variant, args.size, args.compile), args.batch * gflops(variant, args.size) / 1e3
+        ways = {name: Way(model, on_gpu) for name, model in found.items()}
+        if args.bf16 and not on_gpu:
+            ways |= {f"{name}, bf16": Way(model, True) for name, model in found.items()}
         part = []
         if "train" in args.kinds:
-            steps = {name: train_step(model, x, target, bf16) for name, model in found.items()}
-            part += measure("train", steps, args, 3 * work)
+            steps = {name: train_step(way, x, target) for name, way in ways.items()}
+            part += measure("train", steps, ways, args, 3 * work)
             if args.profile:
                 for name, step in steps.items():
                     profile(f"{variant}, {name}", step)
         if "inference" in args.kinds:
-            part += measure("inference", {name: inference(m, x, bf16) for name, m in found.items()}, args, work)
-        part = [{"variant": variant, **row, "share": row["tflops"] / peak} for row in part]
-        precision = "bf16" if bf16 else "fp32"
-        print(f"\n{variant}, {args.size} px, batch {args.batch}, {precision}, {args.rounds} rounds of {args.times}\n")
+            steps = {name: inference(way, x) for name, way in ways.items()}
+            part += measure("inference", steps, ways, args, work)
+        part = [{"variant": variant, **row, "share": row["tflops"] / peak[row["bf16"]]} for row in part]
+        first = "bf16" if on_gpu else "fp32"
+        print(f"\n{variant}, {args.size} px, batch {args.batch}, {first}, {args.rounds} rounds of {args.times}\n")
         sys.stdout.write(markdown(part, COLUMNS))
         sys.stdout.flush()
         rows += part

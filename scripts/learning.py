@@ -35,7 +35,7 @@ SETTINGS: dict[str, list[str]] = {
     "simclr": [*VIEW, "objective.temperature=0.1"],
     "mocov3": [*VIEW, "objective.temperature=0.1"],
     "moby": [*VIEW, "objective.temperature=0.1", "objective.momentum=0.9", "objective.queue=512", "train.steps=160"],
-    "byol": [*VIEW, "train.blr=1e-3", "objective.momentum=0.99", "augment.jitter=[0.8,0.8,0.8,0.2]", "train.steps=240"],
+    "byol": [*VIEW, "train.blr=1e-3", "train.steps=240"],
     "vicreg": VIEW,
     "dino": [*VIEW, *PROTOTYPES],
     "simdino": [*VIEW, *CROPS, "objective.momentum=0.9"],

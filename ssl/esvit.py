@@ -12,18 +12,17 @@ from torch import Tensor
 
 from gcssl.config import AugmentConfig
 from gcssl.models.heads import DINOHead, at_least_fp32
-from gcssl.ssl.dino import (
+from gcssl.ssl.ema import momentum_copy
+from gcssl.ssl.prototypes import (
     Center,
     PrototypeConfig,
     PrototypeObjective,
     check_prototypes,
     crops_loss,
     cross_entropy,
-    multi_crop_draw,
     teacher_signs,
 )
-from gcssl.ssl.ema import momentum_copy
-from gcssl.ssl.views import run_maps, use_maps_alone
+from gcssl.ssl.views import multi_crop_draw, run_maps, use_maps_alone
 
 
 @dataclass

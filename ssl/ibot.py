@@ -17,25 +17,24 @@ from gcssl.augment import View, ViewSpec
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.heads import DINOHead
-from gcssl.ssl.dino import (
+from gcssl.ssl.ema import momentum_copy
+from gcssl.ssl.masking import draw_blocks, hide_pixels, make_mask_token
+from gcssl.ssl.prototypes import (
     Center,
     PrototypeConfig,
     PrototypeObjective,
     check_prototypes,
     crops_loss,
     cross_entropy,
-    multi_crop_draw,
     teacher_signs,
     warmed_up,
 )
-from gcssl.ssl.ema import momentum_copy
-from gcssl.ssl.masking import draw_blocks, hide_pixels
-from gcssl.ssl.simmim import make_mask_token
 from gcssl.ssl.views import (
     CropDraw,
     check_above_zero,
     check_at_least,
     check_share,
+    multi_crop_draw,
     run_maps,
     run_views,
 )

@@ -23,11 +23,12 @@ from gcssl.ssl.esvit import EsViT, EsViTConfig
 from gcssl.ssl.gather import all_reduce_mean
 from gcssl.ssl.localmim import LocalMIM, LocalMIMConfig
 from gcssl.ssl.mae import MAE, MAEConfig
+from gcssl.ssl.masking import MaskedDraw
 from gcssl.ssl.moby import MoBY, MoBYConfig
 from gcssl.ssl.mocov3 import MoCoV3, MoCoV3Config
 from gcssl.ssl.simclr import SimCLR, SimCLRConfig
 from gcssl.ssl.simdino import SimDINO, SimDINOConfig
-from gcssl.ssl.simmim import MaskedDraw, SimMIM, SimMIMConfig
+from gcssl.ssl.simmim import SimMIM, SimMIMConfig
 from gcssl.ssl.ummae import UMMAE, UMMAEConfig, UniformDraw
 from gcssl.ssl.vicreg import VICReg, VICRegConfig
 from gcssl.ssl.views import CropDraw, run_views

@@ -21,8 +21,15 @@ from gcssl.augment import MAE, override
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.build import Backbone
-from gcssl.ssl.masking import STEM_STRIDE, check_ratio, check_unit, default_unit, hide_pixels
-from gcssl.ssl.simmim import MaskedDraw, make_mask_token
+from gcssl.ssl.masking import (
+    STEM_STRIDE,
+    MaskedDraw,
+    check_ratio,
+    check_unit,
+    default_unit,
+    hide_pixels,
+    make_mask_token,
+)
 from gcssl.ssl.targets import TARGETS, check_target, first_samples, show, target_head, target_loss
 
 

@@ -24,8 +24,7 @@ from gcssl.errors import UserError
 from gcssl.models.build import Backbone
 from gcssl.models.decoders import TokenDecoder
 from gcssl.models.gcvit import GCViT
-from gcssl.ssl.masking import check_ratio, check_unit, hidden_count, hide_pixels, upsample_mask
-from gcssl.ssl.simmim import MaskedDraw
+from gcssl.ssl.masking import MaskedDraw, check_ratio, check_unit, hidden_count, hide_pixels, upsample_mask
 from gcssl.ssl.targets import first_samples, mse_hidden, norm_pixels, show
 
 

@@ -6,12 +6,17 @@ uniformly.
 """
 
 import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gcssl.augment import View, ViewSpec, draw_view
 from gcssl.errors import UserError
+from gcssl.models.build import Backbone
+from gcssl.models.gcvit import GCViT
+from gcssl.ssl.views import use_maps_alone
 
 STEM_STRIDE = 4
 
@@ -56,6 +61,22 @@ def draw_mask(rng: np.random.Generator, grid: tuple[int, int], ratio: float) -> 
     mask = np.zeros(n, dtype=bool)
     mask[rng.permutation(n)[: hidden_count(n, ratio)]] = True
     return mask.reshape(grid)
+
+
+@dataclass(frozen=True)
+class MaskedDraw:
+    """A sample's one crop and its mask: (rng, (H, W)) -> ([(spec, view)], [mask h w])."""
+
+    spec: ViewSpec  # its size is that of the call
+    unit: int
+    ratio: float
+
+    def __call__(
+        self, rng: np.random.Generator, img_size: tuple[int, int]
+    ) -> tuple[list[tuple[ViewSpec, View]], list[np.ndarray | None]]:
+        spec = replace(self.spec, size=img_size)
+        grid = (img_size[0] // self.unit, img_size[1] // self.unit)
+        return [(spec, draw_view(rng, spec))], [draw_mask(rng, grid, self.ratio)]
 
 
 def draw_blocks(rng: np.random.Generator, grid: tuple[int, int], count: int) -> np.ndarray:
@@ -115,3 +136,14 @@ def hide_pixels(x: Tensor, mask: Tensor, color: Tensor | None = None) -> Tensor:
     if color is None:
         return x.masked_fill(hidden, 0.0)
     return torch.where(hidden, color.to(x.dtype).view(1, -1, 1, 1), x)
+
+
+def make_mask_token(encoder: Backbone, objective: str) -> nn.Parameter | None:
+    """What stands in for a hidden stem token of GC ViT, C; other backbones have no place for one.
+
+    Of those, the parameters that no map depends on are frozen: DistributedDataParallel stops on them.
+    """
+    if isinstance(encoder, GCViT):
+        return nn.Parameter(nn.init.trunc_normal_(torch.empty(encoder.channels[0]), std=0.02))
+    use_maps_alone(encoder, objective)
+    return None

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from gcssl.config import AugmentConfig
 from gcssl.models.heads import DINOHead
-from gcssl.ssl.dino import MultiCropConfig, multi_crop_draw
 from gcssl.ssl.ema import MomentumObjective, momentum_copy
 from gcssl.ssl.gather import all_gather_no_grad, all_reduce_sum_with_grad, world_size
-from gcssl.ssl.views import check_above_zero, run_views, signs
+from gcssl.ssl.views import MultiCropConfig, check_above_zero, multi_crop_draw, run_views, signs
 
 
 @dataclass

@@ -8,17 +8,14 @@ there are replaced by the mask token after it (SimMIM does only the latter).
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gcssl.augment import SIMMIM, View, ViewSpec, draw_view, override
+from gcssl.augment import SIMMIM, override
 from gcssl.config import AugmentConfig
 from gcssl.models.build import Backbone
-from gcssl.models.gcvit import GCViT
-from gcssl.ssl.masking import check_ratio, check_unit, default_unit, draw_mask, hide_pixels
+from gcssl.ssl.masking import MaskedDraw, check_ratio, check_unit, default_unit, hide_pixels, make_mask_token
 from gcssl.ssl.targets import HOG_CELL, TARGETS, check_target, first_samples, show, target_head, target_loss
-from gcssl.ssl.views import use_maps_alone
 
 
 @dataclass
@@ -28,33 +25,6 @@ class SimMIMConfig:
     mask_unit: int | None = None  # pixels; None: 32 from 192 px up, 16 from 96, 8 below
     target: str = field(default="pixels", metadata={"choices": TARGETS})
     fill: str = field(default="zero", metadata={"choices": ("zero", "learned")})  # of hidden pixels
-
-
-@dataclass(frozen=True)
-class MaskedDraw:
-    """A sample's one crop and its mask: (rng, (H, W)) -> ([(spec, view)], [mask h w])."""
-
-    spec: ViewSpec  # its size is that of the call
-    unit: int
-    ratio: float
-
-    def __call__(
-        self, rng: np.random.Generator, img_size: tuple[int, int]
-    ) -> tuple[list[tuple[ViewSpec, View]], list[np.ndarray | None]]:
-        spec = replace(self.spec, size=img_size)
-        grid = (img_size[0] // self.unit, img_size[1] // self.unit)
-        return [(spec, draw_view(rng, spec))], [draw_mask(rng, grid, self.ratio)]
-
-
-def make_mask_token(encoder: Backbone, objective: str) -> nn.Parameter | None:
-    """What stands in for a hidden stem token of GC ViT, C; other backbones have no place for one.
-
-    Of those, the parameters that no map depends on are frozen: DistributedDataParallel stops on them.
-    """
-    if isinstance(encoder, GCViT):
-        return nn.Parameter(nn.init.trunc_normal_(torch.empty(encoder.channels[0]), std=0.02))
-    use_maps_alone(encoder, objective)
-    return None
 
 
 class SimMIM(nn.Module):

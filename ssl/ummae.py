@@ -32,9 +32,9 @@ from gcssl.ssl.masking import (
     hidden_count,
     hide_pixels,
     keep_units,
+    make_mask_token,
     upsample_mask,
 )
-from gcssl.ssl.simmim import make_mask_token
 from gcssl.ssl.targets import first_samples, mse_hidden, norm_pixels, show
 
 

@@ -1,7 +1,7 @@
 """What the view objectives share: the crops and their features, the heads' norm, the signs of a collapse."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -132,3 +132,34 @@ def signs(features: Sequence[Tensor], embeddings: Sequence[Tensor]) -> dict[str,
         "feature_std": torch.stack([feature_std(h) for h in features]).mean(),
         "feature_rank": torch.stack([feature_rank(z) for z in embeddings]).mean(),
     }
+
+
+@dataclass
+class MultiCropConfig:
+    """What DINO, SimDINO, EsViT and iBOT share."""
+
+    hidden_dim: int = 2048
+    bottleneck_dim: int = 256
+    momentum: float = 0.996  # of the teacher at the start; rises to 1; 0.9995 for global batches of 256
+    local_crops: int = 8  # small crops of each image; 0: none (augment.scale=[0.14,1] is published for that)
+    local_size: int = 96  # their side in pixels
+    local_scale: list[float] = field(default_factory=lambda: [0.05, 0.4])
+
+
+def multi_crop_draw(cfg: MultiCropConfig, encoder: nn.Module, augment: AugmentConfig) -> CropDraw:
+    """DINO's crops: two large ones of BYOL's colours and scale 0.4 to 1, and `local_crops` small ones.
+
+    `augment` overrides all of them, but for `scale`, which speaks of the large ones. A list of blur_p or
+    solarize_p has one value each for the first large crop, the second, and the small ones.
+    """
+    check_at_least(cfg, hidden_dim=1, bottleneck_dim=1, local_crops=0, local_size=1)
+    check_share(cfg, "momentum")
+    kinds = 3 if cfg.local_crops else 2
+    large = [replace(spec, scale=(0.4, 1.0), interpolation="bicubic") for spec in (BYOL_1, BYOL_2)]
+    first, second = (override(spec, augment, i, kinds) for i, spec in enumerate(large))
+    if not cfg.local_crops:
+        return CropDraw((first, second))
+    check_small(encoder, cfg.local_size)
+    size, crop = (cfg.local_size, cfg.local_size), replace(augment, scale=list(cfg.local_scale))
+    small = override(replace(large[0], size=size, blur_p=0.5), crop, 2, kinds)
+    return CropDraw((first, second), (small,) * cfg.local_crops)

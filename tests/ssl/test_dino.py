@@ -14,7 +14,8 @@ from gcssl.errors import UserError
 from gcssl.models.build import build_backbone
 from gcssl.models.gcvit import GCViT
 from gcssl.models.heads import DINOHead
-from gcssl.ssl.dino import DINO, Center, DINOConfig, crops_loss, entropy, warmed_up
+from gcssl.ssl.dino import DINO, DINOConfig
+from gcssl.ssl.prototypes import Center, crops_loss, entropy, warmed_up
 
 Make = Callable[..., Any]
 CROPS = {"local_crops": 2, "local_size": 32}

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from gcssl.ssl.byol import regression_loss
-from gcssl.ssl.dino import Center, crops_loss
 from gcssl.ssl.ibot import masked_loss
 from gcssl.ssl.moby import queue_loss
+from gcssl.ssl.prototypes import Center, crops_loss
 from gcssl.ssl.simclr import nt_xent
 
 lightly_loss = pytest.importorskip("lightly.loss", reason="lightly is not installed: pip install --no-deps lightly")

@@ -8,50 +8,30 @@ It takes the command line of pretrain.py, doctor.scan (images looked at, of each
 real training) and doctor.processes (that the run will have). It writes nothing into `out`.
 """
 
-import hashlib
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from gcssl.config import PretrainConfig, load_config
-from gcssl.data import BadImage, Images, Splits, open_data
+from gcssl.config import load_config
 from gcssl.errors import UserError
 from gcssl.eval.knn import search
-from gcssl.eval.online import probe_parts
-from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, collate
 from gcssl.log import say
 from gcssl.models.gcvit import GCViT
-from gcssl.pretrain import build_pretrain_backbone, check_objective, pretrain_sizes
+from gcssl.patient import DoctorConfig, Patient, checkpoint_bytes, examine
 from gcssl.rehearsal import changed, first_minutes, first_steps, rate, replay, verify_resume
-from gcssl.runtime import entry, rng, seed_torch
+from gcssl.runtime import entry, seed_torch
 from gcssl.ssl.masking import upsample_mask
 from gcssl.ssl.objectives import OBJECTIVES
 from gcssl.streams import MODEL
 
-THUMBNAIL = 16  # pixels a side, grey, of the search for duplicates
 ALIKE = 0.999  # cosine of two centred thumbnails that show the same picture
-SAMPLES = 4  # images of the batch that the model is checked on
-
-
-@dataclass
-class DoctorOptions:
-    scan: int = 2000  # images looked at, of each split; 0: all
-    minutes: float = 0.5  # of real training, by one process; 0: none
-    processes: int = 1  # that the run will have
-
-
-@dataclass
-class DoctorConfig(PretrainConfig):
-    doctor: DoctorOptions = field(default_factory=DoctorOptions)
 
 
 @dataclass
@@ -60,84 +40,7 @@ class Finding:
     told: str
 
 
-@dataclass
-class Patient:
-    """What the checks look at: the run, built but not started."""
-
-    cfg: DoctorConfig
-    data: Splits
-    backbone: Any
-    objective: Any
-    sizes: Sizes
-    seen: "dict[str, Scan]"
-
-    def batch(self, count: int = SAMPLES) -> dict[str, Any]:
-        """The first images of the training set as the objective gets them."""
-        maker = ViewMaker(self.objective.draw, self.backbone.img_size, self.cfg.augment)
-        dataset = TrainSet(self.data.train, maker, self.cfg.train.seed)
-        items = [dataset[(0, i, i)] for i in range(min(count, len(dataset)))]
-        return batch_to_device(collate(items), "cpu", self.backbone.mean, self.backbone.std, self.cfg.augment)
-
-
-def examine(cfg: DoctorConfig) -> Patient:
-    check_objective(cfg)
-    backbone = build_pretrain_backbone(cfg)
-    data = open_data(cfg.data, backbone.img_size)
-    sizes = pretrain_sizes(cfg, len(data.train), cfg.doctor.processes)
-    probe_parts(cfg, data.train)  # may refuse them
-    cls: Any = OBJECTIVES[cfg.objective.name][0]
-    args = (cfg.augment, backbone.img_size, sizes.total_steps, sizes.steps_per_epoch)
-    splits = {"train": data.train}
-    try:
-        if data.test is not None:
-            splits["val"] = data.test
-    except UserError as error:  # pretraining does not open it
-        say(f"the test split is not looked at: {error}")
-    seen = {name: scan(images, cfg) for name, images in splits.items()}
-    return Patient(cfg, data, backbone, cls(cfg.objective, backbone, *args), sizes, seen)
-
-
 # ---- images
-
-
-@dataclass
-class Scan:
-    """Of the images looked at: index, sides, hash and thumbnail (rows of unit length), and the bad ones."""
-
-    index: np.ndarray
-    sides: np.ndarray  # n 2
-    hashes: list[str]
-    thumbnails: Tensor  # n 256
-    bad: list[tuple[str, str]]  # where, why
-
-
-class _Look(Dataset[Any]):
-    def __init__(self, images: Images, indices: np.ndarray) -> None:
-        self.images, self.indices = images, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, i: int) -> Any:
-        index = int(self.indices[i])
-        try:
-            image = self.images.load(index)
-        except BadImage as error:
-            return index, self.images.where(index), str(error)
-        small = np.asarray(image.convert("L").resize((THUMBNAIL, THUMBNAIL)), np.float32).ravel()
-        return index, image.size, hashlib.sha256(image.tobytes()).hexdigest(), small - small.mean()
-
-
-def scan(images: Images, cfg: DoctorConfig) -> Scan:
-    count = min(len(images), cfg.doctor.scan or len(images))
-    chosen = np.sort(rng(0, len(images)).permutation(len(images))[:count])
-    loader = DataLoader(_Look(images, chosen), 64, num_workers=cfg.data.workers, collate_fn=list)
-    seen = [one for batch in loader for one in batch]
-    good = [one for one in seen if len(one) == 4]
-    thumbnails = torch.from_numpy(np.stack([one[3] for one in good])) if good else torch.zeros(0, THUMBNAIL**2)
-    index, sides = np.array([one[0] for one in good]), np.array([one[1] for one in good]).reshape(-1, 2)
-    bad = [one[1:] for one in seen if len(one) == 3]
-    return Scan(index, sides, [one[2] for one in good], nn.functional.normalize(thumbnails, dim=1), bad)
 
 
 def check_images(patient: Patient) -> Finding:
@@ -287,14 +190,6 @@ def check_batch(patient: Patient) -> Finding:
     cfg, sizes = patient.cfg, patient.sizes
     told = sizes.describe(cfg.train)
     return Finding("warn" if cfg.train.warmup_epochs * sizes.steps_per_epoch > sizes.total_steps else "ok", told)
-
-
-def checkpoint_bytes(patient: Patient) -> tuple[int, int]:
-    """(of the objective's state, of the optimizer's)."""
-    weights = sum(t.numel() * t.element_size() for t in patient.objective.state_dict().values())
-    slots = {"adamw": 2, "lamb": 2, "sgd": 1, "lars": 1}[patient.cfg.train.optimizer]
-    trained = (p for p in patient.objective.parameters() if p.requires_grad)
-    return weights, slots * sum(p.numel() * p.element_size() for p in trained)
 
 
 def check_disk(patient: Patient) -> Finding:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gcssl.config import PretrainConfig, load_config
-from gcssl.doctor import DoctorConfig, DoctorOptions, Patient, checkpoint_bytes, examine
 from gcssl.loader import Sizes
 from gcssl.log import say
+from gcssl.patient import DoctorConfig, DoctorOptions, Patient, checkpoint_bytes, examine
 from gcssl.rehearsal import changed, duration, first_steps, rate
 from gcssl.runtime import entry, seed_torch
 from gcssl.ssl.objectives import OBJECTIVES

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from gcssl.config import PretrainConfig, config_dict, load_config, to_yaml
-from gcssl.doctor import DoctorConfig, examine
 from gcssl.models.build import build_backbone
+from gcssl.patient import DoctorConfig, examine
 from gcssl.plan import saved_mib
 from gcssl.runtime import entry, keep_freed_memory
 from gcssl.ssl.objectives import OBJECTIVES

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gcssl.config import PretrainConfig, load_config
-from gcssl.doctor import DoctorConfig, examine
+from gcssl.patient import DoctorConfig, examine
 from gcssl.pretrain import pretrain
 from gcssl.runtime import seed_torch
 from gcssl.ssl.objectives import OBJECTIVES

@@ -16,8 +16,9 @@ from PIL import Image
 
 import gcssl.doctor as doctor
 from gcssl.config import PretrainConfig, load_config
-from gcssl.doctor import CHECKS, DoctorConfig, Patient, examine
+from gcssl.doctor import CHECKS
 from gcssl.errors import NumericStop, UserError
+from gcssl.patient import DoctorConfig, Patient, examine
 from gcssl.pretrain import pretrain
 from gcssl.rehearsal import differences, duration, replay, verify_resume
 from gcssl.ssl.objectives import OBJECTIVES

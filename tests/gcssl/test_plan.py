@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gcssl.config import load_config
-from gcssl.doctor import Patient
 from gcssl.errors import UserError
+from gcssl.patient import Patient
 from gcssl.plan import PlanConfig, count, main, patient_of, rows, saved_mib, si
 from gcssl.ssl.objectives import OBJECTIVES
 

@@ -70,7 +70,8 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-PROGRAMS = {"__init__.py", "export.py", "pretrain.py", "doctor.py", "patient.py", "rehearsal.py", "plan.py"}  # may import everything
+# These may import everything.
+PROGRAMS = {"__init__.py", "export.py", "pretrain.py", "doctor.py", "patient.py", "rehearsal.py", "plan.py"}
 ARROWS = {
     "gcssl": ("gcssl.ssl", "gcssl.models", "gcssl.eval", "gcssl.pretrain"),
     "models": ("gcssl.ssl", "gcssl.eval", "gcssl.pretrain", "accelerate", "datasets"),

@@ -14,10 +14,11 @@ def attend(
 
     q: B W K N D, or B 1 K N D shared by all windows; k, v: B W K N D; bias: K N N, or B 1 K N N, each image's own;
     blind: B W N, keys left out.
-    body: "matmul", "sdpa", or None: matmul where the bias needs a gradient on a CPU (faster), else sdpa.
+    body: "matmul", "sdpa", or None: what is faster: matmul on a CPU where the bias needs a gradient or in bf16.
     """
     if body is None:
-        body = "matmul" if q.device.type == "cpu" and bias.requires_grad else "sdpa"
+        narrow = k.dtype is not torch.float32
+        body = "matmul" if q.device.type == "cpu" and (bias.requires_grad or narrow) else "sdpa"
     q, bias = q.to(k.dtype), bias.to(k.dtype).view(-1, 1, *bias.shape[-3:])  # bias: B W K N N, or 1 for B and W
     away = None if blind is None else torch.zeros_like(blind, dtype=k.dtype).masked_fill(blind, -math.inf)  # B W N
     if body == "matmul":

@@ -4,6 +4,8 @@
 
 A step is forward and backward of the encoder with a light loss, without an optimizer, in CPU seconds of one thread, or
 in seconds of the wall on a GPU.
+Beside them, at the last ratio: a plain pass at 128 px, what FastMIM trains at and UM-MAE's encoder sees of an image of
+256 px, and the plain pass of timm's swin_tiny under SimMIM.
 The ways alternate, so that a load on the machine falls on all of them. Speed-up: the plain pass's time over a way's
 time of the same round; median, smallest and largest. Activations: what autograd keeps, each storage once, parameters
 left out.
@@ -14,12 +16,13 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gcssl.models.build import build_backbone
+from gcssl.models.build import Backbone, build_backbone
 from gcssl.models.gcvit import GCViT
 from gcssl.models.visible import count_visible
 from gcssl.plan import saved_mib
@@ -34,37 +37,50 @@ def masks(n: int, side: int, ratio: float) -> Tensor:
     return torch.from_numpy(np.stack([draw_mask(rng, (side // 32, side // 32), ratio) for _ in range(n)]))
 
 
-def ways(encoder: GCViT, x: Tensor, ratios: list[float], bf16: bool) -> dict[tuple[str, float], Step]:
-    """A training step of each way at each ratio, "plain" first."""
+Way = tuple[str, float]  # name, ratio
+
+
+def training_step(model: nn.Module, forward: Callable[[], Tensor], bf16: bool) -> Step:
+    """The loss is a fixed direction of the features, so that every token has a gradient."""
+    with torch.no_grad():
+        target = torch.randn_like(forward(), dtype=torch.float32)
+
+    def run() -> None:
+        model.zero_grad()
+        with torch.autocast(target.device.type, torch.bfloat16, enabled=bf16):
+            features = forward()
+        (features * target).mean().backward()
+
+    return run
+
+
+def ways(encoder: GCViT, swin: Backbone, x: Tensor, ratios: list[float], bf16: bool) -> dict[Way, tuple[Any, Step]]:
+    """The model and a training step of each way at each ratio, "plain" first."""
     token = nn.Parameter(torch.zeros(encoder.channels[0], device=x.device))
-    # the loss: a fixed direction per feature, so that every token has a gradient
-    target = torch.randn(x.shape[0], encoder.num_features, *(s // encoder.stride for s in x.shape[2:]), device=x.device)
 
-    def step(forward: Callable[[], Tensor]) -> Step:
-        def run() -> None:
-            encoder.zero_grad()
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-                features = forward()
-            (features * target).mean().backward()
+    def step(forward: Callable[[], Tensor], model: Any = encoder) -> tuple[Any, Step]:
+        return model, training_step(model, forward, bf16)
 
-        return run
-
-    steps = {}
+    steps: dict[Way, tuple[Any, Step]] = {}
     for ratio in ratios:
         mask = masks(len(x), x.shape[-1], ratio).to(x.device)
         n = count_visible(mask)
         steps["plain", ratio] = step(lambda m=mask: encoder.forward_features(hide_pixels(x, m), m, token))
         steps["visible, dense", ratio] = step(lambda m=mask: encoder.forward_visible(x, m, dense=True))
         steps["visible, fast", ratio] = step(lambda m=mask, n=n: encoder.forward_visible(x, m, n_visible=n))
+    small, hidden = x[..., :128, :128], masks(len(x), 128, ratio).to(x.device)
+    steps["plain, 128 px", ratio] = step(lambda: encoder.forward_features(hide_pixels(small, hidden), hidden, token))
+    steps["swin_tiny, plain", ratio] = step(lambda: swin.forward_features(hide_pixels(x, mask)), swin)
     return steps
 
 
-def measure(encoder: GCViT, steps: dict[tuple[str, float], Step], rounds: int, batch: int) -> list[dict[str, object]]:
-    times = alternate(steps, rounds, 10 if torch.cuda.is_available() else 1)
+def measure(steps: dict[Way, tuple[Any, Step]], rounds: int, batch: int) -> list[dict[str, object]]:
+    times = alternate({way: step for way, (_, step) in steps.items()}, rounds, 10 if torch.cuda.is_available() else 1)
     rows: list[dict[str, object]] = []
     for (way, ratio), own in times.items():
-        mib = saved_mib(steps[way, ratio], encoder) / batch
-        share = mib / (saved_mib(steps["plain", ratio], encoder) / batch)
+        (model, step), (plain, plain_step) = steps[way, ratio], steps["plain", ratio]
+        mib = saved_mib(step, model) / batch
+        share = mib / (saved_mib(plain_step, plain) / batch)
         rows.append(
             {"way": way, "ratio": ratio, "seconds": statistics.median(own), **ratios(times["plain", ratio], own),
              "mib_per_image": mib, "mib_share": share}
@@ -99,7 +115,8 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(0)
     encoder = build_backbone(args.variant, img_size=args.size).train().to(device())
     x = torch.randn(args.batch, 3, args.size, args.size, device=device())
-    rows = measure(encoder, ways(encoder, x, args.ratio, args.bf16), args.rounds, args.batch)
+    swin = build_backbone("swin_tiny_patch4_window7_224", img_size=args.size).train().to(device())
+    rows = measure(ways(encoder, swin, x, args.ratio, args.bf16), args.rounds, args.batch)
     sys.stdout.write(
         f"{args.variant}, {args.size} px, batch {args.batch}, {device()}, {args.rounds} rounds\n{table(rows)}"
     )

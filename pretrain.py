@@ -31,6 +31,7 @@ from gcssl.models.build import Backbone, backbone_info, check_exists, from_confi
 from gcssl.optim import groups_table, make_optimizer, param_groups, rates_at, set_lr
 from gcssl.runfolder import RunFolder, broadcast, check_writable
 from gcssl.runtime import StopSignal, entry, main_process_first, make_accelerator, rng, seed_torch
+from gcssl.shard import check_shard, gathered, shard, whole, whole_tensor
 from gcssl.ssl.gather import average_
 from gcssl.ssl.objectives import OBJECTIVES
 from gcssl.state import RunState
@@ -48,6 +49,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
     check_writable(cfg.out)
     accelerator = make_accelerator(cfg.train, cfg.runtime)
     check_objective(cfg)
+    check_shard(cfg.train)
     backbone = build_pretrain_backbone(cfg)
     objective_class: Any = OBJECTIVES[cfg.objective.name][0]
     with main_process_first(accelerator):  # it fills the caches
@@ -75,9 +77,8 @@ def pretrain(cfg: PretrainConfig) -> Path:
             return batch
 
         fit(cfg, accelerator, run, objective, groups, dataset, sizes, to_device, probe)
-        if accelerator.is_main_process:
-            save_backbone(cfg, run.path, objective, sizes.total_steps, images.classes)
-            say(f"backbone: {run.path / 'backbone.safetensors'}")
+        save_backbone(cfg, run, objective, sizes.total_steps, images.classes)
+        say(f"backbone: {run.path / 'backbone.safetensors'}")
     return run.path
 
 
@@ -152,7 +153,12 @@ def fit(
     run.start()  # nothing is left to refuse
     if train.compile:
         compile_encoders(objective)
-    model, optimizer = accelerator.prepare(objective, state.optimizer)
+    if train.shard and accelerator.num_processes > 1:
+        shard(objective, state.optimizer, accelerator)
+        model = accelerator.prepare_model(objective, evaluation_mode=True)  # which leaves DDP out
+        optimizer = accelerator.prepare_optimizer(state.optimizer)
+    else:
+        model, optimizer = accelerator.prepare(objective, state.optimizer)
     plan = sizes.plan(len(dataset), accelerator.process_index, train.seed, step)
     loader = train_loader(dataset, plan, cfg.data.workers, cfg.data.timeout)
     logged = (run.path, sizes.total_steps, step, cfg.log.every, cfg.log.trackers, accelerator.is_main_process)
@@ -181,7 +187,7 @@ def fit(
                 if hasattr(objective, "freeze"):
                     objective.freeze(step)
                 norm = accelerator.clip_grad_norm_(objective.parameters(), train.clip_grad or float("inf"))
-                values = meter.reduce(norm, stop.requested)  # the step's one all-reduce and host read
+                values = meter.reduce(whole_tensor(norm), stop.requested)  # the step's one all-reduce and host read
                 fault = bad_steps.judge(values)
                 set_lr(optimizer, *rates_at(train, step, sizes))
                 if not fault:
@@ -249,17 +255,19 @@ def watch_collapse(step: int, values: dict[str, float], watch: CollapseWatch, st
 def measure(probe: OnlineProbe, objective: Any, step: int, log: RunLog, stop: StopSignal) -> None:
     """The online probe after a checkpoint: a signal ends it at once, and the next start repeats it."""
     with stop.at_once(step, log.total_steps):
-        found = probe(step, objective)
+        with gathered(objective):
+            found = probe(step, objective)
     log.scalars(step, found)
 
 
 def show(objective: Any, batch: dict[str, Any], step: int, log: RunLog) -> None:
     """Original, hidden and reconstructed images, from objectives that reconstruct."""
-    if log.shows_images and hasattr(objective, "pictures"):
-        objective.eval()
-        with torch.no_grad():
-            log.images(step, objective.pictures(batch, step))
-        objective.train()
+    if hasattr(objective, "pictures"):
+        with gathered(objective), torch.no_grad():
+            if log.shows_images:
+                objective.eval()
+                log.images(step, objective.pictures(batch, step))
+                objective.train()
 
 
 def schedules(objective: Any, optimizer: torch.optim.Optimizer, step: int, sizes: Sizes) -> dict[str, float]:
@@ -272,11 +280,13 @@ def schedules(objective: Any, optimizer: torch.optim.Optimizer, step: int, sizes
     return values
 
 
-def save_backbone(cfg: PretrainConfig, folder: Path, objective: Any, step: int, classes: list[str] | None) -> None:
+def save_backbone(cfg: PretrainConfig, run: RunFolder, objective: Any, step: int, classes: list[str] | None) -> None:
     encoder = evaluated_encoder(cfg, objective)
     which = cfg.encoder or objective.default_encoder
     info = backbone_info(encoder, step=step, objective=cfg.objective.name, encoder=which, class_names=classes)
-    write_backbone(folder, encoder.state_dict(), info)
+    weights = whole(encoder.state_dict())
+    if run.is_main:
+        write_backbone(run.path, weights, info)
 
 
 if __name__ == "__main__":

@@ -170,6 +170,8 @@ def run(cfg: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any]:
         raise UserError(f"compare={cfg.compare}: fine-tuning compares with {' or '.join(FRESH)}")
     if mixes(cfg.finetune) and cfg.train.batch_size % 2:
         raise UserError(f"train.batch_size={cfg.train.batch_size}: mixup pairs images, expected an even number")
+    if cfg.train.shard:
+        raise UserError("train.shard: given true, expected false: it is for pretraining")
     TransformMaker(cfg.finetune, (32, 32), (0.5,) * 3, (0.5,) * 3)  # refuses a wrong auto_augment before any work
     run_cfg = run_config(cfg.backbone)
     path = result_path(cfg, "finetune", run_cfg)

@@ -89,6 +89,7 @@ class TrainConfig:
     clip_grad: float | None = None  # largest norm of the whole gradient; null or 0: none
     precision: str = "fp32"  # fp32 | bf16 | fp16
     compile: bool = False
+    shard: bool = False  # gradients and optimizer state over the processes (FSDP2)
     deterministic: bool = False
     max_hours: float | None = None  # of training, then a checkpoint and exit code 75
     on_collapse: str = "warn"  # warn | stop, with exit code 78

@@ -32,6 +32,7 @@ FREE_KEYS = (
     "train.max_hours",
     "train.max_bad_steps",
     "train.on_collapse",
+    "train.shard",
     "out",
     "compare",
     "allow_env",

@@ -248,7 +248,7 @@ def _refuse_foreign_settings(train: "TrainConfig", accumulate: int) -> None:
             "train.global_batch or train.accumulate",
         ),
         "ACCELERATE_DYNAMO_BACKEND": ("dynamo_backend", {"no"}, "train.compile"),
-        "ACCELERATE_USE_FSDP": ("distributed_type FSDP", {"false"}, "plain data parallelism (MULTI_GPU)"),
+        "ACCELERATE_USE_FSDP": ("distributed_type FSDP", {"false"}, "MULTI_GPU and train.shard=true"),
         "ACCELERATE_USE_DEEPSPEED": (
             "distributed_type DEEPSPEED",
             {"false"},

@@ -17,6 +17,7 @@ from gcssl.errors import NumericStop, UserError
 from gcssl.files import atomic_write
 from gcssl.log import say
 from gcssl.runfolder import RunFolder
+from gcssl.shard import whole
 
 
 class RunState:
@@ -60,23 +61,24 @@ class RunState:
         return run.step
 
     def snapshot(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """All that a resume needs beside config and step: tensors by file, and JSON values."""
+        """All that a resume needs beside config and step: tensors by file, and JSON values. By every process."""
         tensors, optimizer = optimizer_tensors(self.optimizer)
         default_encoder = getattr(self.objective, "default_encoder", "student")
         state = {"optimizer": optimizer, "default_encoder": default_encoder}
         state |= {name: judge.state_dict() for name, judge in self.judges.items()}
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        return {"model": self.objective.state_dict(), "optimizer": tensors}, state
+        return {"model": whole(self.objective.state_dict()), "optimizer": whole(tensors)}, state
 
     def save(self, step: int, cfg: CheckpointConfig, steps_per_epoch: int) -> None:
         """A checkpoint, by the main process; status.json speaks of it once it is there."""
+        begun = time.perf_counter()
+        parts = self.snapshot()
         if not self.run.is_main:
             return
-        begun = time.perf_counter()
         keep_every = (cfg.keep_every or 0) * steps_per_epoch or None
         try:
-            path = save_checkpoint(self.run.path, step, *self.snapshot(), cfg.keep, keep_every)
+            path = save_checkpoint(self.run.path, step, *parts, cfg.keep, keep_every)
         except UserError as error:
             if cfg.on_error == "stop":
                 raise
@@ -96,14 +98,14 @@ class RunState:
         follow from the config's seed and the step.
         """
         folder = self.run.path / f"incidents/after_step_{step}"
+        parts = self.snapshot()
         if self.run.is_main:
-            self._leave(folder, step, {"step": step, "reason": reason, "steps": faults})
+            self._leave(folder, step, {"step": step, "reason": reason, "steps": faults}, *parts)
         self.accelerator.wait_for_everyone()  # else the launcher kills the one that writes
         raise NumericStop(f"{reason}; what led to it is in {folder}")
 
-    def _leave(self, folder: Path, step: int, told: dict[str, Any]) -> None:
+    def _leave(self, folder: Path, step: int, told: dict[str, Any], tensors: Any, state: dict[str, Any]) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier start that came to the same end
-        tensors, state = self.snapshot()
         for name in self.judges:  # they saw nothing yet, and the losses of later steps do not judge the first
             del state[name]
         try:

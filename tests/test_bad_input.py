@@ -71,6 +71,7 @@ def folder(path: Path) -> dict[str, str]:
         ("train.global_batch=17", ["train.global_batch", "17", "16"]),
         ("train.precision=fp8", ["train.precision", "fp8", "bf16"]),
         ("model.weights=no/such/run", ["no/such/run", "run"]),
+        ("train.shard=true train.compile=true", ["train.shard", "train.compile=true"]),
         ("checkpoint.keep=1", ["checkpoint.keep", "1", "2"]),
         ("log.every=0", ["log.every", "0", "at least 1"]),
         ("encoder=teacher", ["encoder=teacher", "simmim has no teacher"]),

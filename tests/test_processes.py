@@ -76,10 +76,12 @@ entry(main)
 pytestmark = pytest.mark.slow
 
 
-def start(out: Path, *keys: str, fault: str = "", launcher: list[str] = TORCHRUN) -> subprocess.Popen:
+def start(
+    out: Path, *keys: str, fault: str = "", launcher: list[str] = TORCHRUN, recipe: str = "simmim"
+) -> subprocess.Popen:
     program = out.with_name("program.py")
     program.write_text(PROGRAM)
-    yaml = str(ROOT / "configs/pretrain/simmim_gcvit_nano.yaml")
+    yaml = str(ROOT / f"configs/pretrain/{recipe}_gcvit_nano.yaml")
     env = {**os.environ, "FAULT": fault, "PYTHONPATH": str(ROOT)}
     argv = [*launcher, str(program), yaml, *KEYS, f"out={out}", *keys]
     return subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -212,3 +214,19 @@ def test_a_run_changes_its_number_of_processes(tmp_path: Path) -> None:
         assert (code == 0) == (hours is None), stderr[-2000:]
     for a, b in zip(lines(whole), lines(out), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]
+
+
+@pytest.mark.parametrize("recipe", ["joint", "dino"])
+def test_a_sharded_run_is_the_same_run(recipe: str, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    keys = ["train.steps=6", "train.clip_grad=0", "eval.online_every=1", "log.trackers=[tensorboard]"]
+    code, _, stderr = end(start(whole, *keys, recipe=recipe))
+    assert code == 0, stderr[-2000:]
+    for stop in ("train.max_hours=0", "train.max_hours=null"):
+        code, _, stderr = end(start(out, *keys, "train.shard=true", stop, recipe=recipe))
+    assert code == 0, stderr[-2000:]
+    losses = [[line["loss"] for line in lines(folder) if "loss" in line] for folder in (whole, out)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)  # a slice's sums may be taken in another order
+    for file in ("backbone", "checkpoints/step_00000006/model", "checkpoints/step_00000006/optimizer"):
+        ours, theirs = load_file(whole / f"{file}.safetensors"), load_file(out / f"{file}.safetensors")
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)

@@ -106,6 +106,7 @@ def test_random_is_compared_at_the_architecture_of_the_backbone_given(
         (["name=../x"], "expected one word"),
         (["backbone=/nowhere"], "backbone=/nowhere: no such run"),
         (["train.batch_size=15"], "train.batch_size=15: mixup pairs images"),
+        (["train.shard=true"], "train.shard: given true, expected false"),
         (["finetune.auto_augment=foo"], "finetune.auto_augment: given foo, which timm cannot read"),
         (["finetune.auto_augment=rand-z9"], "finetune.auto_augment: given rand-z9, which timm cannot read"),
     ],

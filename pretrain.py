@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from gcssl.badsteps import BadSteps, running_statistics
+from gcssl.badsteps import BadSteps
 from gcssl.beats import Beats
 from gcssl.checkpoint import list_checkpoints, write_backbone
 from gcssl.collapse import CollapseWatch
@@ -49,7 +49,6 @@ def pretrain(cfg: PretrainConfig) -> Path:
     check_writable(cfg.out)
     accelerator = make_accelerator(cfg.train, cfg.runtime)
     check_objective(cfg)
-    check_shard(cfg.train)
     backbone = build_pretrain_backbone(cfg)
     objective_class: Any = OBJECTIVES[cfg.objective.name][0]
     with main_process_first(accelerator):  # it fills the caches
@@ -59,6 +58,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
     objective = objective_class(
         cfg.objective, backbone, cfg.augment, backbone.img_size, sizes.total_steps, sizes.steps_per_epoch
     )
+    check_shard(cfg.train, objective)
     probe = online_probe(cfg, images, accelerator, sizes.steps_per_epoch)
     facts = {"data": images.fingerprint}
     with RunFolder(cfg.out, cfg, sizes.global_batch, accelerator, facts) as run:
@@ -147,8 +147,7 @@ def fit(
     judges = {"bad_steps": bad_steps, "collapse": watch}
     state = RunState(run, objective, make_optimizer(groups, train), accelerator, judges)
     step = state.resume()
-    statistics = [b for b in running_statistics(objective.encoder) if b.is_floating_point()]
-    if statistics and accelerator.num_processes * sizes.accumulate > 1:
+    if bad_steps.norms and accelerator.num_processes * sizes.accumulate > 1:
         say("batch norm in the backbone: over each process's micro-batch, so other layouts of a batch train otherwise")
     run.start()  # nothing is left to refuse
     if train.compile:
@@ -196,8 +195,9 @@ def fit(
             run.step = step = step + 1
             if fault:
                 skip(step, fault, meter.indices, bad_steps, state, train.max_bad_steps)
-            elif not accelerator.optimizer_step_was_skipped:
-                average_(statistics)  # so that teacher, checkpoint and resume have those of all processes
+            else:
+                average_(bad_steps.running())  # so that teacher, checkpoint and resume have those of all processes
+            if not fault and not accelerator.optimizer_step_was_skipped:
                 objective.after_step(step - 1)
             if values.pop("bad"):
                 bad.record(meter.take_bad(), accelerator)

@@ -21,12 +21,6 @@ from gcssl.log import say
 WINDOW = 128  # steps whose losses a spike is measured against; before there are as many nothing is one
 
 
-def running_statistics(model: nn.Module) -> list[Tensor]:
-    """The buffers of batch norms, which a forward pass in training mode changes."""
-    norms = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
-    return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
-
-
 class BadSteps:
     """Judges each step, counts and lists the bad ones in `bad_steps.jsonl`, and puts back what a forward changed."""
 
@@ -35,8 +29,17 @@ class BadSteps:
         self.losses: list[float] = []  # spikes too, so that a new level is soon the normal one
         self.skipped = 0
         self.in_a_row: list[dict[str, Any]] = []  # what was listed of the bad steps since the last good one
-        self.buffers = running_statistics(model)
+        self.norms = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
         self.before: list[Tensor] = []
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Those of batch norms, which a forward pass changes; asked for anew, as moving a model replaces them."""
+        return [buffer for norm in self.norms for buffer in norm.buffers(recurse=False)]
+
+    def running(self) -> list[Tensor]:
+        """Running means and variances of the norms in training mode, to be averaged over the processes."""
+        return [b for n in self.norms if n.training for b in n.buffers(recurse=False) if b.is_floating_point()]
 
     def begin(self) -> None:
         """Remember what a forward pass changes, the statistics of batch norms."""

@@ -248,7 +248,7 @@ def _merge(a: Any, b: Any) -> Any:
 
 
 def _at_home(tree: Any) -> Any:
-    """The shell leaves ~/ alone after a `=`, and nobody names a file or a folder ~."""
+    """The shell leaves ~/ alone after data.path=, and nobody names a file or a folder ~."""
     if isinstance(tree, dict):
         return {key: _at_home(value) for key, value in tree.items()}
     return str(Path(tree).expanduser()) if isinstance(tree, str) and tree.startswith("~/") else tree

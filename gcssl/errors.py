@@ -12,7 +12,7 @@ class UserError(Exception):
 
 
 class Preempted(Exception):
-    """Stopped by a signal or by train.max_hours, in the loop after a checkpoint: the same command goes on. 75."""
+    """Stopped by a signal or by train.max_hours, in the loop after a checkpoint: the same command goes on. Exit 75."""
 
     agreed = True  # all processes stop at this step
 
@@ -46,7 +46,7 @@ def outcome(error: BaseException | None) -> tuple[str, int, str]:
     if isinstance(error, LostProcess):
         return "failed", 1, text
     if is_full_disk(error):
-        return "failed", 1, f"{text}; make room on the run folder's disk, and run the same command again to go on"
+        return "failed", 1, f"{text}; make room on that disk, and run the same command again"
     return "failed", 1, f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -21,8 +21,8 @@ def find_folders(cfg: DataConfig, root: Path) -> Found:
     """The splits of a folder of images, opened on demand; empty when there is no image at all.
 
     Sub-folders with a split's name are splits, others are classes (ids in the order of the sorted names), or
-    not used beside a training split: one that has a test split beside it, classes below it, or was asked for. A
-    folder without classes is unlabelled. The ids of every split are those of the training folder.
+    not used beside a training split: one that has a test split beside it, or was asked for. A folder without classes
+    is unlabelled. The ids of every split are those of the training folder.
     """
     return _splits(cfg, *_base(root))
 
@@ -49,7 +49,13 @@ def _splits(cfg: DataConfig, root: Path, default_labels: str | None) -> Found:
     tests = [n for n in splits if n != train and (n == cfg.val_split or n.lower() in TEST_NAMES)]
     images = _images(root)
     others += images
-    if train and (tests or train == cfg.train_split or (len(_classes(root / train)) > 1 and not images)):
+    folders = [name for name in others if name not in images]
+    if train and folders and not (tests or images or train == cfg.train_split) and len(_classes(root / train)) > 1:
+        raise UserError(
+            f"data.path: {root} holds {train} with classes in it beside {folders[0]}, so {train} may be a split or a "
+            f"class; say data.train_split={train}, or rename it"
+        )
+    if train and (tests or train == cfg.train_split):
         if others:
             rest = f"{others[0]} ({len(others)} in all)" if len(others) > 1 else others[0]
             say(f"data: {root} has the splits {', '.join(splits)}; not used beside them: {rest}")
@@ -151,11 +157,11 @@ def _classes(root: Path) -> list[str]:
 
 
 def _folders(root: Path) -> list[str]:
-    return sorted(e.name for e in entries(root) if e.is_dir() and _is_visible(e.name))
+    return sorted(e.name for e in entries(root) if _is_visible(e.name) and _holds(e.is_dir))
 
 
 def _images(root: Path) -> list[str]:
-    return sorted(e.name for e in entries(root) if _is_image(e.name) and e.is_file())
+    return sorted(e.name for e in entries(root) if _is_image(e.name) and _holds(e.is_file))
 
 
 def entries(root: Path) -> list[os.DirEntry[str]]:
@@ -164,6 +170,14 @@ def entries(root: Path) -> list[os.DirEntry[str]]:
             return list(found)
     except OSError as error:
         _refuse(error)
+
+
+def _holds(test: Callable[[], bool]) -> bool:
+    """False for a link that leads nowhere, or to itself."""
+    try:
+        return test()
+    except OSError:
+        return False
 
 
 def _refuse(error: OSError) -> NoReturn:

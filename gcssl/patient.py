@@ -17,6 +17,7 @@ from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, collate
 from gcssl.log import say
 from gcssl.pretrain import build_pretrain_backbone, check_objective, pretrain_sizes
 from gcssl.runtime import rng
+from gcssl.shard import check_shard
 from gcssl.ssl.objectives import OBJECTIVES
 
 THUMBNAIL = 16  # pixels a side, grey, of the search for duplicates
@@ -109,7 +110,9 @@ def examine(cfg: DoctorConfig) -> Patient:
     except UserError as error:  # pretraining does not open it
         say(f"the test split is not looked at: {error}")
     seen = {name: scan(images, cfg) for name, images in splits.items()}
-    return Patient(cfg, data, backbone, cls(cfg.objective, backbone, *args), sizes, seen)
+    objective = cls(cfg.objective, backbone, *args)
+    check_shard(cfg.train, objective)
+    return Patient(cfg, data, backbone, objective, sizes, seen)
 
 
 def checkpoint_bytes(patient: Patient) -> tuple[int, int]:

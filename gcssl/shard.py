@@ -1,7 +1,7 @@
 """train.shard: gradients and optimizer state lie cut over the processes, by FSDP2 with the objective as one unit.
 
-A forward pass gathers the weights, which are cut again after the backward pass: of what does not grow with the batch
-each process keeps an Nth between two steps, and all weights within one. Checkpoints are whole.
+A forward pass gathers the weights, which are cut again after the backward pass: between two steps each process keeps an
+Nth of parameters, gradients and optimizer state, within one all weights; buffers stay whole. So do checkpoints.
 """
 
 from collections.abc import Iterator
@@ -16,11 +16,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gcssl.config import TrainConfig
-from gcssl.errors import UserError
+from gcssl.errors import UserError, is_main_process
+from gcssl.log import say
 
 
-def check_shard(train: TrainConfig) -> None:
-    """UserError where what is asked for has not been made to work with train.shard."""
+def check_shard(train: TrainConfig, objective: nn.Module) -> None:
+    """UserError where what is asked for does not work with train.shard, or has not been made to."""
+    if train.shard and any(p.ndim == 0 for p in objective.parameters()):
+        raise UserError("train.shard: given for a backbone with parameters of no dimension, expected another")
     for what, found in {"precision=fp16": train.precision == "fp16", "compile=true": train.compile}.items():
         if train.shard and found:
             raise UserError(f"train.shard: given with train.{what}, expected one without the other")
@@ -28,6 +31,7 @@ def check_shard(train: TrainConfig) -> None:
 
 def shard(objective: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
     """Cut the parameters of `objective`, and those and the state of its optimizer, in place."""
+    say(f"train.shard: parameters, gradients and optimizer state cut over {accelerator.num_processes} processes")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     before = list(objective.parameters())
     fully_shard(objective, mesh=mesh)
@@ -41,8 +45,13 @@ def shard(objective: nn.Module, optimizer: torch.optim.Optimizer, accelerator: A
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with cut ones put together, on the CPU; all processes call it."""
-    return {name: whole_tensor(t).cpu() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    """The tensors with cut ones put together, on the CPU; all processes call it, the main one gets them all."""
+    found: dict[str, Tensor] = {}
+    for name, t in tensors.items():
+        full = whole_tensor(t)
+        if t is full or is_main_process():
+            found[name] = full if t is full else full.cpu()
+    return found
 
 
 def whole_tensor(t: Tensor) -> Tensor:

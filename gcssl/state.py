@@ -71,7 +71,7 @@ class RunState:
         return {"model": whole(self.objective.state_dict()), "optimizer": whole(tensors)}, state
 
     def save(self, step: int, cfg: CheckpointConfig, steps_per_epoch: int) -> None:
-        """A checkpoint, by the main process; status.json speaks of it once it is there."""
+        """A checkpoint, written by the main process and called by all; status.json speaks of it once it is there."""
         begun = time.perf_counter()
         parts = self.snapshot()
         if not self.run.is_main:

@@ -17,7 +17,7 @@ def attend(
     body: "matmul", "sdpa", or None: what is faster: matmul on a CPU where the bias needs a gradient or in bf16.
     """
     if body is None:
-        narrow = k.dtype is not torch.float32
+        narrow = k.dtype in (torch.bfloat16, torch.float16)
         body = "matmul" if q.device.type == "cpu" and (bias.requires_grad or narrow) else "sdpa"
     q, bias = q.to(k.dtype), bias.to(k.dtype).view(-1, 1, *bias.shape[-3:])  # bias: B W K N N, or 1 for B and W
     away = None if blind is None else torch.zeros_like(blind, dtype=k.dtype).masked_fill(blind, -math.inf)  # B W N

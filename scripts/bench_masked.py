@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gcssl.errors import UserError
 from gcssl.models.build import Backbone, build_backbone
 from gcssl.models.gcvit import GCViT
 from gcssl.models.visible import count_visible
@@ -111,6 +112,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--bf16", action="store_true", help="under bf16 autocast")
     parser.add_argument("--out", type=Path, help="a json file for the rows")
     args = parser.parse_args(argv)
+    if args.size < 128:
+        raise UserError(f"--size: given {args.size}, expected at least 128")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     encoder = build_backbone(args.variant, img_size=args.size).train().to(device())

@@ -223,8 +223,9 @@ def test_a_sharded_run_is_the_same_run(recipe: str, tmp_path: Path) -> None:
     code, _, stderr = end(start(whole, *keys, recipe=recipe))
     assert code == 0, stderr[-2000:]
     for stop in ("train.max_hours=0", "train.max_hours=null"):
-        code, _, stderr = end(start(out, *keys, "train.shard=true", stop, recipe=recipe))
+        code, stdout, stderr = end(start(out, *keys, "train.shard=true", stop, recipe=recipe))
     assert code == 0, stderr[-2000:]
+    assert "cut over 2 processes" in stdout
     losses = [[line["loss"] for line in lines(folder) if "loss" in line] for folder in (whole, out)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)  # a slice's sums may be taken in another order
     for file in ("backbone", "checkpoints/step_00000006/model", "checkpoints/step_00000006/optimizer"):

@@ -63,6 +63,20 @@ def test_a_new_level_is_soon_the_normal_one(tmp_path: Path) -> None:
     assert skipped[0] and sum(skipped) < TrainConfig().max_bad_steps and not any(skipped[5:])
 
 
+def test_batch_norms_are_put_back_after_a_model_was_moved(tmp_path: Path) -> None:
+    """Accelerate moves a model to the device it is on, cpu:0, which replaces its buffers."""
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2).eval())
+    bad_steps = BadSteps(tmp_path, TrainConfig(), model)
+    assert len(bad_steps.buffers) == 6
+    model.to("cpu:0")
+    bad_steps.begin()
+    model(torch.randn(8, 2) + 3)
+    assert model[0].running_mean.min() > 0.1
+    assert [b.data_ptr() for b in bad_steps.running()] == [b.data_ptr() for b in list(model[0].buffers())[:2]]
+    bad_steps.skip(1, "nan", [torch.tensor([0])], make_accelerator(TrainConfig(), RuntimeConfig()))
+    assert not model[0].running_mean.any() and model[0].num_batches_tracked == 0
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 1.0])
 def test_what_is_not_finite_is_bad_and_measures_nothing(tmp_path: Path, loss: float) -> None:
     steps = judge(tmp_path)

@@ -344,11 +344,18 @@ def test_a_file_systems_lost_files_are_no_class(tmp_path: Path) -> None:
     assert opened(tmp_path).train.classes == ["ant", "cat", "dog"]
 
 
-def test_a_training_folder_with_classes_is_no_class_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_training_folder_with_classes_beside_another_is_a_split_only_if_asked_for(tmp_path: Path) -> None:
     write_tree(tmp_path / "train")
     write_tree(tmp_path / "extras")
+    with pytest.raises(UserError, match=r"train may be a split or a class; say data.train_split=train"):
+        opened(tmp_path)
+    assert opened(tmp_path, train_split="train").train.classes == ["ant", "cat", "dog"]
+
+
+def test_a_link_to_itself_is_no_folder(tmp_path: Path) -> None:
+    write_tree(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
     assert opened(tmp_path).train.classes == ["ant", "cat", "dog"]
-    assert "not used beside them: extras" in capsys.readouterr().out
 
 
 def test_a_training_folder_that_is_asked_for_is_no_class(tmp_path: Path) -> None:

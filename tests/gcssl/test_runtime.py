@@ -80,7 +80,7 @@ def test_entry_maps_ends_to_exit_codes(
 def test_a_full_disk_is_one_line(tmp_path: Path, number: int) -> None:
     code, told = leave(OSError(number, os.strerror(number)), tmp_path)
     assert code == 1 and told.startswith(f"gcssl: [Errno {number}]") and told.count("\n") == 1
-    assert "make room on the run folder's disk, and run the same command again" in told
+    assert "make room on that disk, and run the same command again" in told
 
 
 def test_ctrl_c_is_one_line(tmp_path: Path) -> None:

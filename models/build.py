@@ -220,6 +220,9 @@ def read_timm(spec: str) -> Saved:
 def read_saved(path: Path, encoder: str | None) -> Saved:
     """Finds weights and description behind a path. UserError when there are none."""
     check_exists(str(path))
+    config = path.with_name("config.json")
+    if path.name == "model.safetensors" and config.is_file() and "gcssl" in read_json(config):
+        path = path.parent  # the file inside of an export says less than its folder
     if path.is_file():
         return read_weights_file(path)
     if (path / "backbone.json").is_file():

@@ -76,10 +76,11 @@ def test_exports_load_again_here(kind: str, name: str, tmp_path: Path) -> None:
     model = make_run(tmp_path / "run", name, img_size=64, num_classes=3)
     path = tmp_path / ("out.pt" if kind == "torch" else "out")
     export(ExportConfig(str(tmp_path / "run"), kind, str(path)))
-    backbone, info = load_backbone(str(path))
-    assert backbone.name == name and info["step"] == 7 and info["class_names"][2] == "class 2"
-    for key, value in model.state_dict().items():
-        assert torch.equal(backbone.state_dict()[key], value), key
+    for spec in (path, path / "model.safetensors") if kind == "timm" else (path,):
+        backbone, info = load_backbone(str(spec))
+        assert backbone.name == name and info["step"] == 7 and info["class_names"][2] == "class 2"
+        for key, value in model.state_dict().items():
+            assert torch.equal(backbone.state_dict()[key], value), key
 
 
 def test_nothing_is_written_over(tmp_path: Path) -> None:

@@ -166,11 +166,12 @@ def forward_all(
     return out
 
 
-def count_bad(out: Outputs, images: "Images", quiet: bool = False) -> int:
-    """How many images of `out` could not be decoded, told in one line."""
+def count_bad(out: Outputs, images: "Images", indices: np.ndarray, quiet: bool = False) -> int:
+    """How many of images[indices], which gave `out`, could not be decoded, told in one line with the first of them."""
     n_bad = int((~out.ok).sum())
     if n_bad and not quiet:
-        say(f"{images.name}: {n_bad} of {len(out.ok)} images cannot be decoded and are left out")
+        first = images.where(int(indices[int((~out.ok).nonzero()[0])]))
+        say(f"{images.name}: {n_bad} of {len(out.ok)} images cannot be decoded and are left out, the first {first}")
     return n_bad
 
 
@@ -199,6 +200,6 @@ def extract(
         return {kind: pooled[kind] for kind in kinds}
 
     out = forward_all(backbone, call, images, indices, accelerator, crop, pace)
-    ok, n_bad = out.ok, count_bad(out, images, quiet)
+    ok, n_bad = out.ok, count_bad(out, images, indices, quiet)
     index = torch.as_tensor(np.asarray(indices, dtype=np.int64))
     return Features({kind: x[ok] for kind, x in out.x.items()}, out.y[ok], index[ok], n_bad)

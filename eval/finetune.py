@@ -313,7 +313,7 @@ def judge(objective: Classifier, inputs: Inputs) -> dict[str, Any]:
     }
     return {
         "metrics": metrics,
-        "notes": {"n_test": int(out.ok.sum()), "n_bad": count_bad(out, images)},
+        "notes": {"n_test": int(out.ok.sum()), "n_bad": count_bad(out, images, indices)},
         "paired": "finetune/top1",
         "correct": correct["ema"][1],
         "index": torch.from_numpy(indices)[out.ok],

@@ -42,16 +42,17 @@ def judge(inputs: Inputs, _cfg: InputConfig) -> dict[str, Any]:
     """Validation of one classifier, each test image once."""
     check_classes(inputs)
     images = inputs.test
+    indices = np.arange(len(images))
     out = forward_all(
         inputs.backbone,
         lambda x: {"logits": inputs.backbone(x)},
         images,
-        np.arange(len(images)),
+        indices,
         inputs.accelerator,
         inputs.crop,
         inputs.pace,
     )
-    n_bad = count_bad(out, images)
+    n_bad = count_bad(out, images, indices)
     top = topk_correct(out.x["logits"][out.ok], out.y[out.ok], (1, 5))
     notes = {"protocol": "own head", "features": "logits", "n_test": int(out.ok.sum()), "n_bad": n_bad}
     return {

@@ -69,7 +69,10 @@ def test_images_that_cannot_be_decoded_are_left_out_and_counted(
     assert got.n_bad == len(bad) == 2
     assert got.index.tolist() == [i for i in range(len(images)) if i not in bad]
     assert len(got.x["last"]) == len(got.y) == len(images) - 2
-    assert "2 of 66 images cannot be decoded" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "2 of 66 images cannot be decoded and are left out, the first" in told and "blue/03.png" in told
+    extract(model, images, np.arange(len(images))[30:], accelerator)
+    assert "red/21.png" in capsys.readouterr().out
     with pytest.raises(UserError, match="none of the 2 images"):
         extract(model, images, np.array(bad), accelerator)
 

@@ -21,7 +21,7 @@ KEYS = [
 ]  # fmt: skip
 # The whole program, with a fault in process 1 at step 3 (the fourth).
 PROGRAM = """
-import os, signal, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 from gcssl import state
 from gcssl.pretrain import main
@@ -54,10 +54,17 @@ def preempted(*given):
         (folder.parent / "seen").write_text(str([path.name for path in folder.glob("step_*")]))
     return Preempted(*given)
 
+def tell_norms(model, step):
+    out = Path(next(word for word in sys.argv if word.startswith("out="))[4:])
+    norms = {name: b.tolist() for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
+    out.with_name(f"norms_{step}_{int(hurt)}.json").write_text(json.dumps(norms))
+
 def poisoned(self, batch, step):
     at(step)
+    if fault == "norms":
+        tell_norms(self.encoder, step)
     out = forward(self, batch, step)
-    out["loss"] = out["loss"] * (float("nan") if hurt and step == 3 and fault == "nan" else 1.0)
+    out["loss"] = out["loss"] * (float("nan") if hurt and step == 3 and fault in ("nan", "norms") else 1.0)
     return out
 
 def slow(*batch):
@@ -199,6 +206,16 @@ def test_a_bad_step_of_one_process_is_skipped_by_both(tmp_path: Path) -> None:
     before, after, last = (load_file(out / f"checkpoints/step_0000000{i}/model.safetensors") for i in (3, 4, 5))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not all(torch.equal(after[name], last[name]) for name in last)
+
+
+def test_batch_norms_are_those_of_both_processes_and_know_nothing_of_a_bad_step(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    model = ["model.name=resnet10t", "model.window_ratio=null"]
+    code, stdout, stderr = end(start(out, "train.steps=5", *model, fault="norms"))
+    assert code == 0 and "batch norm in the backbone" in stdout, stderr[-3000:]
+    told = [[json.loads((tmp_path / f"norms_{step}_{p}.json").read_text()) for p in (0, 1)] for step in range(5)]
+    assert told[0][0] and all(one == other for one, other in told)
+    assert told[3] == told[4] and told[2] != told[3]  # step 3 (the fourth) was the bad one
 
 
 @pytest.mark.fault("saved on two processes, resumed on one, and on two again", "the losses of one process, within 1e-5")

@@ -20,7 +20,7 @@ from gcssl.badsteps import BadSteps
 from gcssl.beats import Beats
 from gcssl.checkpoint import list_checkpoints, write_backbone
 from gcssl.collapse import CollapseWatch
-from gcssl.config import CheckpointConfig, PretrainConfig, load_config
+from gcssl.config import CheckpointConfig, PretrainConfig, TrainConfig, load_config
 from gcssl.data import open_data
 from gcssl.errors import Preempted, UserError
 from gcssl.eval.online import OnlineProbe, evaluated_encoder, online_probe
@@ -150,14 +150,7 @@ def fit(
     if bad_steps.norms and accelerator.num_processes * sizes.accumulate > 1:
         say("batch norm in the backbone: over each process's micro-batch, so other layouts of a batch train otherwise")
     run.start()  # nothing is left to refuse
-    if train.compile:
-        compile_encoders(objective)
-    if train.shard and accelerator.num_processes > 1:
-        shard(objective, state.optimizer, accelerator)
-        model = accelerator.prepare_model(objective, evaluation_mode=True)  # which leaves DDP out
-        optimizer = accelerator.prepare_optimizer(state.optimizer)
-    else:
-        model, optimizer = accelerator.prepare(objective, state.optimizer)
+    model, optimizer = prepared(objective, state.optimizer, accelerator, train)
     plan = sizes.plan(len(dataset), accelerator.process_index, train.seed, step)
     loader = train_loader(dataset, plan, cfg.data.workers, cfg.data.timeout)
     logged = (run.path, sizes.total_steps, step, cfg.log.every, cfg.log.trackers, accelerator.is_main_process)
@@ -197,8 +190,8 @@ def fit(
                 skip(step, fault, meter.indices, bad_steps, state, train.max_bad_steps)
             else:
                 average_(bad_steps.running())  # so that teacher, checkpoint and resume have those of all processes
-            if not fault and not accelerator.optimizer_step_was_skipped:
-                objective.after_step(step - 1)
+                if not accelerator.optimizer_step_was_skipped:
+                    objective.after_step(step - 1)
             if values.pop("bad"):
                 bad.record(meter.take_bad(), accelerator)
             stopping = values.pop("stop") and step < sizes.total_steps
@@ -219,6 +212,19 @@ def fit(
                     measure(probe, objective, step, log, stop)
     say(log.summary())
     accelerator.free_memory()  # another fit with this accelerator must not clip, scale or save what this one trained
+
+
+def prepared(
+    objective: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator, train: TrainConfig
+) -> tuple[Any, Any]:
+    """What the loop calls in their places: on several processes under DDP, or cut over them."""
+    if train.compile:
+        compile_encoders(objective)
+    if train.shard and accelerator.num_processes > 1:
+        shard(objective, optimizer, accelerator)
+        model = accelerator.prepare_model(objective, evaluation_mode=True)  # which leaves DDP out
+        return model, accelerator.prepare_optimizer(optimizer)
+    return accelerator.prepare(objective, optimizer)
 
 
 def saves_at(step: int, cfg: CheckpointConfig, sizes: Sizes) -> bool:

@@ -81,6 +81,23 @@ def test_both_backends_find_the_same_neighbours_with_many_ties() -> None:
         assert index.tolist() == want
 
 
+@pytest.mark.parametrize("order", ["random", "nearest last", "nearest first", "equal"])
+@pytest.mark.parametrize("n", [512, 600])  # 4 slices; and one more that is no whole number of groups
+def test_torch_searches_a_bank_in_slices(n: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn, "SLICE", 128)
+    bank, queries = (normalize(clusters(m, seed)[0], dim=1) for m, seed in ((n, 7), (8, 8)))
+    if order == "equal":
+        bank = bank[:1].expand(n, -1)
+    elif order != "random":
+        bank = bank[(bank @ queries[0]).argsort(descending=order == "nearest first")]
+    value, index = knn._candidates_torch(bank, queries, 40)
+    want = (queries @ bank.T).topk(40).values
+    assert torch.allclose(value, want, atol=1e-6)
+    assert torch.allclose((queries @ bank.T).gather(1, index), want, atol=1e-6)  # the neighbours it names
+    assert all(len(set(row)) == 40 for row in index.tolist())
+    assert torch.equal(search(bank, queries, 20, "torch")[1], knn._search_exact(bank, queries, 20)[1])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_collapsed_features_give_the_first_images_of_the_bank(backend: str) -> None:
     bank = normalize(torch.ones(300, 8), dim=1)

@@ -130,7 +130,7 @@ def _nearer(part: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
 def _candidates_torch(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """fp32 inner products, bank and queries in slices; similarity M k, index M k."""
     values, indices = [], []
-    products = bank.new_empty(512, min(SLICE, len(bank)))  # one buffer: fresh memory for each slice costs as much as its search
+    products = bank.new_empty(512, min(SLICE, len(bank)))  # once: fresh memory for each costs a fifth
     for query in queries.split(512):
         best = torch.empty(len(query), 0, device=bank.device)
         where = torch.empty(len(query), 0, dtype=torch.int64, device=bank.device)

@@ -10,6 +10,23 @@ from gcssl.errors import UserError
 HEAD_DIM = 32  # of the decoder's attention, as published: 16 heads at width 512
 
 
+def check_decoder(dim: int, depth: int) -> None:
+    """UserError unless heads of HEAD_DIM fill `dim` and there is a block."""
+    if dim < HEAD_DIM or dim % HEAD_DIM or depth < 1:
+        raise UserError(
+            f"objective.decoder_dim={dim}, objective.decoder_depth={depth}: expected a multiple of {HEAD_DIM} and "
+            "at least one block"
+        )
+
+
+def init_linears(decoder: nn.Module) -> None:
+    """As published for MAE and FastMIM."""
+    for module in decoder.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
 class PixelHead(nn.Module):
     """SimMIM's head (arXiv:2111.09886, section 3.3): a 1x1 convolution, then PixelShuffle to a finer map.
 
@@ -26,6 +43,28 @@ class PixelHead(nn.Module):
         return F.pixel_shuffle(self.proj(x), self.upscale)  # B channels h*upscale w*upscale
 
 
+class MapDecoder(nn.Module):
+    """FastMIM's decoder (arXiv:2212.06593): transformer blocks among all tokens of the last map, B C h w -> B dim h w.
+
+    The encoder has seen the hidden units too, as holes, so there are no mask tokens here, and no positions.
+    """
+
+    def __init__(self, dim_in: int, dim: int, depth: int) -> None:
+        super().__init__()
+        check_decoder(dim, depth)
+        self.embed = nn.Linear(dim_in, dim)
+        self.blocks = nn.ModuleList(Block(dim, dim // HEAD_DIM, qkv_bias=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        init_linears(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[2:]
+        x = self.embed(x.flatten(2).transpose(1, 2))  # B N dim
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x).transpose(1, 2).unflatten(2, (h, w))
+
+
 class TokenDecoder(nn.Module):
     """MAE's light decoder (arXiv:2111.06377): the encoder's tokens and mask tokens, transformer blocks, pixels.
 
@@ -37,11 +76,7 @@ class TokenDecoder(nn.Module):
 
     def __init__(self, dim_in: int, grid: tuple[int, int], cell: int, split: int, dim: int, depth: int) -> None:
         super().__init__()
-        if dim < HEAD_DIM or dim % HEAD_DIM or depth < 1:
-            raise UserError(
-                f"objective.decoder_dim={dim}, objective.decoder_depth={depth}: expected a multiple of {HEAD_DIM} and "
-                "at least one block"
-            )
+        check_decoder(dim, depth)
         self.grid, self.cell, self.split = grid, cell, split
         self.embed = nn.Linear(dim_in, split * split * dim)
         self.mask_token = nn.Parameter(torch.empty(dim))
@@ -50,10 +85,7 @@ class TokenDecoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.pred = nn.Linear(dim, 3 * cell * cell)
         nn.init.normal_(self.mask_token, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):  # as published
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        init_linears(self)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x: B C h w from the encoder; mask: B h' w' on the decoder's grid, True = hidden -> B 3 H W.

@@ -1,8 +1,9 @@
 """SimMIM (arXiv:2111.09886): predict the normalised RGB of hidden pixels, or another target, with a linear head.
 
 Two departures, both because GC ViT's overlapping stem and squeeze-excite leak: the hidden pixels are set to 0
-(`fill=learned`: to a trainable colour, as in FastMIM, arXiv:2212.06593) before the stem, and the stem's tokens
-there are replaced by the mask token after it (SimMIM does only the latter).
+before the stem, and the stem's tokens there are replaced by the mask token after it (SimMIM does only the latter).
+FastMIM (arXiv:2212.06593) is this at 128 px with `fill=learned`, a trainable colour of the hidden pixels, `target=hog`
+and four transformer blocks before the head.
 """
 
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from gcssl.augment import SIMMIM, override
 from gcssl.config import AugmentConfig
 from gcssl.models.build import Backbone
+from gcssl.models.decoders import MapDecoder
 from gcssl.ssl.masking import MaskedDraw, check_ratio, check_unit, default_unit, hide_pixels, make_mask_token
 from gcssl.ssl.targets import HOG_CELL, TARGETS, check_target, first_samples, show, target_head, target_loss
 
@@ -25,6 +27,8 @@ class SimMIMConfig:
     mask_unit: int | None = None  # pixels; None: 32 from 192 px up, 16 from 96, 8 below
     target: str = field(default="pixels", metadata={"choices": TARGETS})
     fill: str = field(default="zero", metadata={"choices": ("zero", "learned")})  # of hidden pixels
+    decoder_dim: int = 256
+    decoder_depth: int = 0  # transformer blocks before the linear head (FastMIM: 4)
 
 
 class SimMIM(nn.Module):
@@ -49,7 +53,12 @@ class SimMIM(nn.Module):
         self.encoder: Any = encoder
         self.target, self.cell = cfg.target, HOG_CELL if cfg.target == "hog" else unit
         check_target(cfg.target, unit, encoder.stride)
-        self.head = target_head(cfg.target, encoder.num_features, encoder.stride, self.cell)
+        self.head: nn.Module
+        if cfg.decoder_depth:
+            decoder = MapDecoder(encoder.num_features, cfg.decoder_dim, cfg.decoder_depth)
+            self.head = nn.Sequential(decoder, target_head(cfg.target, cfg.decoder_dim, encoder.stride, self.cell))
+        else:
+            self.head = target_head(cfg.target, encoder.num_features, encoder.stride, self.cell)
         self.mask_token = make_mask_token(encoder, cfg.name)
         self.mask_color = nn.Parameter(torch.zeros(3)) if cfg.fill == "learned" else None  # 0: the mean colour
         self.draw = MaskedDraw(override(replace(SIMMIM, size=img_size), augment), unit, cfg.mask_ratio)

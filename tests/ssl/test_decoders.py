@@ -1,6 +1,6 @@
 import torch
 
-from gcssl.models.decoders import TokenDecoder, sincos_positions
+from gcssl.models.decoders import MapDecoder, TokenDecoder, sincos_positions
 
 
 def test_positions_by_hand() -> None:
@@ -56,3 +56,27 @@ def test_hidden_cells_start_as_the_mask_token_and_know_their_place() -> None:
         other[..., 1, 1] += 1.0
         assert not torch.equal(decoder(other, mask), y)
     assert "positions" not in decoder.state_dict()
+
+
+def test_the_map_decoder_equals_a_slow_version() -> None:
+    """Pre-norm blocks, heads of 32, GELU; token by token and head by head."""
+    torch.manual_seed(1)
+    decoder = MapDecoder(5, dim=64, depth=2).double()
+    for parameter in decoder.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    x = torch.randn(2, 5, 2, 3, dtype=torch.float64)
+    got = decoder(x)
+    assert got.shape == (2, 64, 2, 3)
+    for i in range(2):
+        tokens = decoder.embed(torch.stack([x[i, :, r, c] for r in range(2) for c in range(3)]))  # 6 64
+        for block in decoder.blocks:
+            q, k, v = (part.view(6, 2, 32) for part in block.attn.qkv(block.norm1(tokens)).split(64, -1))
+            mixed = torch.empty(6, 2, 32, dtype=torch.float64)
+            for t in range(6):
+                for head in range(2):
+                    weight = torch.stack([q[t, head] @ k[u, head] for u in range(6)]).div(32**0.5).softmax(0)
+                    mixed[t, head] = sum(weight[u] * v[u, head] for u in range(6))
+            tokens = tokens + block.attn.proj(mixed.flatten(1))
+            tokens = tokens + block.mlp.fc2(torch.nn.functional.gelu(block.mlp.fc1(block.norm2(tokens))))
+        tokens = torch.nn.functional.layer_norm(tokens, (64,), decoder.norm.weight, decoder.norm.bias, 1e-5)
+        torch.testing.assert_close(got[i].flatten(1).T, tokens)

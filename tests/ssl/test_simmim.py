@@ -124,7 +124,12 @@ def test_gradient_reaches_every_parameter(make_objective: Make, make_batch: Make
     assert objective.mask_token.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("cfg", [{"target": "norm_pixels"}, {"target": "hog"}, {"target": "hog", "fill": "learned"}])
+FASTMIM = {"target": "hog", "fill": "learned", "decoder_depth": 2, "decoder_dim": 32}
+
+
+@pytest.mark.parametrize(
+    "cfg", [{"target": "norm_pixels"}, {"target": "hog"}, {"target": "hog", "fill": "learned"}, FASTMIM]
+)
 def test_other_targets_and_fill(make_objective: Make, make_batch: Make, cfg: dict[str, Any]) -> None:
     """No leak, a gradient for every parameter, two samples = the mean of each alone, pictures."""
     objective, batch = make_objective("simmim", **cfg), make_batch(2)
@@ -224,3 +229,20 @@ def test_overfits_a_few_images(make_objective: Make, make_batch: Make, target: s
         losses.append(loss.item())
     nothing = target_loss(target, torch.zeros_like(make_target(target, x, 8)), x, mask, 8).item()
     assert losses[-1] < 0.5 * min(nothing, losses[0]), losses[::10]
+
+
+def test_the_decoder_is_between_the_last_map_and_the_head(make_objective: Make) -> None:
+    linear, deep = make_objective("simmim"), make_objective("simmim", decoder_depth=2, decoder_dim=64)
+    decoder, head = deep.head
+    assert len(decoder.blocks) == 2 and head.proj.in_channels == 64
+    assert linear.head.proj.in_channels == linear.encoder.num_features
+    x = torch.randn(2, deep.encoder.num_features, 2, 2)
+    assert torch.equal(deep.head(x), head(decoder(x)))
+
+
+@pytest.mark.parametrize("cfg", [{"decoder_depth": 2, "decoder_dim": 40}, {"decoder_depth": -1}])
+def test_a_decoder_that_cannot_be_is_refused(make_objective: Make, cfg: dict[str, Any]) -> None:
+    with pytest.raises(
+        UserError, match=r"objective.decoder_dim=\d+, objective.decoder_depth=-?\d: expected a multiple of 32"
+    ):
+        make_objective("simmim", **cfg)

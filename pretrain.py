@@ -95,7 +95,8 @@ def pretrain_sizes(cfg: PretrainConfig, n_images: int, world: int) -> Sizes:
     """Batch and steps on `world` processes; refuses accumulation where the objective would compute another loss."""
     sizes = run_sizes(cfg.train, n_images, world)
     objective_class: Any = OBJECTIVES[cfg.objective.name][0]
-    if objective_class.couples_batch and (sizes.accumulate > 1 or sizes.global_batch < 2):
+    couples = objective_class.couples_batch or getattr(cfg.objective, "koleo_weight", 0)
+    if couples and (sizes.accumulate > 1 or sizes.global_batch < 2):
         raise UserError(
             f"train.accumulate={sizes.accumulate}, batch_size={sizes.batch_size}: {cfg.objective.name} compares"
             " the images of a batch, two at least, and none across micro-batches; use more processes or a larger batch"
@@ -195,7 +196,10 @@ def fit(
             if values.pop("bad"):
                 bad.record(meter.take_bad(), accelerator)
             stopping = values.pop("stop") and step < sizes.total_steps
-            values |= schedules(objective, optimizer, step, sizes) | {"skipped": bad_steps.skipped}
+            values |= schedules(objective, optimizer, step, sizes) | {
+                "skipped": bad_steps.skipped,
+                "bad_images": len(bad.seen),
+            }
             if not fault and step > train.warmup_epochs * sizes.steps_per_epoch:
                 watch_collapse(step, values, watch, state, train.on_collapse == "stop")
             log.step(step, values, sizes.global_batch, meter.take_wait())
@@ -211,6 +215,8 @@ def fit(
                 if probe and probing:
                     measure(probe, objective, step, log, stop)
     say(log.summary())
+    if bad.seen:
+        say(bad.summary())
     accelerator.free_memory()  # another fit with this accelerator must not clip, scale or save what this one trained
 
 

@@ -28,6 +28,7 @@ from gcssl.models.build import (
 )
 from gcssl.models.windows import pair
 from gcssl.runtime import main_process_first, make_accelerator
+from gcssl.sources import Files
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -224,6 +225,9 @@ def count_classes(*splits: "Images") -> int:
 def labels_of(images: "Images") -> np.ndarray:
     """int64 N; UserError for a split without labels."""
     if images.labels is None:
+        if isinstance(images.reader, Files):
+            why = f"{images.reader.root} does not hold one folder of images a class, two classes at least"
+            raise UserError(f"data.path: split {images.name} has no labels, and probes need them: {why}")
         raise UserError(f"data.label_column: split {images.name} has no labels, and probes need them")
     return images.labels
 

@@ -16,6 +16,7 @@ from gcssl.log import say
 from gcssl.models.build import Backbone
 
 KNN_K, TEMPERATURE = 20, 0.07
+FEW = 100  # held-out images below which a start says how coarse the probe is
 Parts = tuple[np.ndarray, np.ndarray]  # indices of images
 
 
@@ -62,6 +63,8 @@ def probe_parts(cfg: PretrainConfig, images: Images) -> Parts | None:
     bank, held = held_out(images)
     if not len(held):
         raise UserError("eval.online_every: with one image a class none can be held out; set eval.online_every=0")
+    if len(held) < FEW:
+        say(f"the online kNN probe has only {len(held)} held-out images: each is {100 / len(held):.1f} points")
     return bank, held
 
 

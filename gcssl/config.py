@@ -195,7 +195,9 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such config file; expected [file.yaml ...] key=value ...") from None
+        folder = Path(path).parent
+        near = nearest(Path(path).name, [other.name for other in folder.glob("*.yaml")])
+        raise UserError(f"{path}: no such config file; expected [file.yaml ...] key=value ...{near}") from None
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: no valid yaml: {_yaml_problem(error)}") from None
     if not isinstance(content, dict):

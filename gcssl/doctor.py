@@ -31,6 +31,7 @@ from gcssl.ssl.masking import upsample_mask
 from gcssl.ssl.objectives import OBJECTIVES
 from gcssl.streams import MODEL
 
+MOST_BAD = 5  # images that cannot be decoded, of those named
 ALIKE = 0.999  # cosine of two centred thumbnails that show the same picture
 
 
@@ -53,8 +54,9 @@ def check_images(patient: Patient) -> Finding:
         low, middle, high = (np.quantile(seen.sides.min(1), q) for q in (0, 0.5, 1)) if len(seen.sides) else (0, 0, 0)
         told = f"{name}: {looked} of {whole} looked at, shorter side {low:.0f} to {high:.0f} px (median {middle:.0f})"
         if seen.bad:
-            where, why = seen.bad[0]
-            told += f", {len(seen.bad)} cannot be decoded, the first {where} ({why})"
+            first = [f"{where} ({why})" for where, why in seen.bad[:MOST_BAD]]
+            more = f" and {len(seen.bad) - MOST_BAD} more" if len(seen.bad) > MOST_BAD else ""
+            told += f", {len(seen.bad)} cannot be decoded: {', '.join(first)}{more}"
         parts.append(told)
     verdict = "FAIL" if worst > patient.cfg.data.max_bad else "warn" if worst else "ok"
     return Finding(verdict, "; ".join(parts))
@@ -209,7 +211,8 @@ def check_first_steps(patient: Patient) -> Finding:
         return Finding("ok", "not run: doctor.minutes=0")
     how = (patient.cfg.doctor.minutes, patient.sizes)
     try:
-        found = Finding(*first_minutes(patient.cfg, *how))
+        cfg = changed(patient.cfg, {"data.max_bad": 1.0})  # of which `images` tells
+        found = Finding(*first_minutes(cfg, *how))
         if patient.cfg.train.compile and found.verdict != "FAIL":
             eager = rate(first_steps(changed(patient.cfg, {"train.compile": False}), *how))
             found.told += f"; without train.compile {eager:.0f} images/s"

@@ -129,16 +129,17 @@ def read_label_file(path: Path, names: list[str]) -> list[str]:
 
 
 def _tree(root: Path) -> tuple[list[str], list[int], list[str]]:
-    """(file names relative to root, class ids, class names), sorted; with files at the top no classes."""
+    """(file names relative to root, class ids, class names), sorted; with images at the top no classes."""
     flat = _images(root)
     if flat:
         beside = _classes(root)
-        if beside:
-            raise UserError(
-                f"data.path: {root} holds images ({flat[0]}) beside folders of images ({beside[0]}), expected one or "
-                "the other; move one of them away"
-            )
-        return flat, [], []
+        if not beside:
+            return flat, [], []
+        mixed = f"{root} holds images ({flat[0]}) beside folders of images ({beside[0]})"
+        if any(name.lower() in (*TRAIN_NAMES, *TEST_NAMES) for name in beside):
+            raise UserError(f"data.path: {mixed}, expected one or the other; move one of them away")
+        say(f"data: {mixed}: all are taken, without classes")
+        return _below(root), [], []
     names: list[str] = []
     labels: list[int] = []
     classes: list[str] = []

@@ -307,10 +307,9 @@ def _context() -> str:
 
 
 def _start_worker(_: int) -> None:
-    """One thread a worker; signals are the main process's business, which lets its workers finish."""
+    """Signals are the main process's business, which lets its workers finish."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a scheduler may send to every process of a job
         signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
 
 
 class _EvalSet(_Told):

@@ -103,6 +103,9 @@ class BadSamples:
         if sound != text and is_main_process():
             atomic_write(self.path, sound)
 
+    def summary(self) -> str:
+        return f"{len(self.seen)} of {self.n_images} images cannot be decoded and were replaced, listed in {self.path}"
+
     def record(self, bad: list[BadSample], accelerator: Accelerator) -> None:
         """Called by every process together, whichever of them met the files."""
         every = gather_object(bad) if accelerator.num_processes > 1 else bad
@@ -118,5 +121,5 @@ class BadSamples:
         if len(self.seen) > self.max_bad * self.n_images:
             raise UserError(
                 f"data.max_bad={self.max_bad}: {len(self.seen)} of {self.n_images} images cannot be decoded, listed in"
-                f" {self.path}; mend them or raise data.max_bad"
+                f" {self.path}; raise data.max_bad to go on, or mend them and begin again in another folder"
             )

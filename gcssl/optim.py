@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gcssl.config import TrainConfig
     from gcssl.loader import Sizes
 
-UNDECAYED = ("*.bias", "bias", "*token*", "*relative_position_bias_table*", "*pos_embed*")
+UNDECAYED = ("*.bias", "bias", "*token", "*tokens", "*relative_position_bias_table*", "*pos_embed*")
 
 
 def param_groups(
@@ -35,11 +35,9 @@ def param_groups(
         raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}")
     deepest = max(layer_ids.values(), default=0) if layer_ids else 0
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
-    seen: set[int] = set()
     for name, parameter in named_params:
-        if not parameter.requires_grad or id(parameter) in seen:
+        if not parameter.requires_grad:
             continue
-        seen.add(id(parameter))
         undecayed = parameter.ndim < 2 or any(fnmatch(name, pattern) for pattern in UNDECAYED)
         decay = not undecayed and not any(f".{name}".endswith(f".{other}") for other in no_decay)
         depth = layer_ids.get(name, deepest) if layer_ids else deepest

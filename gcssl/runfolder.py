@@ -191,7 +191,16 @@ class RunFolder:
         common = old_facts.keys() & self.facts.keys()
         changed = [k for k in sorted(common) if old_facts[k] != self.facts[k]]
         other_images = "data.path: other images (their number, class names or contents) than this run began with"
-        lines += [other_images if k == "data" else f"{k}: {old_facts[k]} -> {self.facts[k]}" for k in changed]
+        told = {"data": other_images}
+        if "global_batch" in changed:
+            told["global_batch"] = (
+                f"{old_facts['global_batch']} -> {self.facts['global_batch']} images a step, of processes x "
+                "train.batch_size x train.accumulate"
+            )
+        lines += [told.get(k, f"{k}: {old_facts[k]} -> {self.facts[k]}") for k in changed]
+        for line in [line for line in lines if line.startswith(("objective.name: ", "model.name: "))]:
+            section = line.partition(".")[0]  # whose other keys are those of another objective or model
+            lines = [line, *(other for other in lines if not other.startswith(f"{section}."))]
         if lines:
             more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
             raise UserError(

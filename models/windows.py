@@ -60,7 +60,7 @@ def _constant(make: Callable[..., Tensor], key: tuple[Any, ...], like: Tensor) -
         return make(*key, like.device)
     full = (make, *key, like.device)
     if full not in _CONSTANTS:
-        with torch.inference_mode(False), torch.no_grad():  # else they could not serve a training step later
+        with torch.inference_mode(False):  # else they could not serve a training step later
             _CONSTANTS[full] = make(*key, like.device)
     return _CONSTANTS[full]
 

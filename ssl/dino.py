@@ -2,7 +2,6 @@
 match the teacher's of the two large crops, which are centred and sharpened.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,12 +62,8 @@ class DINO(PrototypeObjective):
             self.center.note(torch.cat(outputs), step)
             teacher = [self.center(x, self.teacher_temp(step)) for x in outputs]
         student = self.projector(torch.cat(features)).chunk(len(features))
-        loss = crops_loss(teacher, student, self.cfg.student_temp)
-        return {"loss": loss, **teacher_signs(loss, teacher, seen)}
+        view = crops_loss(teacher, student, self.cfg.student_temp)
+        return {**self.losses(view, view, features[:2]), **teacher_signs(view, teacher, seen)}
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         return self.loss(run_views(self.encoder, batch, range(self.n_views)), batch, step)
-
-    def chance(self, global_batch: int) -> dict[str, float]:  # noqa: ARG002
-        """The loss of embeddings that say nothing, for the collapse watch."""
-        return {"loss": math.log(self.cfg.out_dim)}

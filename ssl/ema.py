@@ -9,21 +9,40 @@ from torch import nn
 
 
 def momentum_copy(student: nn.Module) -> nn.Module:
-    """A teacher that starts equal to `student`: a deep copy in eval mode (no drop path) without gradients."""
-    teacher = copy.deepcopy(student).eval()
+    """A teacher that starts equal to `student`: a deep copy without drop path or gradients."""
+    teacher = copy.deepcopy(student)
+    set_teaching(teacher, True)
     return teacher.requires_grad_(False)
+
+
+def set_teaching(teacher: nn.Module, mode: bool) -> None:
+    """Eval mode, so no drop path. With `mode` its batch norms, if any, normalise by the batch and keep running
+    statistics of their own, as published: the student's are those of other weights.
+    """
+    teacher.eval()
+    for norm in own_statistics(teacher).values():
+        norm.train(mode)
+
+
+def own_statistics(teacher: nn.Module) -> dict[str, nn.Module]:
+    """The batch norms with running statistics, by name."""
+    return {name: m for name, m in teacher.named_modules() if getattr(m, "track_running_stats", False)}
 
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, m: float) -> None:
-    """teacher <- m * teacher + (1 - m) * student for parameters; buffers are copied. Matched by name."""
+    """teacher <- m * teacher + (1 - m) * student for parameters, matched by name; buffers are copied, but for the
+    statistics of batch norms.
+    """
     ours, theirs = dict(teacher.named_parameters()), dict(student.named_parameters())
     if ours.keys() != theirs.keys():
         raise ValueError(f"teacher and student differ in parameters: {sorted(ours.keys() ^ theirs.keys())[:4]}")
     torch._foreach_lerp_(list(ours.values()), [theirs[name].detach() for name in ours], 1.0 - m)
     buffers = dict(student.named_buffers())
+    own = own_statistics(teacher)
     for name, buffer in teacher.named_buffers():
-        buffer.copy_(buffers[name])
+        if name.rpartition(".")[0] not in own:
+            buffer.copy_(buffers[name])
 
 
 def momentum_at(step: int, total: int, m0: float) -> float:
@@ -35,7 +54,7 @@ def momentum_at(step: int, total: int, m0: float) -> float:
 class MomentumObjective(nn.Module):
     """An objective whose teacher follows its student: `follows` names (teacher, student) pairs of modules.
 
-    The teachers stay in eval mode (no drop path) and move once per optimizer step that really happened.
+    The teachers have no drop path (`set_teaching`) and move once per optimizer step that really happened.
     `start_momentum` rises to 1 along a cosine over `total_steps`.
     """
 
@@ -44,10 +63,10 @@ class MomentumObjective(nn.Module):
     total_steps: int
 
     def train(self, mode: bool = True) -> Self:
-        """Set the student's mode; the teachers stay in eval mode."""
+        """Set the student's mode; of the teachers only the batch norms follow."""
         super().train(mode)
         for teacher, _ in self.follows:
-            getattr(self, teacher).eval()
+            set_teaching(getattr(self, teacher), mode)
         return self
 
     def momentum(self, step: int) -> float:
@@ -61,4 +80,4 @@ class MomentumObjective(nn.Module):
         """Move the teachers after optimizer step `step`, the one that `forward` got."""
         for teacher, student in self.follows:
             ema_update(getattr(self, teacher), getattr(self, student), self.momentum(step))
-            getattr(self, teacher).eval()  # timm's LeViT and others cache their attention biases there
+            set_teaching(getattr(self, teacher), self.training)  # where timm's LeViT caches its attention biases

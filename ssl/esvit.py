@@ -2,7 +2,6 @@
 the teacher's region that looks most alike.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,12 +111,7 @@ class EsViT(PrototypeObjective):
         view = crops_loss(teacher, student, temperature)
         region = region_loss(teacher_regions, student_regions, taught, found, temperature)
         return {
-            "loss": (view + region) / 2,
-            "loss/view": view.detach(),
+            **self.losses((view + region) / 2, view, [r.mean(1) for r in found[:2]]),
             "loss/region": region.detach(),
             **teacher_signs(view, teacher, seen),
         }
-
-    def chance(self, global_batch: int) -> dict[str, float]:  # noqa: ARG002
-        """The loss of embeddings that say nothing, for the collapse watch."""
-        return {"loss/view": math.log(self.cfg.out_dim)}

@@ -5,7 +5,6 @@ Regions are the backbone's last tokens (32 pixels on GC ViT), pooled features th
 stem and tokens after it (ssl/simmim.py says why).
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,12 +146,7 @@ class IBOT(PrototypeObjective):
         view = crops_loss(teacher, student, self.cfg.student_temp)
         patch = masked_loss(teacher_patches, self.projector(large), masks.flatten(1), self.cfg.student_temp)
         return {
-            "loss": view + patch,
-            "loss/view": view.detach(),
+            **self.losses(view + patch, view, large.mean(1).chunk(2)),
             "loss/patch": patch.detach(),
             **teacher_signs(view, teacher, seen.chunk(2)),
         }
-
-    def chance(self, global_batch: int) -> dict[str, float]:  # noqa: ARG002
-        """The loss of embeddings that say nothing, for the collapse watch."""
-        return {"loss/view": math.log(self.cfg.out_dim)}

@@ -165,12 +165,14 @@ class Joint(nn.Module):
         view_class, view_schema = VIEW[cfg.view]
         masked_class, masked_schema = MASKED[cfg.masked]
         view = view_class(part_config(cfg, view_schema), encoder, augment, *rest)
+        learning = [p for p in encoder.parameters() if p.requires_grad]
         masked = masked_class(part_config(cfg, masked_schema), encoder, plain, *rest)
         self.default_encoder = view.default_encoder
         self.draw = JointDraw(view.draw, masked.draw, cfg.share)
         lend(masked, "encoder")
         self.encoder: Any = lend(view, "encoder")
-        self.encoder.requires_grad_(True)  # the masked part froze what it does not use; the view part does
+        for p in learning:  # the masked part froze what it does not use; the view part uses some of that
+            p.requires_grad_(True)
         if hasattr(view, "teacher"):
             self.teacher = lend(view, "teacher")
             self.momentum = view.momentum

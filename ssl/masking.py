@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gcssl.augment import View, ViewSpec, draw_view
 from gcssl.errors import UserError
+from gcssl.log import say
 from gcssl.models.build import Backbone
 from gcssl.models.gcvit import GCViT
 from gcssl.ssl.views import use_maps_alone
@@ -48,6 +49,9 @@ def check_ratio(n_units: int, ratio: float) -> None:
             f"objective.mask_ratio={ratio} hides all of the {n_units} mask units; lower it or take a smaller "
             "objective.mask_unit"
         )
+    if hidden_count(n_units, ratio) / n_units - ratio > 0.02:
+        n, share = hidden_count(n_units, ratio), hidden_count(n_units, ratio) / n_units
+        say(f"mask: {n} of {n_units} units are hidden, {share:.2f} for objective.mask_ratio={ratio}")
 
 
 def hidden_count(n_units: int, ratio: float) -> int:

@@ -3,16 +3,18 @@
 The student's prototype assignments match the teacher's, which are centred and sharpened.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gcssl.models.heads import at_least_fp32
 from gcssl.ssl.ema import MomentumObjective
-from gcssl.ssl.gather import all_gather_no_grad, all_reduce_mean
+from gcssl.ssl.gather import all_gather_no_grad, all_gather_with_grad, all_reduce_mean
 from gcssl.ssl.views import MultiCropConfig, check_above_zero, check_at_least, check_share, signs
 
 
@@ -28,6 +30,7 @@ class PrototypeConfig(MultiCropConfig):
     warmup_teacher_temp_epochs: float = 0.0
     freeze_last_layer_epochs: float = 1.0
     center_momentum: float = 0.9
+    koleo_weight: float = 0.0  # of `koleo`; DINOv2's is 0.1: short runs and small batches learn with it only
 
 
 class Center(nn.Module):
@@ -83,6 +86,19 @@ def crops_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], temperature
     return torch.stack(losses).sum() / (len(q) * (len(student) - 1))
 
 
+def koleo(features: Sequence[Tensor]) -> Tensor:
+    """Minus the mean log distance of an image's l2-normalised features to the nearest ones of another image in the
+    global batch: a mean over crops B C (KoLeo, arXiv:1806.03198, as in DINOv2, arXiv:2304.07193).
+    """
+    losses = []
+    for x in features:
+        with torch.autocast(x.device.type, enabled=False):
+            z = F.normalize(all_gather_with_grad(at_least_fp32(x)), dim=1)  # N C
+            nearest = (z @ z.T).detach().fill_diagonal_(-2.0).argmax(1)
+            losses.append(-((z - z[nearest]).norm(dim=1) + 1e-8).log().mean())
+    return torch.stack(losses).mean()
+
+
 @torch.no_grad()
 def entropy(log_q: Sequence[Tensor]) -> Tensor:
     """Mean entropy of log-probabilities ... K, in nats: ln K for a teacher that prefers nothing, 0 for one-hot."""
@@ -107,12 +123,13 @@ def check_prototypes(cfg: PrototypeConfig) -> None:
     check_at_least(cfg, out_dim=2, warmup_teacher_temp_epochs=0, freeze_last_layer_epochs=0)
     check_above_zero(cfg, "student_temp", "teacher_temp", "warmup_teacher_temp")
     check_share(cfg, "center_momentum")
+    check_at_least(cfg, koleo_weight=0)
 
 
 class PrototypeObjective(MomentumObjective):
     """What DINO, EsViT and iBOT do alike once their heads are made: temperatures, the frozen last layer.
 
-    Heads are named *projector and momentum_projector, with their prototypes in `last`.
+    Heads are named *projector, the teacher's momentum_*projector, with their prototypes in `last`.
     """
 
     cfg: Any  # a PrototypeConfig
@@ -124,6 +141,18 @@ class PrototypeObjective(MomentumObjective):
         c = self.cfg
         epochs = c.warmup_teacher_temp_epochs
         return warmed_up(step, self.steps_per_epoch, c.warmup_teacher_temp, c.teacher_temp, epochs)
+
+    def losses(self, loss: Tensor, view: Tensor, large: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The whole loss, from what the prototypes give and the student's pooled large crops B C; and its parts."""
+        parts = {"loss": loss, "loss/view": view.detach()}
+        if self.cfg.koleo_weight:
+            spread = koleo(large)
+            parts |= {"loss": loss + self.cfg.koleo_weight * spread, "loss/koleo": spread.detach()}
+        return parts
+
+    def chance(self, global_batch: int) -> dict[str, float]:  # noqa: ARG002
+        """The loss of embeddings that say nothing, for the collapse watch."""
+        return {"loss/view": math.log(self.cfg.out_dim)}
 
     def freeze(self, step: int) -> None:
         """Drop the prototypes' gradients in the first epochs (appendix C): call it before clipping."""

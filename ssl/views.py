@@ -119,8 +119,8 @@ def feature_rank(z: Tensor) -> Tensor:
     with torch.autocast(z.device.type, enabled=False):
         z = at_least_fp32(z)
         z = z - z.mean(0)
-        cov = z.T @ z  # d d
-        return cov.trace().square() / cov.square().sum().clamp(min=1e-30)
+        gram = z @ z.T if len(z) < z.shape[1] else z.T @ z  # of the same eigenvalues but for zeros: the smaller one
+        return gram.trace().square() / gram.square().sum().clamp(min=1e-30)
 
 
 def signs(features: Sequence[Tensor], embeddings: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -140,7 +140,7 @@ class MultiCropConfig:
 
     hidden_dim: int = 2048
     bottleneck_dim: int = 256
-    momentum: float = 0.996  # of the teacher at the start; rises to 1; 0.9995 for global batches of 256
+    momentum: float = 0.996  # of the teacher at the start; rises to 1; nearer to 1 for small batches
     local_crops: int = 8  # small crops of each image; 0: none (augment.scale=[0.14,1] is published for that)
     local_size: int = 96  # their side in pixels
     local_scale: list[float] = field(default_factory=lambda: [0.05, 0.4])

@@ -85,14 +85,17 @@ def test_pretraining_refuses(argument: str, words: list[str], tmp_path: Path, re
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("objective", ["mocov3", "joint"])
+@pytest.mark.parametrize(
+    ("objective", "more"), [("mocov3", []), ("joint", []), ("dino", ["objective.koleo_weight=0.1"])]
+)
 def test_objectives_that_compare_images_refuse_accumulation_and_a_batch_of_one(
-    objective: str, tmp_path: Path, refused
+    objective: str, more: list[str], tmp_path: Path, refused
 ) -> None:
     yaml = YAML.replace("simmim", objective)
-    line = refused(pretrain, yaml, *TINY, f"out={tmp_path / 'run'}", "train.global_batch=32")
+    more = [*TINY, *more, f"out={tmp_path / 'run'}"]
+    line = refused(pretrain, yaml, *more, "train.global_batch=32")
     assert "train.accumulate=2" in line and objective in line and "processes" in line
-    line = refused(pretrain, yaml, *TINY, f"out={tmp_path / 'run'}", "train.batch_size=1", "train.global_batch=1")
+    line = refused(pretrain, yaml, *more, "train.batch_size=1", "train.global_batch=1")
     assert "batch_size=1" in line and "two at least" in line
     assert not (tmp_path / "run").exists()
 

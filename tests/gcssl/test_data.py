@@ -134,12 +134,17 @@ def test_a_folder_beside_train_and_val_is_no_class(tmp_path: Path, capsys: pytes
     assert len(chosen.train) == 1 and chosen.train.classes is None
 
 
-def test_an_image_beside_folders_hides_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_beside_folders_are_a_set_without_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tree(tmp_path / "tree")
     write_tree(tmp_path / "split" / "train")
     (tmp_path / "tree" / "logo.png").write_bytes(encoded((1, 2, 3)))
     (tmp_path / "split" / "logo.png").write_bytes(encoded((1, 2, 3)))
-    assert "holds images (logo.png) beside folders of images (ant)" in refused(tmp_path / "tree")
+    (tmp_path / "tree" / "cat" / "trip").mkdir()
+    (tmp_path / "tree" / "cat" / "trip" / "1.png").write_bytes(encoded((1, 2, 3)))
+    tree = opened(tmp_path / "tree").train
+    assert len(tree) == 11 and tree.labels is None
+    told = "holds images (logo.png) beside folders of images (ant): all are taken, without classes\n"
+    assert told in capsys.readouterr().out
     assert "beside folders of images (train)" in refused(tmp_path / "split")
     write_tree(tmp_path / "split" / "val")
     splits = opened(tmp_path / "split")

@@ -25,6 +25,8 @@ class Net(nn.Module):
         self.blocks = nn.ModuleList([Attention(), Attention()])
         self.norm = nn.LayerNorm(4)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.query_tokens = nn.Parameter(torch.zeros(1, 2, 4))
+        self.token_mixer = nn.Linear(4, 4)  # a layer, not a token
         self.gamma = nn.Parameter(torch.ones(4))
         self.frozen = nn.Parameter(torch.ones(4, 4), requires_grad=False)
         self.tied = self.blocks[0].qkv
@@ -32,7 +34,7 @@ class Net(nn.Module):
 
 
 LAYERS = {name: int(name.split(".")[1]) for name, _ in Net().named_parameters() if name.startswith("blocks")}
-DECAYED = {"blocks.0.qkv.weight", "blocks.1.qkv.weight", "head.weight"}
+DECAYED = {"blocks.0.qkv.weight", "blocks.1.qkv.weight", "token_mixer.weight", "head.weight"}
 
 
 def test_only_matrices_decay_and_each_parameter_is_in_one_group() -> None:
@@ -57,6 +59,9 @@ def test_layer_decay_grows_with_depth_and_leaves_the_head_alone() -> None:
     layers = {
         **LAYERS,
         "mask_token": 0,
+        "query_tokens": 0,
+        "token_mixer.weight": 1,
+        "token_mixer.bias": 1,
         "norm.weight": 1,
         "norm.bias": 1,
         "gamma": 1,

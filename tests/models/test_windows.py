@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from gcssl.models import windows
+from gcssl.models.gcvit import GCViT
 from gcssl.models.windows import resize_matrix, resize_table
 
 
@@ -39,3 +41,12 @@ def test_resized_tables_are_separable_and_fp32_under_autocast() -> None:
     want = torch.einsum("ij,jlk,ml->imk", rows, table.view(5, 9, 2), cols)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out.view(7, 3, 2), want)
+
+
+def test_a_size_first_seen_in_inference_mode_can_be_trained_later() -> None:
+    """What is kept of a size then has to serve a training step too."""
+    windows._CONSTANTS.clear()
+    model = GCViT(16, (1, 2, 1, 1), (1, 1, 2, 2), img_size=64, window_ratio=(16, 16, 16, 32))
+    with torch.inference_mode():
+        model(torch.randn(1, 3, 96, 96))
+    model(torch.randn(1, 3, 96, 96)).sum().backward()

@@ -15,7 +15,7 @@ from gcssl.models.build import build_backbone
 from gcssl.models.gcvit import GCViT
 from gcssl.models.heads import DINOHead
 from gcssl.ssl.dino import DINO, DINOConfig
-from gcssl.ssl.prototypes import Center, crops_loss, entropy, warmed_up
+from gcssl.ssl.prototypes import Center, crops_loss, entropy, koleo, warmed_up
 
 Make = Callable[..., Any]
 CROPS = {"local_crops": 2, "local_size": 32}
@@ -222,3 +222,38 @@ def test_crop_sizes_that_a_backbone_cannot_take_are_refused(make_objective: Make
     fixed = build_backbone("mixer_s32_224", 224)
     with pytest.raises(UserError, match="objective.local_size=96: image size 96x96: mixer_s32_224.*no smaller crops"):
         make_objective("dino", fixed, local_crops=1, local_size=96)
+
+
+def test_koleo_equals_a_slow_version() -> None:
+    crops = [torch.randn(5, 3), torch.randn(5, 3)]
+    total = 0.0
+    for x in crops:
+        z = [row / math.sqrt(sum(v * v for v in row)) for row in x.double().numpy()]
+        for i in range(5):
+            total += -math.log(min(np.linalg.norm(z[i] - z[j]) for j in range(5) if j != i)) / 5
+    assert koleo(crops).item() == pytest.approx(total / 2, rel=1e-4)
+
+
+def test_koleo_drives_the_images_of_a_batch_apart() -> None:
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [-1.0, 0.0]], requires_grad=True)
+    koleo([x]).backward()
+    angle = x.detach().flip(1) * torch.tensor([-1.0, 1.0])  # direction of a growing angle
+    turned = -(x.grad * angle).sum(1)
+    assert turned[0] < 0 < turned[1]
+
+
+@pytest.mark.parametrize("name", ["dino", "esvit", "ibot"])
+def test_koleo_is_of_the_students_large_crops(name: str, make_objective: Make, make_batch: Make) -> None:
+    """Its weight moves the loss by its own value, the rest stays; none of its gradient is the heads'."""
+    batch = make_batch(4, views=2, small=2) | {"masks": [torch.zeros(4, 2, 2, dtype=torch.bool)] * 2}
+    outs = {}
+    for weight in (0.0, 0.5):
+        torch.manual_seed(0)
+        objective = make_objective(name, koleo_weight=weight, **CROPS)
+        outs[weight] = objective(batch, 0)
+    plain, with_it = outs[0.0], outs[0.5]
+    assert "loss/koleo" not in plain and torch.equal(plain["loss/view"], with_it["loss/view"])
+    torch.testing.assert_close(with_it["loss"], plain["loss"] + 0.5 * with_it["loss/koleo"])
+    with torch.no_grad():
+        large = [objective.encoder.forward_features(x).mean((2, 3)) for x in batch["views"][:2]]
+    torch.testing.assert_close(with_it["loss/koleo"], koleo(large), rtol=1e-4, atol=1e-4)

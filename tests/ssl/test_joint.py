@@ -10,7 +10,7 @@ import torch
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.build import build_backbone
-from gcssl.ssl.joint import MASKED, VIEW, Joint, JointConfig
+from gcssl.ssl.joint import MASKED, MOST_SCALE, VIEW, Joint, JointConfig
 
 Make = Callable[..., Any]
 
@@ -85,6 +85,24 @@ def test_what_the_masked_part_froze_learns_from_the_view_part(make_objective: Ma
     joint = make_objective("joint", build_backbone("test_convnext", 64), mask_unit=32)
     joint(joint_batch(make_batch, share=False), 0)["loss"].backward()
     assert all(p.grad is not None for p in joint.encoder.parameters())
+
+
+def test_what_both_parts_froze_stays_frozen(make_objective: Make, make_batch: Make) -> None:
+    """Neither EsViT nor SimMIM passes it: DistributedDataParallel would stop on it."""
+    joint = make_objective("joint", build_backbone("test_convnext", 64), mask_unit=32, view="esvit", local_crops=0)
+    batch = make_batch(4, views=3)
+    batch["masks"] = [None, None, batch["masks"][0]]
+    joint(batch, 0)["loss"].backward()
+    named = dict(joint.encoder.named_parameters())
+    assert [n for n, p in named.items() if p.requires_grad] == [n for n, p in named.items() if p.grad is not None]
+    assert not all(p.requires_grad for p in named.values())
+
+
+def test_a_part_without_gradient_does_not_run_away_with_the_scale(make_objective: Make) -> None:
+    joint = make_objective("joint", balance=True)
+    joint.measured = torch.tensor([1.0, 0.0])
+    joint.commit_scale(0)
+    assert joint.scale.tolist() == pytest.approx([0.5, MOST_SCALE])
 
 
 def test_grad_norms_are_those_of_the_parts(make_objective: Make, make_batch: Make) -> None:

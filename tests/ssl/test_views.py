@@ -171,6 +171,9 @@ def test_feature_rank_counts_directions() -> None:
     directions = torch.linalg.qr(torch.randn(32, 3)).Q.T  # 3 orthonormal rows
     assert feature_rank(torch.randn(4096, 3) @ directions + 7).item() == pytest.approx(3.0, abs=0.05)
     assert feature_rank(torch.randn(4096, 1) @ directions[:1]).item() == pytest.approx(1.0, abs=1e-3)
+    few = torch.randn(20, 64).cumsum(1)  # fewer images than dimensions
+    values = torch.linalg.eigvalsh(few.T.cov())
+    assert feature_rank(few).item() == pytest.approx((values.sum() ** 2 / values.square().sum()).item(), rel=1e-4)
     assert feature_rank(torch.ones(5, 4)).isfinite()
 
 

@@ -34,21 +34,21 @@ from gcssl.ssl.vicreg import VICReg, VICRegConfig
 from gcssl.ssl.views import CropDraw, run_views
 
 MASKED: dict[str, tuple[type, type]] = {
-    "localmim": (LocalMIM, LocalMIMConfig),
-    "mae": (MAE, MAEConfig),
     "simmim": (SimMIM, SimMIMConfig),
+    "localmim": (LocalMIM, LocalMIMConfig),
     "ummae": (UMMAE, UMMAEConfig),
+    "mae": (MAE, MAEConfig),
 }
 SHARING = ("localmim", "simmim")  # whose encoder sees the whole of view 1, hidden units too
 VIEW: dict[str, tuple[type, type]] = {
-    "byol": (BYOL, BYOLConfig),
-    "dino": (DINO, DINOConfig),
-    "esvit": (EsViT, EsViTConfig),
-    "moby": (MoBY, MoBYConfig),
-    "mocov3": (MoCoV3, MoCoV3Config),
     "simclr": (SimCLR, SimCLRConfig),
-    "simdino": (SimDINO, SimDINOConfig),
+    "mocov3": (MoCoV3, MoCoV3Config),
+    "moby": (MoBY, MoBYConfig),
+    "byol": (BYOL, BYOLConfig),
     "vicreg": (VICReg, VICRegConfig),
+    "dino": (DINO, DINOConfig),
+    "simdino": (SimDINO, SimDINOConfig),
+    "esvit": (EsViT, EsViTConfig),
 }
 
 BALANCE_EVERY = 10  # optimizer steps

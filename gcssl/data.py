@@ -137,7 +137,10 @@ def _find(cfg: DataConfig) -> Found:
     if not root.exists():
         if HUB_NAME.fullmatch(cfg.path):
             return find_hub(cfg)
-        raise UserError(f"data.path: given {cfg.path}, no such folder; expected one, a Hub name, or shapes")
+        raise UserError(
+            f"data.path: given {cfg.path}, no such folder or file; "
+            "expected a folder, a parquet, Arrow or tar file, a Hub name, or shapes"
+        )
     if root.is_dir() and not entries(root):
         raise UserError(f"data.path: {cfg.path} is empty, expected images, parquet, arrow or tar files")
     if any((root / part / name).is_file() for part in ("", "train") for name in METADATA):

@@ -174,7 +174,9 @@ def readme(config: dict[str, Any], name: str) -> str:
         lines += [f'model.load_state_dict(safetensors.torch.load_file("{name}/model.safetensors"))', "```"]
         lines += ["", "After `import gcssl` its registry has it too:"]
     lines += ["", "```python", "import timm"]
-    lines += [f'model = timm.create_model("local-dir:{name}", pretrained=True)', "```"]
+    lines += [f'model = timm.create_model("local-dir:{name}", pretrained=True)', "```", ""]
+    mean, std = (", ".join(f"{v:g}" for v in info[key]) for key in ("mean", "std"))
+    lines += [f"`{name}` is this folder. Images: RGB in 0..1, normalised by mean {mean} and std {std}."]
     return "\n".join(lines) + "\n"
 
 

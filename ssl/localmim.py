@@ -11,7 +11,7 @@ stem tokens are both hidden, as in simmim.py, because GC ViT leaks otherwise.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class LocalMIM(nn.Module):
             target_head(cfg.target, dim, stride, cell) for (dim, stride), cell in zip(stages, self.cells, strict=True)
         )
         self.mask_token = make_mask_token(encoder, cfg.name)
-        self.draw = MaskedDraw(override(replace(MAE, size=img_size), augment), unit, cfg.mask_ratio)
+        self.draw = MaskedDraw(override(MAE, augment), unit, cfg.mask_ratio)
 
     def features(self, batch: dict[str, Any]) -> list[Tensor]:
         """The maps B C h w of all stages, the finest first, of the first view with its mask applied."""

@@ -11,7 +11,7 @@ waits for kernels to be started, 0.76 to 0.90 times (docs/results/bench-intel-xe
 of the last stage, 32 px (ViT's: 16 px), and positions enter through the decoder and the bias tables alone.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class MAE(nn.Module):
         cell = encoder.stride
         grid = (img_size[0] // cell, img_size[1] // cell)
         self.decoder = TokenDecoder(encoder.num_features, grid, cell, 1, cfg.decoder_dim, cfg.decoder_depth)
-        self.draw = MaskedDraw(override(replace(CROP, size=img_size), augment), unit, cfg.mask_ratio)
+        self.draw = MaskedDraw(override(CROP, augment), unit, cfg.mask_ratio)
 
     def predict(self, batch: dict[str, Any]) -> Tensor:
         """Normalised pixels B 3 H W of the first view, from its visible units."""

@@ -6,7 +6,7 @@ FastMIM (arXiv:2212.06593) is this at 128 px with `fill=learned`, a trainable co
 and four transformer blocks before the head.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class SimMIM(nn.Module):
             self.head = target_head(cfg.target, encoder.num_features, encoder.stride, self.cell)
         self.mask_token = make_mask_token(encoder, cfg.name)
         self.mask_color = nn.Parameter(torch.zeros(3)) if cfg.fill == "learned" else None  # 0: the mean colour
-        self.draw = MaskedDraw(override(replace(SIMMIM, size=img_size), augment), unit, cfg.mask_ratio)
+        self.draw = MaskedDraw(override(SIMMIM, augment), unit, cfg.mask_ratio)
 
     def features(self, batch: dict[str, Any]) -> Tensor:
         """The last map B C h w of the first view with its mask applied."""

@@ -103,7 +103,7 @@ class UMMAE(nn.Module):
         grid = (img_size[0] // unit, img_size[1] // unit)
         split = encoder.stride // unit
         self.decoder = TokenDecoder(encoder.num_features, grid, unit, split, cfg.decoder_dim, cfg.decoder_depth)
-        self.draw = UniformDraw(override(replace(MAE, size=img_size), augment), unit, cfg.secondary_ratio)
+        self.draw = UniformDraw(override(MAE, augment), unit, cfg.secondary_ratio)
 
     def predict(self, batch: dict[str, Any]) -> Tensor:
         """Normalised pixels B 3 H W of the first view, from its stitched and masked kept units."""

@@ -1,13 +1,14 @@
 """What an evaluation costs beside the peers': exact kNN, the grid of linear heads, features.
 
-    python -m scripts.bench_eval [--bank 64000] [--queries 2500] [--images 8192] [--rounds 3]
+    python -m scripts.bench_eval [--bank 256000] [--queries 1000] [--images 8192] [--rounds 3]
 
 kNN: our exact search (fp32 candidates, checked in float64) beside FAISS's flat index and plain torch, on clustered
 random features of 512 numbers; told as core-hours of the whole of ImageNet-1K (1,281,167 x 50,000), which grow with
 bank x queries (but for the trial of both backends on a slice, by which `auto` chooses). Heads: one epoch of the whole
 grid of gcssl.eval.linear_probe for 100 classes beside a loop over its heads, each a torch.nn.Linear under
 torch.optim.SGD. Features: images/s of gcvit_xxtiny at 224 px, and what the probe's default grid and one head add to
-them, at 100 epochs for the ImageNet-1K train set.
+them, at 100 epochs for the ImageNet-1K train set. Fine-tuning: its step (1,000 classes, moving average of the weights)
+beside SimMIM's pretraining step of the same backbone and batch.
 One thread, seconds of this process's CPU (of the wall on a GPU); the ways alternate.
 """
 
@@ -22,11 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from gcssl.config import AugmentConfig
 from gcssl.eval.features import KINDS
+from gcssl.eval.finetune import Classifier, FinetuneOptions
 from gcssl.eval.knn import search
 from gcssl.eval.linear_probe import MOMENTUM, LinearProbeConfig, Plan, Setting, train_heads
 from gcssl.models.build import build_backbone
 from gcssl.runtime import entry, keep_freed_memory
+from gcssl.ssl.simmim import SimMIM, SimMIMConfig
 from scripts.timing import Step, alternate, device, markdown, ratios, write
 
 IMAGENET_TRAIN, IMAGENET_VAL = 1_281_167, 50_000
@@ -97,6 +101,35 @@ def feature_step(batch: int) -> Step:
     return run
 
 
+def training_steps(batch: int) -> dict[str, Step]:
+    """Forward, backward and what follows a step, without the optimizer, which both have."""
+    x, side = torch.randn(batch, 3, 224, 224, device=device()), 224 // 32
+    masks = torch.rand(batch, side, side, device=device()).argsort(-1) < round(0.6 * side)  # 4 of each row hidden
+    student, tuned = (build_backbone("gcvit_xxtiny", 224, classes) for classes in (0, 1000))
+    objectives: dict[str, tuple[nn.Module, dict[str, Any]]] = {
+        "SimMIM's pretraining": (
+            SimMIM(SimMIMConfig(mask_unit=32), student, AugmentConfig(), (224, 224), 1, 1),
+            {"views": [x], "masks": [masks]},
+        ),
+        "fine-tuning": (
+            Classifier(tuned, FinetuneOptions()),
+            {"image": x, "target": torch.arange(batch, device=device())},
+        ),
+    }
+
+    def step(objective: Any, given: dict[str, Any]) -> Step:
+        objective.to(device()).train()
+
+        def run() -> None:
+            objective(given, 0)["loss"].backward()
+            objective.after_step(0)
+            objective.zero_grad()
+
+        return run
+
+    return {name: step(*both) for name, both in objectives.items()}
+
+
 def rows_of(base: str, times: dict[str, list[float]], unit: str, scale: float) -> list[dict[str, Any]]:
     return [
         {"way": way, "seconds": statistics.median(own), "told": scale * statistics.median(own), "unit": unit,
@@ -107,8 +140,8 @@ def rows_of(base: str, times: dict[str, list[float]], unit: str, scale: float) -
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="bench_eval", description=__doc__.split("\n")[0])
-    parser.add_argument("--bank", type=int, default=64_000)
-    parser.add_argument("--queries", type=int, default=2_500)
+    parser.add_argument("--bank", type=int, default=256_000)
+    parser.add_argument("--queries", type=int, default=1_000)
     parser.add_argument("--images", type=int, default=8192, help="images of the heads' epoch, a multiple of 1024")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
@@ -134,10 +167,12 @@ def main(argv: list[str]) -> None:
     cost = {name: 100 * statistics.median(epoch[name]) / args.images for name in probe}  # s an image, 100 epochs
     whole = {name: IMAGENET_TRAIN * (forward + kinds * cost[name]) / 3600 for name, kinds in
              (("gcssl, one head", 1), ("gcssl, the grid of 12", len(KINDS)))}  # fmt: skip
+    training = alternate(training_steps(args.batch), args.rounds, warm=1)
+    rows += rows_of("SimMIM's pretraining", training, "s an image", 1 / args.batch)
     columns = {"way": "{way}", "seconds": "{seconds:.3f}", "": "{told:.2f} {unit}"}
     columns["ratio to the first (min-max)"] = "{speedup:.2f} ({speedup_min:.2f}-{speedup_max:.2f})"
     sys.stdout.write(f"bank {args.bank}, {args.queries} queries, {args.images} images, {device()}\n")
-    sys.stdout.write(f"{markdown(rows[:4], columns)}\n{markdown(rows[4:], columns)}\n")
+    sys.stdout.write(f"{markdown(rows[:4], columns)}\n{markdown(rows[4:7], columns)}\n{markdown(rows[7:], columns)}\n")
     one, grid = whole["gcssl, one head"], whole["gcssl, the grid of 12"]
     sys.stdout.write(
         f"features of gcvit_xxtiny, 224 px: {1 / forward:.1f} images/s; ImageNet-1K with one head of 100 epochs"

@@ -56,6 +56,9 @@ LINES: dict[str, dict[str, float]] = {
     "mae": {"knn/top1@20": 5.5, "linear/top1": 13.5},
     "simdino": {"knn/top1@20": 4.0},
     "byol": {"knn/top1@20": 4.5, "linear/top1": 9.0},
+    "dino": {"knn/top1@20": 8.5},
+    "ibot": {"knn/top1@20": 7.5},
+    "esvit": {"knn/top1@20": 9.0},
 }
 
 

@@ -4,7 +4,7 @@
 
 kNN: our exact search (fp32 candidates, checked in float64) beside FAISS's flat index and plain torch, on clustered
 random features of 512 numbers; told as core-hours of the whole of ImageNet-1K (1,281,167 x 50,000), which grow with
-bank x queries (but for the trial of both backends on a slice, by which `auto` chooses). Heads: one epoch of the whole
+bank x queries (`auto` takes the faster backend, by a trial on a slice). Heads: one epoch of the whole
 grid of gcssl.eval.linear_probe for 100 classes beside a loop over its heads, each a torch.nn.Linear under
 torch.optim.SGD. Features: images/s of gcvit_xxtiny at 224 px, and what the probe's default grid and one head add to
 them, at 100 epochs for the ImageNet-1K train set. Fine-tuning: its step (1,000 classes, moving average of the weights)
@@ -54,7 +54,7 @@ def knn_steps(n_bank: int, n_queries: int) -> dict[str, Step]:
     return {
         "FAISS IndexFlatIP": lambda: index.search(queries.cpu().numpy(), K),
         "torch, matmul and topk": lambda: [(part @ bank.T).topk(K, dim=1) for part in queries.split(256)],
-        "gcssl, backend auto": lambda: search(bank, queries, K),
+        "gcssl, backend faiss": lambda: search(bank, queries, K, "faiss"),
         "gcssl, backend torch": lambda: search(bank, queries, K, "torch"),
     }
 

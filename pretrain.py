@@ -20,7 +20,7 @@ from gcssl.badsteps import BadSteps
 from gcssl.beats import Beats
 from gcssl.checkpoint import list_checkpoints, write_backbone
 from gcssl.collapse import CollapseWatch
-from gcssl.config import CheckpointConfig, PretrainConfig, TrainConfig, load_config
+from gcssl.config import PretrainConfig, TrainConfig, load_config
 from gcssl.data import open_data
 from gcssl.errors import Preempted, UserError
 from gcssl.eval.online import OnlineProbe, evaluated_encoder, online_probe
@@ -34,7 +34,7 @@ from gcssl.runtime import StopSignal, entry, main_process_first, make_accelerato
 from gcssl.shard import check_shard, gathered, shard, whole, whole_tensor
 from gcssl.ssl.gather import average_
 from gcssl.ssl.objectives import OBJECTIVES
-from gcssl.state import RunState
+from gcssl.state import RunState, saves_at
 from gcssl.streams import DROP_PATH, INIT, MODEL
 
 
@@ -206,7 +206,7 @@ def fit(
             with log.pause():
                 probing = probe is not None and probe.due(step)
                 if step % sizes.steps_per_epoch == 0 or step == sizes.total_steps:
-                    show(objective, batch, step, log)
+                    show_batch(objective, batch, step, log)
                 if stopping or probing or step == sizes.total_steps or saves_at(step, cfg.checkpoint, sizes):
                     state.save(step, cfg.checkpoint, sizes.steps_per_epoch)
                 if stopping:
@@ -215,8 +215,7 @@ def fit(
                 if probe and probing:
                     measure(probe, objective, step, log, stop)
     say(log.summary())
-    if bad.seen:
-        say(bad.summary())
+    bad.summarise()
     accelerator.free_memory()  # another fit with this accelerator must not clip, scale or save what this one trained
 
 
@@ -231,12 +230,6 @@ def prepared(
         model = accelerator.prepare_model(objective, evaluation_mode=True)  # which leaves DDP out
         return model, accelerator.prepare_optimizer(optimizer)
     return accelerator.prepare(objective, optimizer)
-
-
-def saves_at(step: int, cfg: CheckpointConfig, sizes: Sizes) -> bool:
-    """Is there to be a checkpoint after `step`: each checkpoint.every, and those that are kept for ever?"""
-    periods = [max(1, round(cfg.every * sizes.steps_per_epoch)), (cfg.keep_every or 0) * sizes.steps_per_epoch]
-    return any(period and step % period == 0 for period in periods)
 
 
 def compile_encoders(objective: Any) -> None:
@@ -272,7 +265,7 @@ def measure(probe: OnlineProbe, objective: Any, step: int, log: RunLog, stop: St
     log.scalars(step, found)
 
 
-def show(objective: Any, batch: dict[str, Any], step: int, log: RunLog) -> None:
+def show_batch(objective: Any, batch: dict[str, Any], step: int, log: RunLog) -> None:
     """Original, hidden and reconstructed images, from objectives that reconstruct."""
     if hasattr(objective, "pictures"):
         with gathered(objective), torch.no_grad():

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from gcssl.augment import INTERPOLATIONS, ViewSpec, crop_resize, draw_view, normalize, pixels_of, resize_center_crop
 from gcssl.errors import UserError
-from gcssl.loader import AUGMENT, eval_loader
+from gcssl.loader import eval_loader
 from gcssl.log import say
 from gcssl.runtime import rng
+from gcssl.streams import AUGMENT
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

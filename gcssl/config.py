@@ -17,9 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gcssl.errors import UserError
-from gcssl.keys import Leaf, arms, check_limits, check_value, leaves, nearest, show
-from gcssl.keys import diff_configs as diff_configs
-from gcssl.keys import flatten as flatten
+from gcssl.keys import Leaf, arms, check_limits, check_value, flatten, leaves, nearest, show
 
 T = TypeVar("T")
 HELP = {"-h", "--help"}

@@ -103,8 +103,10 @@ class BadSamples:
         if sound != text and is_main_process():
             atomic_write(self.path, sound)
 
-    def summary(self) -> str:
-        return f"{len(self.seen)} of {self.n_images} images cannot be decoded and were replaced, listed in {self.path}"
+    def summarise(self) -> None:
+        if self.seen:
+            how_many = f"{len(self.seen)} of {self.n_images} images cannot be decoded"
+            say(f"{how_many} and were replaced, listed in {self.path}")
 
     def record(self, bad: list[BadSample], accelerator: Accelerator) -> None:
         """Called by every process together, whichever of them met the files."""

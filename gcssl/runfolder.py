@@ -14,9 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from gcssl.config import config_dict, diff_configs, read_yaml, to_yaml
+from gcssl.config import config_dict, read_yaml, to_yaml
 from gcssl.errors import UserError, is_main_process, outcome
 from gcssl.files import atomic_write
+from gcssl.keys import diff_configs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -193,10 +194,8 @@ class RunFolder:
         other_images = "data.path: other images (their number, class names or contents) than this run began with"
         told = {"data": other_images}
         if "global_batch" in changed:
-            told["global_batch"] = (
-                f"{old_facts['global_batch']} -> {self.facts['global_batch']} images a step, of processes x "
-                "train.batch_size x train.accumulate"
-            )
+            batches = f"{old_facts['global_batch']} -> {self.facts['global_batch']} images a step"
+            told["global_batch"] = f"global batch: {batches} (processes x train.batch_size x train.accumulate)"
         lines += [told.get(k, f"{k}: {old_facts[k]} -> {self.facts[k]}") for k in changed]
         for line in [line for line in lines if line.startswith(("objective.name: ", "model.name: "))]:
             section = line.partition(".")[0]  # whose other keys are those of another objective or model

@@ -15,6 +15,7 @@ from gcssl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors,
 from gcssl.config import CheckpointConfig
 from gcssl.errors import NumericStop, UserError
 from gcssl.files import atomic_write
+from gcssl.loader import Sizes
 from gcssl.log import say
 from gcssl.runfolder import RunFolder
 from gcssl.shard import whole
@@ -116,3 +117,9 @@ class RunState:
             save_checkpoint(folder, step, tensors, state, keep=2)
         except (OSError, UserError) as error:
             say(f"{folder}: not written: {error}")
+
+
+def saves_at(step: int, cfg: CheckpointConfig, sizes: Sizes) -> bool:
+    """Is there to be a checkpoint after `step`: each checkpoint.every, and those that are kept for ever?"""
+    periods = [max(1, round(cfg.every * sizes.steps_per_epoch)), (cfg.keep_every or 0) * sizes.steps_per_epoch]
+    return any(period and step % period == 0 for period in periods)

@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 import timm
 import torch
 
-from gcssl.checkpoint import load_checkpoint, read_backbone
-from gcssl.checkpoint import read_checkpoint as read_step
+from gcssl.checkpoint import load_checkpoint, read_backbone, read_checkpoint
 from gcssl.config import ModelConfig, read_yaml
 from gcssl.errors import UserError, one_line
 from gcssl.log import say
@@ -280,7 +279,7 @@ def _same_class(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def read_run(path: Path, encoder: str | None) -> Saved:
     """The encoder inside a run's checkpoint: the newest of a run folder, or the one given."""
-    loaded = read_step(path) if (path / "manifest.json").is_file() else load_checkpoint(path)
+    loaded = read_checkpoint(path) if (path / "manifest.json").is_file() else load_checkpoint(path)
     run = path if (path / "config.yaml").is_file() else path.parent.parent
     if loaded is None or not (run / "config.yaml").is_file():
         raise UserError(f"{path}: neither a run folder with a backbone or a checkpoint, nor an exported backbone")

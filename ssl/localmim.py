@@ -30,7 +30,7 @@ from gcssl.ssl.masking import (
     hide_pixels,
     make_mask_token,
 )
-from gcssl.ssl.targets import TARGETS, check_target, first_samples, show, target_head, target_loss
+from gcssl.ssl.targets import TARGETS, check_target, first_samples, reconstruction, target_head, target_loss
 
 
 @dataclass
@@ -97,8 +97,8 @@ class LocalMIM(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """What `show` makes of the last stage's prediction. The caller has put the module in eval mode."""
+        """What `reconstruction` makes of the last stage's prediction. The caller has put the module in eval mode."""
         few = first_samples(batch)
         x, mask = few["views"][0], few["masks"][0]
         pred = self.heads[-1](self.features(few)[-1])
-        return show(self.encoder, x, mask, hide_pixels(x, mask), pred, self.target, self.cells[-1])
+        return reconstruction(self.encoder, x, mask, hide_pixels(x, mask), pred, self.target, self.cells[-1])

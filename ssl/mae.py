@@ -25,7 +25,7 @@ from gcssl.models.build import Backbone
 from gcssl.models.decoders import TokenDecoder
 from gcssl.models.gcvit import GCViT
 from gcssl.ssl.masking import MaskedDraw, check_ratio, check_unit, hidden_count, hide_pixels, upsample_mask
-from gcssl.ssl.targets import first_samples, mse_hidden, norm_pixels, show
+from gcssl.ssl.targets import first_samples, mse_hidden, norm_pixels, reconstruction
 
 
 @dataclass
@@ -86,7 +86,7 @@ class MAE(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """What `show` makes of the first samples. The caller has put the module in eval mode."""
+        """What `reconstruction` makes of the first samples. The caller has put the module in eval mode."""
         few = first_samples(batch)
         x, mask = few["views"][0], few["masks"][0]
-        return show(self.encoder, x, mask, hide_pixels(x, mask), self.predict(few), "norm_pixels", self.unit)
+        return reconstruction(self.encoder, x, mask, hide_pixels(x, mask), self.predict(few), "norm_pixels", self.unit)

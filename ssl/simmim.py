@@ -17,7 +17,7 @@ from gcssl.config import AugmentConfig
 from gcssl.models.build import Backbone
 from gcssl.models.decoders import MapDecoder
 from gcssl.ssl.masking import MaskedDraw, check_ratio, check_unit, default_unit, hide_pixels, make_mask_token
-from gcssl.ssl.targets import HOG_CELL, TARGETS, check_target, first_samples, show, target_head, target_loss
+from gcssl.ssl.targets import HOG_CELL, TARGETS, check_target, first_samples, reconstruction, target_head, target_loss
 
 
 @dataclass
@@ -82,8 +82,8 @@ class SimMIM(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """What `show` makes of the first samples. The caller has put the module in eval mode."""
+        """What `reconstruction` makes of the first samples. The caller has put the module in eval mode."""
         few = first_samples(batch)
         x, mask = few["views"][0], few["masks"][0]
         seen = hide_pixels(x, mask, self.mask_color)
-        return show(self.encoder, x, mask, seen, self.head(self.features(few)), self.target, self.cell)
+        return reconstruction(self.encoder, x, mask, seen, self.head(self.features(few)), self.target, self.cell)

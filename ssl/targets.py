@@ -117,7 +117,7 @@ def first_samples(batch: dict[str, Any]) -> dict[str, Any]:
     return {key: [part[:N_PICTURES] for part in batch[key]] for key in ("views", "masks")}
 
 
-def show(
+def reconstruction(
     encoder: Any, x: Tensor, mask: Tensor, seen: Tensor, pred: Tensor | None, kind: str, cell: int
 ) -> dict[str, Tensor]:
     """original, hidden (`seen` by the encoder), reconstructed (the prediction in hidden units): n 3 H W, 0..1.

@@ -35,7 +35,7 @@ from gcssl.ssl.masking import (
     make_mask_token,
     upsample_mask,
 )
-from gcssl.ssl.targets import first_samples, mse_hidden, norm_pixels, show
+from gcssl.ssl.targets import first_samples, mse_hidden, norm_pixels, reconstruction
 
 
 @dataclass
@@ -121,11 +121,11 @@ class UMMAE(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """What `show` makes of the first samples; hidden: what the encoder sees, each unit in its place.
+        """What `reconstruction` makes of the first samples; hidden: what the encoder sees, each unit in its place.
 
         The caller has put the module in eval mode.
         """
         few = first_samples(batch)
         x, (mask, second) = few["views"][0], few["masks"][:2]
         seen = hide_pixels(x, mask | upsample_mask(second, *mask.shape[1:]))
-        return show(self.encoder, x, mask, seen, self.predict(few), "norm_pixels", self.unit)
+        return reconstruction(self.encoder, x, mask, seen, self.predict(few), "norm_pixels", self.unit)

@@ -312,7 +312,7 @@ def test_unlabelled_images_pretrain_without_a_probe(
     "more bad images than data.max_bad, a half-written list",
     "the run stops in one line, with all of them listed",
 )
-def test_bad_images_are_listed_and_too_many_stop_the_run(tmp_path: Path) -> None:
+def test_bad_images_are_listed_and_too_many_stop_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = write_images(tmp_path / "data", 24, classes=2, broken=2), tmp_path / "run"
     more = [f"data.path={data}", "train.batch_size=8", "train.steps=6"]
     with pytest.raises(UserError, match="data.max_bad=0.05: 2 of 24 images cannot be decoded"):
@@ -324,6 +324,8 @@ def test_bad_images_are_listed_and_too_many_stop_the_run(tmp_path: Path) -> None
     bad = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
     assert sorted(Path(one["path"]).name for one in bad) == ["00.png", "01.png"]
     assert all(one["reason"] and "\n" not in one["reason"] for one in bad)
+    assert lines(out)[-1]["bad_images"] == 2
+    assert "2 of 24 images cannot be decoded and were replaced" in capsys.readouterr().out
 
 
 @pytest.mark.slow

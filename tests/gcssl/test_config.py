@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gcssl.config import PretrainConfig, config_dict, diff_configs, load_config, to_yaml
+from gcssl.config import PretrainConfig, config_dict, load_config, to_yaml
 from gcssl.errors import UserError
+from gcssl.keys import diff_configs
 
 
 @dataclass

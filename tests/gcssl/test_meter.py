@@ -60,6 +60,8 @@ def test_each_bad_file_is_listed_once(accelerator, tmp_path: Path, capsys: pytes
     again = BadSamples(tmp_path, 100, 0.03)  # a resume
     again.record([(5, "e.png", "broken"), (7, "g.png", "broken")], accelerator)
     assert listed(tmp_path) == [2, 5, 7] and capsys.readouterr().out == ""
+    again.summarise()
+    assert "3 of 100 images cannot be decoded and were replaced" in capsys.readouterr().out
     with pytest.raises(UserError, match="data.max_bad=0.03: 4 of 100"):
         again.record([(9, "i.png", "broken")], accelerator)
 

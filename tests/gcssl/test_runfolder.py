@@ -140,7 +140,7 @@ def test_free_keys_may_change_and_the_batch_where_the_global_one_stays(tmp_path:
     new.runtime.timeout, new.out = 60, "elsewhere"
     with RunFolder(tmp_path, new, 8) as run:
         assert run.resumed
-    with pytest.raises(UserError, match="global_batch: 8 -> 16"), RunFolder(tmp_path, new, 16):
+    with pytest.raises(UserError, match="global batch: 8 -> 16 images a step"), RunFolder(tmp_path, new, 16):
         pass
     with pytest.raises(UserError, match="train.batch_size: 4 -> 8"), RunFolder(tmp_path, old):
         pass  # no global batch is told, so that the keys themselves must agree

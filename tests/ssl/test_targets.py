@@ -9,7 +9,16 @@ from torch import Tensor
 
 from gcssl.errors import UserError
 from gcssl.ssl.masking import upsample_mask
-from gcssl.ssl.targets import check_target, hog, make_target, mse_hidden, norm_pixels, show, target_loss, unit_moments
+from gcssl.ssl.targets import (
+    check_target,
+    hog,
+    make_target,
+    mse_hidden,
+    norm_pixels,
+    reconstruction,
+    target_loss,
+    unit_moments,
+)
 
 Make = Callable[..., Any]
 
@@ -121,5 +130,5 @@ def test_what_hog_cannot_do_is_refused() -> None:
 def test_a_perfect_prediction_of_normalised_pixels_shows_the_image(make_encoder: Make) -> None:
     encoder, x = make_encoder(), torch.rand(2, 3, 64, 64) * 0.5
     mask = torch.rand(2, 8, 8) < 0.5
-    shown = show(encoder, x, mask, x, norm_pixels(x, 8), "norm_pixels", 8)
+    shown = reconstruction(encoder, x, mask, x, norm_pixels(x, 8), "norm_pixels", 8)
     torch.testing.assert_close(shown["reconstructed"], shown["original"])

@@ -50,6 +50,8 @@ def online_probe(
 ) -> OnlineProbe | None:
     """The probe of a run, every eval.online_every epochs; None where it has no labels or wants none."""
     parts = probe_parts(cfg, images)
+    if parts and (few := len(parts[1])) < FEW:
+        say(f"the online kNN probe has only {few} held-out images: each is {100 / few:.1f} points")
     return parts and OnlineProbe(cfg, images, parts, accelerator, cfg.eval.online_every * steps_per_epoch)
 
 
@@ -63,8 +65,6 @@ def probe_parts(cfg: PretrainConfig, images: Images) -> Parts | None:
     bank, held = held_out(images)
     if not len(held):
         raise UserError("eval.online_every: with one image a class none can be held out; set eval.online_every=0")
-    if len(held) < FEW:
-        say(f"the online kNN probe has only {len(held)} held-out images: each is {100 / len(held):.1f} points")
     return bank, held
 
 

@@ -26,6 +26,15 @@ def test_images_without_labels_are_not_probed_and_that_is_said_where_a_probe_was
     assert ("the online kNN probe is skipped" in capsys.readouterr().out) == said
 
 
+def test_a_probe_of_few_images_says_how_coarse_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    accelerator: Any = None
+    for n, said in ((400, True), (4000, False)):
+        cfg = PretrainConfig()
+        cfg.data.path, cfg.data.shapes_n = "shapes", n
+        assert online.online_probe(cfg, open_data(cfg.data).train, accelerator, 1) is not None
+        assert ("only 20 held-out images: each is 5.0 points" in capsys.readouterr().out) == said
+
+
 def test_the_probe_asks_for_the_held_out_images_and_knows_only_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,10 +59,18 @@ def test_bad_images_and_small_classes(tmp_path: Path) -> None:
     (data / "train/class0/00.png").write_text("no image")
     patient = examine(config("simmim", f"data.path={data}", "train.batch_size=8", "data.max_bad=0.05"))
     found = doctor.check_images(patient)
-    assert found.verdict == "warn" and "1 cannot be decoded, the first" in found.told and "00.png" in found.told
+    assert found.verdict == "warn" and "1 cannot be decoded: " in found.told and "00.png" in found.told
     assert doctor.check_classes(patient).verdict == "warn"
     patient.cfg.data.max_bad = 0.01
     assert doctor.check_images(patient).verdict == "FAIL"
+    for i in range(1, 8):
+        (data / f"train/class0/{i:02d}.png").write_text("no image")
+    many = examine(
+        config("simmim", f"data.path={data}", "train.batch_size=8", "data.max_bad=0.01", "doctor.minutes=0.01")
+    )
+    told = doctor.check_images(many).told
+    assert told.count("class0/0") == 5 and "8 cannot be decoded: " in told and "and 3 more" in told
+    assert doctor.check_first_steps(many).verdict == "ok"  # the check above has told what is to be told
 
 
 def test_test_images_in_train_are_found_also_when_they_were_saved_again(tmp_path: Path) -> None:

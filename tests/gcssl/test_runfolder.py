@@ -132,6 +132,18 @@ def test_a_refused_first_start_does_not_bind_the_folder(tmp_path: Path) -> None:
         assert not run.resumed
 
 
+def test_another_objective_is_named_first_and_its_keys_are_not(tmp_path: Path) -> None:
+    old, new = config_dict(config(epochs=3)), config_dict(config(epochs=4))
+    old["objective"] = {"name": "joint", **{f"key{i}": i for i in range(12)}}
+    new["objective"] = {"name": "simclr"}
+    with RunFolder(tmp_path, old) as run:
+        (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n')
+        run.progress(2)
+    told = r"another config \(objective.name: joint -> simclr; train.epochs: 3 -> 4\)"
+    with pytest.raises(UserError, match=told), RunFolder(tmp_path, new):
+        pass
+
+
 def test_free_keys_may_change_and_the_batch_where_the_global_one_stays(tmp_path: Path) -> None:
     old = config(batch_size=8, accumulate=1)
     used(tmp_path, old, 8)

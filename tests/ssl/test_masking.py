@@ -44,6 +44,13 @@ def test_ratios_that_hide_nothing_or_all_are_refused(n: int, ratio: float) -> No
         check_ratio(n, ratio)
 
 
+def test_a_share_that_units_cannot_give_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    check_ratio(64, 0.6)
+    assert capsys.readouterr().out == ""
+    check_ratio(6, 0.75)
+    assert capsys.readouterr().out == "mask: 5 of 6 units are hidden, 0.83 for objective.mask_ratio=0.75\n"
+
+
 def test_masks_differ_between_samples_epochs_and_views_and_repeat_with_the_seed() -> None:
     keys = list(itertools.product(range(2), range(8), range(2)))  # epoch, sample, view
     first = [draw_mask(rng(0, *key), (8, 8), 0.6).tobytes() for key in keys]

@@ -106,6 +106,7 @@ def test_trying_a_model_out_leaves_nothing_behind() -> None:
 def test_a_teacher_that_keeps_its_biases_follows_its_student() -> None:
     student, x = wrapped("levit_128s"), torch.randn(1, 3, 64, 64)
     objective = BYOL(BYOLConfig(hidden_dim=8, out_dim=4, momentum=0.0), student, AugmentConfig(), (64, 64), 10**9, 1)
+    objective.eval()  # one image is no batch for its norms
     with torch.no_grad():
         objective.teacher(x)
         for name, parameter in student.named_parameters():

@@ -196,10 +196,8 @@ def fit(
             if values.pop("bad"):
                 bad.record(meter.take_bad(), accelerator)
             stopping = values.pop("stop") and step < sizes.total_steps
-            values |= schedules(objective, optimizer, step, sizes) | {
-                "skipped": bad_steps.skipped,
-                "bad_images": len(bad.seen),
-            }
+            values |= schedules(objective, optimizer, step, sizes)
+            values |= {"skipped": bad_steps.skipped, "bad_images": len(bad.seen)}
             if not fault and step > train.warmup_epochs * sizes.steps_per_epoch:
                 watch_collapse(step, values, watch, state, train.on_collapse == "stop")
             log.step(step, values, sizes.global_batch, meter.take_wait())

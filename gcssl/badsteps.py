@@ -21,6 +21,11 @@ from gcssl.log import say
 WINDOW = 128  # steps whose losses a spike is measured against; before there are as many nothing is one
 
 
+def tracked_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Its batch norms with running statistics, by name."""
+    return {name: m for name, m in model.named_modules() if getattr(m, "track_running_stats", False)}
+
+
 class BadSteps:
     """Judges each step, counts and lists the bad ones in `bad_steps.jsonl`, and puts back what a forward changed."""
 
@@ -29,7 +34,7 @@ class BadSteps:
         self.losses: list[float] = []  # spikes too, so that a new level is soon the normal one
         self.skipped = 0
         self.in_a_row: list[dict[str, Any]] = []  # what was listed of the bad steps since the last good one
-        self.norms = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
+        self.norms = list(tracked_norms(model).values())
         self.before: list[Tensor] = []
 
     @property

@@ -7,6 +7,8 @@ from typing import Self
 import torch
 from torch import nn
 
+from gcssl.badsteps import tracked_norms
+
 
 def momentum_copy(student: nn.Module) -> nn.Module:
     """A teacher that starts equal to `student`: a deep copy without drop path or gradients."""
@@ -20,13 +22,8 @@ def set_teaching(teacher: nn.Module, mode: bool) -> None:
     statistics of their own, as published: the student's are those of other weights.
     """
     teacher.eval()
-    for norm in own_statistics(teacher).values():
+    for norm in tracked_norms(teacher).values():
         norm.train(mode)
-
-
-def own_statistics(teacher: nn.Module) -> dict[str, nn.Module]:
-    """The batch norms with running statistics, by name."""
-    return {name: m for name, m in teacher.named_modules() if getattr(m, "track_running_stats", False)}
 
 
 @torch.no_grad()
@@ -39,7 +36,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, m: float) -> None:
         raise ValueError(f"teacher and student differ in parameters: {sorted(ours.keys() ^ theirs.keys())[:4]}")
     torch._foreach_lerp_(list(ours.values()), [theirs[name].detach() for name in ours], 1.0 - m)
     buffers = dict(student.named_buffers())
-    own = own_statistics(teacher)
+    own = tracked_norms(teacher)
     for name, buffer in teacher.named_buffers():
         if name.rpartition(".")[0] not in own:
             buffer.copy_(buffers[name])

@@ -30,7 +30,7 @@ class PrototypeConfig(MultiCropConfig):
     warmup_teacher_temp_epochs: float = 0.0
     freeze_last_layer_epochs: float = 1.0
     center_momentum: float = 0.9
-    koleo_weight: float = 0.0  # of `koleo`; DINOv2's is 0.1: short runs and small batches learn with it only
+    koleo_weight: float = 0.0  # of `koleo`; DINOv2's is 0.1 (what it does to short runs: docs/results/learning)
 
 
 class Center(nn.Module):

@@ -306,3 +306,9 @@ def test_a_crop_has_two_areas() -> None:
     for schema, key in ((FinetuneConfig, "finetune.scale"), (LinearProbeConfig, "scale")):
         with pytest.raises(UserError, match=f"^{key}: given .0.5., expected a list of 2 numbers"):
             load_config(schema, [f"{key}=[0.5]"])
+
+
+def test_a_misspelt_recipe_names_the_nearest_one(tmp_path: Path) -> None:
+    (tmp_path / "joint_nano.yaml").write_text("")
+    with pytest.raises(UserError, match=r"no such config file; .*; did you mean joint_nano.yaml\?$"):
+        load_config(PretrainConfig, [str(tmp_path / "joint_nan.yaml")])

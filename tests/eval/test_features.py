@@ -164,6 +164,7 @@ for protocol in ("cached", "augmented"):
         protocol=protocol, name=protocol, epochs=2, head_batch=16, lrs=[0.01, 0.03], **common)
     linear_probe.run(cfg, accelerator)
 accelerator.print("world", accelerator.num_processes)
+accelerator.end_training()  # leaves the process group, as the programs do
 """
 
 

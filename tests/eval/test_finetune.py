@@ -153,37 +153,20 @@ def test_nothing_of_a_fit_stays_with_the_accelerator(folder: Path, tmp_path: Pat
     assert accelerator._models == [] and accelerator._optimizers == []
 
 
-WORKER = """
-import sys
-from gcssl.runtime import quiet_libraries
-quiet_libraries()
-import torch
-from gcssl.config import load_config
-from gcssl.eval import finetune
-from gcssl.runtime import make_accelerator
-
-torch.set_num_threads(1)
-cfg = load_config(finetune.FinetuneConfig, sys.argv[1:])
-accelerator = make_accelerator(cfg.train, cfg.runtime)
-finetune.run(cfg, accelerator)
-accelerator.print("world", accelerator.num_processes)
-"""
-
-
 @pytest.mark.parametrize("augment", [pytest.param("light", marks=pytest.mark.slow), "full"])
 def test_two_processes_give_what_one_gives(augment: str, broken_folder: Path, tmp_path: Path) -> None:
-    """With mixing, one process needs the same micro-batches: two accumulated."""
-    (tmp_path / "worker.py").write_text(WORKER)
+    """The program itself. With mixing, one process needs the same micro-batches: two accumulated."""
     keys = ["backbone=none", f"data.path={broken_folder}", *SMALL, "model.drop_path=0.2", "train.steps=3",
             "train.global_batch=16", "data.max_bad=0.5", f"finetune.augment={augment}", "train.warmup_epochs=0",
             "train.blr=0.02"]  # fmt: skip
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     for world, command, batch in (("1", [sys.executable], 16 if augment == "light" else 8), ("2", torchrun, 8)):
-        command = [*command, str(tmp_path / "worker.py"), *keys, f"train.batch_size={batch}", f"out={tmp_path / world}"]
+        command = [*command, "-m", "gcssl.eval.finetune", *keys, f"train.batch_size={batch}", f"out={tmp_path / world}"]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert f"world {world}" in done.stdout
+        environment = json.loads((tmp_path / world / "finetune/env.json").read_text())
+        assert environment["processes"] == int(world)
     one, two = (load_file(tmp_path / world / "finetune/checkpoints/step_00000003/model.safetensors") for world in "12")
     for name, value in one.items():
         torch.testing.assert_close(

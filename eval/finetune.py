@@ -80,7 +80,7 @@ class FinetuneOptions:
     cutmix: float = 1.0
     smoothing: float = 0.1
     ema_decay: float = 0.9998
-    layer_decay: float | None = None  # None: 0.95 for a pretrained backbone, none for backbone=none
+    layer_decay: float | None = None  # null: 0.95 for a pretrained backbone, none for backbone=none
     holdout: bool = False  # train without the held-out slice of train and judge on it: for choosing settings
 
 
@@ -92,7 +92,7 @@ class FinetuneConfig:
     name: str | None = None  # the run and its result go to eval/<name>/
     out: str = ""  # result folder, needed where backbone is no run folder
     crop_pct: float = 1.0
-    interpolation: str | None = None  # of the test images; None: the backbone's
+    interpolation: str | None = None  # of the test images; null: the backbone's
     finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
     model: AskedModel = field(default_factory=lambda: AskedModel(drop_path=0.1))
     data: DataConfig = field(default_factory=AskedData)

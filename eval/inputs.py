@@ -56,13 +56,13 @@ class InputConfig:
 
     backbone: str = ""  # run folder, checkpoint, exported file, timm or NVlabs checkpoint, random or none
     compare: str | None = None  # a second backbone for the same evaluation in the same process
-    encoder: str | None = None  # student | teacher; None: the one the objective's paper evaluates
+    encoder: str | None = None  # null: the one the objective's paper evaluates
     name: str | None = None  # results go to eval/<name>/
     out: str = ""  # result folder, needed where backbone is no run folder
     model: AskedModel = field(default_factory=AskedModel)
     data: DataConfig = field(default_factory=AskedData)
-    crop_pct: float | None = None  # side of the centre crop / side of the resized image; None: the backbone's
-    interpolation: str | None = None  # None: the backbone's
+    crop_pct: float | None = None  # side of the centre crop / side of the resized image; null: the backbone's
+    interpolation: str | None = None  # null: the backbone's
     precision: str = field(default="fp32", metadata={"choices": PRECISIONS})
     batch_size: int = 256  # images a process and forward pass
     seed: int = 0

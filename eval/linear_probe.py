@@ -40,7 +40,7 @@ LR_BASE = 256  # the lr of the grid is for this batch
 @dataclass
 class LinearProbeConfig(InputConfig):
     protocol: str = field(default="cached", metadata={"choices": PROTOCOLS})
-    epochs: int | None = None  # None: 100 cached, 90 augmented
+    epochs: int | None = None  # null: 100 cached, 90 augmented
     head_batch: int = 1024  # images a step of the heads, capped at the images there are
     lrs: list[float] = field(default_factory=lambda: [0.001, 0.003, 0.01, 0.03, 0.1, 0.3])  # at a batch of 256
     weight_decays: list[float] = field(default_factory=lambda: [0.0, 1e-3])

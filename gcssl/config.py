@@ -27,44 +27,44 @@ HELP = {"-h", "--help"}
 class ModelConfig:
     name: str = "gcvit_nano"
     img_size: Any = 64  # side, or [height, width], in pixels
-    drop_path: float = 0.0
-    window_ratio: list[int] | None = None  # a stage's window = side / ratio tokens; None: (32, 32, 16, 32)
+    drop_path: float = 0.0  # rate of the last block; rises linearly from 0
+    window_ratio: list[int] | None = None  # a stage's window = side / ratio tokens; null: (32, 32, 16, 32)
     bias_resize: str = "bicubic"  # bicubic: same fraction of the window; crop: same token distance
     in_chans: int = 3
-    grad_checkpointing: bool = False
+    grad_checkpointing: bool = False  # less memory, a third more time
     weights: str | None = None  # run folder, checkpoint or file to start a new run from
 
 
 @dataclass
 class DataConfig:
-    path: str = "shapes"
-    train_split: str | None = None
-    val_split: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
+    path: str = "shapes"  # folder, files or name of a data set; shapes: generated images
+    train_split: str | None = None  # null: found by its name
+    val_split: str | None = None  # of the evaluations; null: found by its name
+    image_column: str | None = None  # null: found by type and name
+    label_column: str | None = None  # null: found by type and name; pretraining needs none
     val_labels: str | None = None  # label file of a flat ImageNet val/ folder
-    workers: int = 4
+    workers: int = 4  # of each process
     max_bad: float = 0.01  # share of undecodable images above which the run stops
     timeout: int = 300  # seconds a loader worker may take for one batch
-    cache_dir: str | None = None
+    cache_dir: str | None = None  # for what must be converted or unpacked; null: that of datasets
     shapes_n: int = 10_000  # training images of the generated set; its test split has a fifth of it
 
 
 @dataclass
 class AugmentConfig:
-    """Overrides of the objective's published view parameters; None keeps them."""
+    """Overrides of the objective's published view parameters; null keeps them."""
 
     where: str = "device"  # colour, blur, solarise: on the device in batches, or on the worker
     colour: str = "exact"  # jitter as torchvision's; fast: by one matrix an image, clamped once
     scale: list[float] | None = None  # smallest and largest share of the image's area in a crop
     ratio: list[float] | None = None  # smallest and largest width / height of a crop
-    flip_p: float | None = None
-    jitter_p: float | None = None
+    flip_p: float | None = None  # chance of the mirror image
+    jitter_p: float | None = None  # chance of a jitter of the colours
     jitter: list[float] | None = None  # brightness, contrast, saturation, hue
-    gray_p: float | None = None
-    blur_p: list[float] | None = None  # one a view
+    gray_p: float | None = None  # chance of a grey image
+    blur_p: list[float] | None = None  # chances, one a view
     blur_sigma: list[float] | None = None  # smallest and largest, in pixels
-    solarize_p: list[float] | None = None  # one a view
+    solarize_p: list[float] | None = None  # chances, one a view
     interpolation: str | None = None
 
 
@@ -73,11 +73,11 @@ class TrainConfig:
     epochs: int = 100
     steps: int | None = None  # when set, wins over epochs
     batch_size: int = 128  # per process and micro-batch
-    global_batch: int | None = None  # None: batch_size x processes x accumulate
-    accumulate: int = 1  # derived when global_batch is set
+    global_batch: int | None = None  # null: batch_size x processes x accumulate
+    accumulate: int = 1  # micro-batches a step; derived when global_batch is set
     optimizer: str = "adamw"
     blr: float = 1.5e-4  # peak learning rate at lr_base images a step
-    lr_rule: str = "linear"  # linear | sqrt | none
+    lr_rule: str = "linear"  # blr x global batch / lr_base, its root, or blr as it is
     lr_base: int = 256
     min_lr: float = 0.0  # the schedule's end, not scaled by the batch
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -85,12 +85,12 @@ class TrainConfig:
     weight_decay_end: float | None = None  # a cosine from weight_decay to it; null: constant
     warmup_epochs: float = 10.0
     clip_grad: float | None = None  # largest norm of the whole gradient; null or 0: none
-    precision: str = "fp32"  # fp32 | bf16 | fp16
-    compile: bool = False
+    precision: str = "fp32"
+    compile: bool = False  # by torch.compile; prints what it gains
     shard: bool = False  # gradients and optimizer state over the processes (FSDP2)
-    deterministic: bool = False
+    deterministic: bool = False  # only kernels that give the same bits each time
     max_hours: float | None = None  # of training, then a checkpoint and exit code 75
-    on_collapse: str = "warn"  # warn | stop, with exit code 78
+    on_collapse: str = "warn"  # stop: with exit code 78
     spike_sigma: float | None = 6.0  # skip losses so many deviations above the last 128 steps'; null: none
     max_bad_steps: int = 5  # skipped ones in a row that stop the run, with exit code 78
     seed: int = 0
@@ -99,7 +99,7 @@ class TrainConfig:
 @dataclass
 class EvalConfig:
     online_every: int = 10  # epochs between online kNN probes; 0: never
-    backend: str = "auto"  # auto | faiss | torch
+    backend: str = "auto"  # of kNN; auto: what is right and faster on a slice
 
 
 @dataclass
@@ -116,15 +116,15 @@ class LogConfig:
 @dataclass
 class CheckpointConfig:
     every: float = 1.0  # epochs; at least one optimizer step
-    keep: int = 2
+    keep: int = 2  # newest checkpoints that are not pruned
     keep_every: int | None = None  # epochs whose checkpoints are never pruned
-    on_error: str = "stop"  # stop | warn and train on, where one cannot be written
+    on_error: str = "stop"  # where one cannot be written; warn: and train on
 
 
 @dataclass
 class PretrainConfig:
-    out: str = ""
-    encoder: str | None = None  # student | teacher; None: the one the objective's paper evaluates
+    out: str = ""  # run folder, made or gone on with
+    encoder: str | None = None  # evaluated and exported; null: the one the objective's paper evaluates
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: Any = None  # the dataclass of objective.name
     data: DataConfig = field(default_factory=DataConfig)
@@ -143,7 +143,7 @@ def load_config(schema: type[T], argv: list[str], objectives: dict[str, type] | 
     argv: paths of yaml files first, then key=value; what comes later wins. objectives: name -> config
     dataclass, of which objective.name chooses the type of the `objective` key. `${oc.env:...}` is refused
     unless the command line itself (not a yaml) has allow_env=true. With --help among argv it prints the program's
-    docstring and every key with its value in the yaml files, or its default, and exits with 0.
+    docstring and every key with its value in the yaml files, or its default, and its comment, and exits with 0.
     """
     paths, pairs = _split([argument for argument in argv if argument not in HELP])
     raw = [(str(path), read_yaml(path)) for path in paths]
@@ -204,7 +204,10 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
 
 
 def _help(known: dict[str, Leaf], values: dict[str, Any]) -> str:
-    lines = [f"  {key}={show(values.get(key, leaf.default))}  ({leaf.expected()})" for key, leaf in known.items()]
+    lines = [
+        f"  {key}={show(values.get(key, leaf.default))}  ({leaf.expected()})" + (leaf.meaning and f"  {leaf.meaning}")
+        for key, leaf in known.items()
+    ]
     return "\n".join([(sys.modules["__main__"].__doc__ or "").strip(), "", "[file.yaml ...] key=value ...", *lines, ""])
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import inspect
 import json
 import math
 import re
@@ -112,11 +113,12 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Leaf:
-    """What is known of one key: its annotation, default and choices."""
+    """What is known of one key: its annotation, default, choices and the comment beside it."""
 
     kind: Any
     default: Any
     choices: tuple[str, ...]
+    meaning: str
 
     def expected(self) -> str:
         return "one of " + ", ".join(self.choices) if self.choices else _type_name(self.kind)
@@ -124,7 +126,7 @@ class Leaf:
 
 def leaves(config: Any, prefix: str = "") -> dict[str, Leaf]:
     """Every key that can be set, by its full name."""
-    kinds = typing.get_type_hints(type(config))
+    kinds, meanings = typing.get_type_hints(type(config)), _comments(type(config))
     found: dict[str, Leaf] = {}
     for item in dataclasses.fields(config):
         key, value = prefix + item.name, getattr(config, item.name)
@@ -132,7 +134,15 @@ def leaves(config: Any, prefix: str = "") -> dict[str, Leaf]:
             found |= leaves(value, key + ".")
         else:
             choices = item.metadata.get("choices", CHOICES.get(key, ()))
-            found[key] = Leaf(kinds[item.name], value, tuple(choices))
+            found[key] = Leaf(kinds[item.name], value, tuple(choices), meanings.get(item.name, ""))
+    return found
+
+
+def _comments(schema: type) -> dict[str, str]:
+    """Each field's comment in the source of its dataclass, which is all that --help knows of what a key means."""
+    found: dict[str, str] = {}
+    for parent in reversed(schema.__mro__[:-1]):
+        found |= dict(re.findall(r"^    (\w+): .*  # (?!type:)(.+)$", inspect.getsource(parent), re.MULTILINE))
     return found
 
 

@@ -32,7 +32,7 @@ Shape = Sequence[int]
 @dataclass
 class PlanOptions:
     processes: int = 1  # GPUs, or processes on CPUs
-    images_per_s: float | None = None  # of one process; None: measured here
+    images_per_s: float | None = None  # of one process; null: measured here
     minutes: float = 0.5  # of real training, to measure it
     efficiency: float = 0.9  # share of that speed which a process keeps beside others
     price: float | None = None  # of one process for one hour

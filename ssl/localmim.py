@@ -37,7 +37,7 @@ from gcssl.ssl.targets import TARGETS, check_target, first_samples, reconstructi
 class LocalMIMConfig:
     name: str = "localmim"
     mask_ratio: float = 0.75
-    mask_unit: int | None = None  # pixels; None: 32 from 192 px up, 16 from 96, 8 below
+    mask_unit: int | None = None  # pixels; null: 32 from 192 px up, 16 from 96, 8 below
     target: str = field(default="norm_pixels", metadata={"choices": TARGETS})
 
 

@@ -24,7 +24,7 @@ from gcssl.ssl.targets import HOG_CELL, TARGETS, check_target, first_samples, re
 class SimMIMConfig:
     name: str = "simmim"
     mask_ratio: float = 0.6
-    mask_unit: int | None = None  # pixels; None: 32 from 192 px up, 16 from 96, 8 below
+    mask_unit: int | None = None  # pixels; null: 32 from 192 px up, 16 from 96, 8 below
     target: str = field(default="pixels", metadata={"choices": TARGETS})
     fill: str = field(default="zero", metadata={"choices": ("zero", "learned")})  # of hidden pixels
     decoder_dim: int = 256

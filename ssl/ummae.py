@@ -41,7 +41,7 @@ from gcssl.ssl.targets import first_samples, mse_hidden, norm_pixels, reconstruc
 @dataclass
 class UMMAEConfig:
     name: str = "ummae"
-    mask_unit: int | None = None  # pixels; None: 16 from 96 px up, 8 below
+    mask_unit: int | None = None  # pixels; null: 16 from 96 px up, 8 below
     secondary_ratio: float = 0.25  # of the kept units
     decoder_dim: int = 512
     decoder_depth: int = 2

@@ -8,7 +8,10 @@ import pytest
 
 from gcssl.config import PretrainConfig, config_dict, load_config, to_yaml
 from gcssl.errors import UserError
-from gcssl.keys import diff_configs
+from gcssl.eval.knn import KnnConfig
+from gcssl.keys import diff_configs, leaves
+from gcssl.ssl.dino import DINOConfig
+from gcssl.ssl.ibot import IBOTConfig
 
 
 @dataclass
@@ -54,16 +57,24 @@ def test_help_lists_every_key_with_its_default_or_what_the_recipe_sets(
         load("--help")
     lines = capsys.readouterr().out.splitlines()
     assert left.value.code == 0 and "  train.epochs=100  (a whole number)" in lines
-    assert (
-        "  objective.mask_ratio=0.6  (a number)" in lines and "  model.img_size=64  (a side or [height,width])" in lines
-    )
+    assert "  objective.mask_ratio=0.6  (a number)" in lines
+    assert "  model.img_size=64  (a side or [height,width])  side, or [height, width], in pixels" in lines
     path = tmp_path / "x.yaml"
     path.write_text("train.epochs: 7\nmodel: {img_size: [64, 96]}\n")
     with pytest.raises(SystemExit):
         load(str(path), "--help")
     lines = capsys.readouterr().out.splitlines()
     assert "  train.epochs=7  (a whole number)" in lines
-    assert "  model.img_size=[64, 96]  (a side or [height,width])" in lines
+    assert any(line.startswith("  model.img_size=[64, 96]  (a side or [height,width])") for line in lines)
+
+
+def test_help_says_what_a_key_means_where_its_dataclass_or_one_above_it_has_a_comment() -> None:
+    assert leaves(DINOConfig())["student_temp"].meaning == ""
+    assert leaves(DINOConfig())["out_dim"].meaning == "prototypes"  # of PrototypeConfig
+    assert leaves(IBOTConfig())["out_dim"].meaning == "of the one head for views and regions"
+    asked = leaves(KnnConfig())
+    assert asked["data.workers"].meaning == "of each process"  # not the type: ignore of AskedData
+    assert all("type:" not in leaf.meaning for leaf in asked.values())
 
 
 def test_layers_later_wins(tmp_path: Path) -> None:

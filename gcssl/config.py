@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gcssl.errors import UserError
-from gcssl.keys import Leaf, arms, check_limits, check_value, flatten, leaves, nearest, show
+from gcssl.keys import Leaf, arms, check_limits, check_value, flatten, leaves, meanings, nearest, show
 
 T = TypeVar("T")
 HELP = {"-h", "--help"}
@@ -77,7 +77,7 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches a step; derived when global_batch is set
     optimizer: str = "adamw"
     blr: float = 1.5e-4  # peak learning rate at lr_base images a step
-    lr_rule: str = "linear"  # blr x global batch / lr_base, its root, or blr as it is
+    lr_rule: str = "linear"  # lr = blr x global batch / lr_base, x its root, or blr
     lr_base: int = 256
     min_lr: float = 0.0  # the schedule's end, not scaled by the batch
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -86,7 +86,7 @@ class TrainConfig:
     warmup_epochs: float = 10.0
     clip_grad: float | None = None  # largest norm of the whole gradient; null or 0: none
     precision: str = "fp32"
-    compile: bool = False  # by torch.compile; prints what it gains
+    compile: bool = False  # by torch.compile; the doctor says what it gains
     shard: bool = False  # gradients and optimizer state over the processes (FSDP2)
     deterministic: bool = False  # only kernels that give the same bits each time
     max_hours: float | None = None  # of training, then a checkpoint and exit code 75
@@ -153,7 +153,7 @@ def load_config(schema: type[T], argv: list[str], objectives: dict[str, type] | 
     known = leaves(default)
     if HELP & set(argv):
         values = {key: value for _, layer in raw for key, value in flatten(layer, stop=known).items()}
-        sys.stdout.write(_help(known, values))
+        sys.stdout.write(_help(known, values, meanings(default)))
         raise SystemExit(0)
     layers = raw + [("", _nest(key, _parse(key, text, known))) for key, text in pairs]
     layers = [(source, _at_home(layer)) for source, layer in layers]
@@ -203,9 +203,9 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     return _expand({str(key): value for key, value in content.items()})
 
 
-def _help(known: dict[str, Leaf], values: dict[str, Any]) -> str:
+def _help(known: dict[str, Leaf], values: dict[str, Any], comments: dict[str, str]) -> str:
     lines = [
-        f"  {key}={show(values.get(key, leaf.default))}  ({leaf.expected()})" + (leaf.meaning and f"  {leaf.meaning}")
+        f"  {key}={show(values.get(key, leaf.default))}  ({leaf.expected()})  {comments.get(key, '')}".rstrip()
         for key, leaf in known.items()
     ]
     return "\n".join([(sys.modules["__main__"].__doc__ or "").strip(), "", "[file.yaml ...] key=value ...", *lines, ""])

@@ -1,5 +1,6 @@
 """Config keys: which exist, what each may hold, and the one line that says so to who got it wrong."""
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -18,7 +19,7 @@ from gcssl.errors import UserError
 # its own: field(default=..., metadata={"choices": (...)}).
 CHOICES = {
     "encoder": ("student", "teacher"),
-    "format": ("timm", "torch"),
+    "format": ("timm", "torch", "onnx"),
     "model.bias_resize": ("bicubic", "crop"),
     "augment.where": ("device", "worker"),
     "augment.colour": ("exact", "fast"),
@@ -113,12 +114,11 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Leaf:
-    """What is known of one key: its annotation, default, choices and the comment beside it."""
+    """What is known of one key: its annotation, default and choices."""
 
     kind: Any
     default: Any
     choices: tuple[str, ...]
-    meaning: str
 
     def expected(self) -> str:
         return "one of " + ", ".join(self.choices) if self.choices else _type_name(self.kind)
@@ -126,7 +126,7 @@ class Leaf:
 
 def leaves(config: Any, prefix: str = "") -> dict[str, Leaf]:
     """Every key that can be set, by its full name."""
-    kinds, meanings = typing.get_type_hints(type(config)), _comments(type(config))
+    kinds = typing.get_type_hints(type(config))
     found: dict[str, Leaf] = {}
     for item in dataclasses.fields(config):
         key, value = prefix + item.name, getattr(config, item.name)
@@ -134,15 +134,20 @@ def leaves(config: Any, prefix: str = "") -> dict[str, Leaf]:
             found |= leaves(value, key + ".")
         else:
             choices = item.metadata.get("choices", CHOICES.get(key, ()))
-            found[key] = Leaf(kinds[item.name], value, tuple(choices), meanings.get(item.name, ""))
+            found[key] = Leaf(kinds[item.name], value, tuple(choices))
     return found
 
 
-def _comments(schema: type) -> dict[str, str]:
-    """Each field's comment in the source of its dataclass, which is all that --help knows of what a key means."""
+def meanings(config: Any, prefix: str = "") -> dict[str, str]:
+    """What --help says of each key: the comment beside it in its dataclass, or in one of the `parts` of its class."""
     found: dict[str, str] = {}
-    for parent in reversed(schema.__mro__[:-1]):
-        found |= dict(re.findall(r"^    (\w+): .*  # (?!type:)(.+)$", inspect.getsource(parent), re.MULTILINE))
+    for schema in [base for one in (*getattr(config, "parts", ()), type(config)) for base in reversed(one.__mro__)]:
+        with contextlib.suppress(OSError, TypeError):  # no source: object, or a class that was put together
+            comments = re.findall(r"^    (\w+): .*  # (?!type:)(.+)$", inspect.getsource(schema), re.MULTILINE)
+            found |= {prefix + name: comment for name, comment in comments}
+    for item in dataclasses.fields(config):
+        if dataclasses.is_dataclass(value := getattr(config, item.name)):
+            found |= meanings(value, f"{prefix}{item.name}.")
     return found
 
 

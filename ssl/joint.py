@@ -7,7 +7,7 @@ the student instead of three. The pooled feature of view 1 is then the mean of t
 
 import dataclasses
 from dataclasses import dataclass, field, make_dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -69,6 +69,7 @@ def part_keys() -> list[tuple[str, Any, Any]]:
 class JointConfig(make_dataclass("PartKeys", part_keys())):  # type: ignore[misc]
     """The parts' own keys stand here too."""
 
+    parts: ClassVar = [schema for _, schema in (MASKED | VIEW).values()]
     name: str = "joint"
     masked: str = "simmim"
     view: str = "mocov3"

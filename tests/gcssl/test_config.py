@@ -9,9 +9,10 @@ import pytest
 from gcssl.config import PretrainConfig, config_dict, load_config, to_yaml
 from gcssl.errors import UserError
 from gcssl.eval.knn import KnnConfig
-from gcssl.keys import diff_configs, leaves
+from gcssl.keys import diff_configs, leaves, meanings
 from gcssl.ssl.dino import DINOConfig
 from gcssl.ssl.ibot import IBOTConfig
+from gcssl.ssl.joint import JointConfig
 
 
 @dataclass
@@ -68,13 +69,17 @@ def test_help_lists_every_key_with_its_default_or_what_the_recipe_sets(
     assert any(line.startswith("  model.img_size=[64, 96]  (a side or [height,width])") for line in lines)
 
 
-def test_help_says_what_a_key_means_where_its_dataclass_or_one_above_it_has_a_comment() -> None:
-    assert leaves(DINOConfig())["student_temp"].meaning == ""
-    assert leaves(DINOConfig())["out_dim"].meaning == "prototypes"  # of PrototypeConfig
-    assert leaves(IBOTConfig())["out_dim"].meaning == "of the one head for views and regions"
-    asked = leaves(KnnConfig())
-    assert asked["data.workers"].meaning == "of each process"  # not the type: ignore of AskedData
-    assert all("type:" not in leaf.meaning for leaf in asked.values())
+def test_help_says_what_a_key_means_where_a_dataclass_has_a_comment_beside_it() -> None:
+    assert "student_temp" not in meanings(DINOConfig())
+    assert meanings(DINOConfig())["out_dim"] == "prototypes"  # of PrototypeConfig
+    assert meanings(IBOTConfig())["out_dim"] == "of the one head for views and regions"
+    asked = meanings(KnnConfig())
+    assert asked["data.workers"] == "of each process"  # not the type: ignore of AskedData
+    assert not any("type:" in meaning for meaning in asked.values())
+    joint = meanings(JointConfig())  # whose keys are those of its parts, in a class without source
+    assert joint["secondary_ratio"] == "of the kept units" and joint["weights"] == "of masked, of view"
+    assert joint["local_size"] == "their side in pixels"  # of a class above a part's
+    assert leaves(JointConfig()).keys() > joint.keys()
 
 
 def test_layers_later_wins(tmp_path: Path) -> None:

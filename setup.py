@@ -4,6 +4,8 @@ from setuptools import find_namespace_packages, setup
 
 FAISS_GPU = "platform_system == 'Linux' and platform_machine == 'x86_64'"
 
+ONNX = ["onnx", "onnxscript", "onnxruntime"]
+
 setup(
     name="gcssl",
     version="0.1.0",
@@ -27,5 +29,8 @@ setup(
         f"faiss-gpu>=1.14; {FAISS_GPU}",
         "faiss-cpu>=1.14; platform_system != 'Linux' or platform_machine != 'x86_64'",
     ],
-    extras_require={"dev": ["pytest>=8", "pytest-xdist", "ruff>=0.8", "mypy>=1.13", "setuptools>=75", "wheel"]},
+    extras_require={
+        "onnx": ONNX,
+        "dev": ["pytest>=8", "pytest-xdist", "ruff>=0.8", "mypy>=1.13", "setuptools>=75", "wheel", *ONNX],
+    },
 )

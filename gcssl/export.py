@@ -2,8 +2,9 @@
 
 timm: a folder with model.safetensors, config.json and README.md. timm.create_model("local-dir:<folder>",
 pretrained=True) loads it; for the variants that timm's registry lacks, README.md has the two lines that build
-timm's own class from config.json. torch: a .pt state dict with its description in a .json beside it.
-Either is written under a temporary name, read back, compared with the backbone, and only then given its name.
+timm's own class from config.json. torch: a .pt state dict with its description in a .json beside it. onnx: one file
+that takes any number of images of the backbone's size, with the description in its metadata.
+Each is written under a temporary name, read back, compared with the backbone, and only then given its name.
 """
 
 import json
@@ -31,17 +32,18 @@ from gcssl.models.timm_backbone import timm_cfg
 from gcssl.runtime import entry
 
 TOLERANCE = 2e-5  # largest difference of an output, relative to the outputs' scale
+SUFFIXES = {"torch": (".pt", ".pth"), "onnx": (".onnx",)}
 # timm's entry points set depths and num_heads themselves (and more) and take no others
 TIMM_HAS = ("gcvit_xxtiny", "gcvit_xtiny", "gcvit_tiny", "gcvit_small", "gcvit_base")
-ENTRY_ARGS = ("img_size", "window_ratio", "num_classes", "in_chans")
+ENTRY_ARGS = ("img_size", "window_ratio", "in_chans")  # num_classes stands beside them: transformers gives its own
 CLASS_ARGS = (*ENTRY_ARGS, "embed_dim", "depths", "num_heads", "mlp_ratio", "layer_scale")
 
 
 @dataclass
 class ExportConfig:
     backbone: str = ""  # as in load_backbone: run folder, checkpoint, file, random
-    format: str = "timm"
-    out: str = ""  # a new folder (timm) or a new .pt file (torch)
+    format: str = "timm"  # of the result; onnx needs gcssl[onnx]
+    out: str = ""  # a new folder (timm) or a new .pt or .onnx file
     encoder: str | None = None
     model: ModelConfig = field(default_factory=AskedModel)
     allow_env: bool = False
@@ -52,15 +54,15 @@ def export(cfg: ExportConfig) -> Path:
     if not cfg.backbone or not cfg.out:
         raise UserError("expected backbone=<run folder, checkpoint or file> and out=<what to write>")
     out = Path(cfg.out)
-    if cfg.format == "torch" and out.suffix not in (".pt", ".pth"):
-        raise UserError(f"out={cfg.out}: expected a file name that ends in .pt")
+    if out.suffix not in SUFFIXES.get(cfg.format, (out.suffix,)):
+        raise UserError(f"out={cfg.out}: expected a file name that ends in {SUFFIXES[cfg.format][0]}")
     for path in (out, out.with_suffix(".json")) if cfg.format == "torch" else (out,):
         if path.exists():
             raise UserError(f"out={cfg.out}: {path} is already there; choose a new name or remove it")
     backbone, info = load_backbone(cfg.backbone, cfg.model, cfg.encoder)
     backbone.eval()
     out.parent.mkdir(parents=True, exist_ok=True)
-    difference = (export_timm if cfg.format == "timm" else export_torch)(backbone, info, out)
+    difference = {"timm": export_timm, "torch": export_torch, "onnx": export_onnx}[cfg.format](backbone, info, out)
     parameters = sum(p.numel() for p in backbone.parameters())
     say(f"{out}: {backbone.name}, {parameters:,} parameters; outputs read back differ by {difference:.1e}")
     return out
@@ -124,7 +126,8 @@ def builders(config: dict[str, Any]) -> list[Callable[[Path], nn.Module]]:
         return timm.create_model(f"local-dir:{folder}", pretrained=True)
 
     def from_class(folder: Path) -> nn.Module:
-        model = GlobalContextVit(**json.loads((folder / "config.json").read_text())["model_args"])
+        config = json.loads((folder / "config.json").read_text())
+        model = GlobalContextVit(num_classes=config["num_classes"], **config["model_args"])
         model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
         return model
 
@@ -133,26 +136,24 @@ def builders(config: dict[str, Any]) -> list[Callable[[Path], nn.Module]]:
 
 def largest_difference(backbone: Backbone, other: nn.Module) -> float:
     """Largest relative difference of outputs and features of two images; UserError above TOLERANCE."""
-    images = torch.rand(
-        2, backbone.model_args["in_chans"], *backbone.img_size, generator=torch.Generator().manual_seed(0)
-    )
-    device = next(backbone.parameters()).device
-    ours: nn.Module = backbone if isinstance(backbone, GCViT) else backbone.model
-    worst = 0.0
+    images = _images(backbone, 2)
+    ours: Any = backbone if isinstance(backbone, GCViT) else backbone.model
+    theirs: Any = other.eval()
     with torch.no_grad():
-        for a, b in (
-            (ours(images.to(device)), other.eval()(images)),
-            (_features(ours, images.to(device)), _features(other, images)),
-        ):
-            difference = ((a.cpu() - b).abs().max() / b.abs().max().clamp(min=1e-12)).item()
-            if not difference <= TOLERANCE:  # also when it is not a number
-                raise UserError(f"{backbone.name}: outputs read back differ by {difference:.1e}; not written")
-            worst = max(worst, difference)
-    return worst
+        outputs = _difference(backbone, ours(images), theirs(images))
+        return max(outputs, _difference(backbone, ours.forward_features(images), theirs.forward_features(images)))
 
 
-def _features(model: Any, images: Tensor) -> Tensor:
-    return model.forward_features(images)
+def _images(backbone: Backbone, count: int) -> Tensor:
+    size = (count, backbone.model_args["in_chans"], *backbone.img_size)
+    return torch.rand(size, generator=torch.Generator().manual_seed(0))
+
+
+def _difference(backbone: Backbone, a: Tensor, b: Tensor) -> float:
+    difference = ((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item()
+    if not difference <= TOLERANCE:  # also when it is not a number
+        raise UserError(f"{backbone.name}: outputs read back differ by {difference:.1e}; not written")
+    return difference
 
 
 def readme(config: dict[str, Any], name: str) -> str:
@@ -170,7 +171,8 @@ def readme(config: dict[str, Any], name: str) -> str:
             "import json",
         ]
         lines += ["import safetensors.torch", "from timm.models.gcvit import GlobalContextVit"]
-        lines += [f'model = GlobalContextVit(**json.load(open("{name}/config.json"))["model_args"])']
+        lines += [f'config = json.load(open("{name}/config.json"))']
+        lines += ['model = GlobalContextVit(num_classes=config["num_classes"], **config["model_args"])']
         lines += [f'model.load_state_dict(safetensors.torch.load_file("{name}/model.safetensors"))', "```"]
         lines += ["", "After `import gcssl` its registry has it too:"]
     lines += ["", "```python", "import timm"]
@@ -198,6 +200,40 @@ def export_torch(backbone: Backbone, info: dict[str, Any], out: Path) -> float:
     finally:
         for path in files:
             path.unlink(missing_ok=True)
+    return difference
+
+
+# ---- onnx
+
+
+def export_onnx(backbone: Backbone, info: dict[str, Any], out: Path) -> float:
+    """images B 3 H W -> output: logits, or pooled features B C; the largest relative difference of ONNX Runtime's."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch's exporter needs it)
+    except ImportError as error:
+        raise UserError(f"format=onnx: {error.name} is not installed; pip install 'gcssl[onnx]'") from None
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    free = ({0: torch.export.Dim("batch")},)  # traced with two images, tried with three
+    program = torch.onnx.export(
+        backbone, (_images(backbone, 2),), dynamo=True, verbose=False, dynamic_shapes=free,
+        input_names=["images"], output_names=["output"],
+    )  # fmt: skip
+    assert program is not None
+    for node in program.model.graph:
+        node.metadata_props.clear()  # where in this machine's files each came from
+    description = {**info, **backbone_core(backbone)}
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in description.items()})
+    images = _images(backbone, 3)
+    try:
+        program.save(temporary)
+        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+        with torch.no_grad():
+            ours = backbone(images)
+        difference = _difference(backbone, ours, torch.from_numpy(session.run(None, {"images": images.numpy()})[0]))
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
     return difference
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 
@@ -18,10 +19,10 @@ READER = """
 import json, sys, torch, safetensors.torch, timm
 from timm.models.gcvit import GlobalContextVit
 for folder in sys.argv[1:]:
-    args = json.load(open(folder + "/config.json"))["model_args"]
+    config = json.load(open(folder + "/config.json"))
     result = {}
-    if "depths" in args:
-        model = GlobalContextVit(**args)
+    if "depths" in config["model_args"]:
+        model = GlobalContextVit(num_classes=config["num_classes"], **config["model_args"])
         model.load_state_dict(safetensors.torch.load_file(folder + "/model.safetensors"))
     else:
         model = timm.create_model("local-dir:" + folder, pretrained=True)
@@ -83,6 +84,29 @@ def test_exports_load_again_here(kind: str, name: str, tmp_path: Path) -> None:
             assert torch.equal(backbone.state_dict()[key], value), key
 
 
+def test_onnx_runtime_gives_the_same_for_any_number_of_images(tmp_path: Path) -> None:
+    model = make_run(tmp_path / "run", "gcvit_nano", img_size=64, num_classes=3)
+    path = tmp_path / "a.onnx"
+    export(ExportConfig(str(tmp_path / "run"), "onnx", str(path)))
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for count in (1, 5):
+        images = torch.randn(count, 3, 64, 64)
+        (read,) = session.run(["output"], {"images": images.numpy()})
+        with torch.no_grad():
+            want = model(images)
+        assert (torch.from_numpy(read) - want).abs().max() <= 2e-5 * want.abs().max()
+    told = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert told["step"] == 7 and told["class_names"] == [f"class {i}" for i in range(3)] and len(told["mean"]) == 3
+    assert str(Path(__file__).parents[2]).encode() not in path.read_bytes()  # no paths of the machine that wrote it
+
+
+def test_onnx_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "run", "gcvit_nano", img_size=64)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"onnxscript is not installed; pip install 'gcssl\[onnx\]'"):
+        export(ExportConfig(str(tmp_path / "run"), "onnx", str(tmp_path / "a.onnx")))
+
+
 def test_nothing_is_written_over(tmp_path: Path) -> None:
     make_run(tmp_path / "run", "gcvit_nano", img_size=64)
     (tmp_path / "out").mkdir()
@@ -92,6 +116,7 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
             export(ExportConfig(str(tmp_path / "run"), kind, str(tmp_path / out)))
     for cfg, reason in (
         (ExportConfig("random", "torch", "x"), "ends in .pt"),
+        (ExportConfig("random", "onnx", "x.pt"), "ends in .onnx"),
         (ExportConfig("", "timm", "x"), "expected backbone="),
     ):
         with pytest.raises(UserError, match=reason):
@@ -102,7 +127,7 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
 def test_a_difference_stops_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(tmp_path / "run", "gcvit_nano", img_size=64)
     monkeypatch.setattr("gcssl.export.TOLERANCE", -1.0)
-    for kind, out in (("timm", "out"), ("torch", "out.pt")):
+    for kind, out in (("timm", "out"), ("torch", "out.pt"), ("onnx", "out.onnx")):
         with pytest.raises(UserError, match="differ by"):
             export(ExportConfig(str(tmp_path / "run"), kind, str(tmp_path / out)))
     assert [p.name for p in tmp_path.iterdir()] == ["run"]

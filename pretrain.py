@@ -155,7 +155,7 @@ def fit(
     plan = sizes.plan(len(dataset), accelerator.process_index, train.seed, step)
     loader = train_loader(dataset, plan, cfg.data.workers, cfg.data.timeout)
     logged = (run.path, sizes.total_steps, step, cfg.log.every, cfg.log.trackers, accelerator.is_main_process)
-    meter, bad = Meter(accelerator), BadSamples(run.path, len(dataset), cfg.data.max_bad)
+    meter, bad = Meter(accelerator), BadSamples(run.path, step, len(dataset), cfg.data.max_bad)
     objective.train()
     if run.is_main:
         cut_after(bad_steps.path, step)
@@ -171,7 +171,7 @@ def fit(
             with accelerator.accumulate(model):
                 seed_torch(train.seed, MODEL, step, accelerator.process_index, meter.micro)
                 out = model(batch, step)
-                if hasattr(objective, "grad_norms") and ((step + 1) % cfg.log.every == 0 or objective.balances(step)):
+                if hasattr(objective, "grad_norms") and objective.measures(step, cfg.log.every):
                     out |= objective.grad_norms(out, step)
                 accelerator.backward(out["loss"])
                 meter.add(out)
@@ -181,6 +181,8 @@ def fit(
                     objective.freeze(step)
                 norm = accelerator.clip_grad_norm_(objective.parameters(), train.clip_grad or float("inf"))
                 values = meter.reduce(whole_tensor(norm), stop.requested)  # the step's one all-reduce and host read
+                if hasattr(objective, "loss_changes") and objective.loss_changes(step):
+                    bad_steps.losses = []  # those of before say nothing of what a spike is now
                 fault = bad_steps.judge(values)
                 set_lr(optimizer, *rates_at(train, step, sizes))
                 if not fault:
@@ -194,7 +196,7 @@ def fit(
                 if not accelerator.optimizer_step_was_skipped:
                     objective.after_step(step - 1)
             if values.pop("bad"):
-                bad.record(meter.take_bad(), accelerator)
+                bad.record(step, meter.take_bad(), accelerator)
             stopping = values.pop("stop") and step < sizes.total_steps
             values |= schedules(objective, optimizer, step, sizes)
             values |= {"skipped": bad_steps.skipped, "bad_images": len(bad.seen)}
@@ -247,8 +249,8 @@ def skip(step: int, fault: str, indices: list[Tensor], bad_steps: BadSteps, stat
 
 
 def watch_collapse(step: int, values: dict[str, float], watch: CollapseWatch, state: RunState, stop: bool) -> None:
-    """Say that a sign of a collapse stayed, and end the run where it should."""
-    if sign := watch.see(values):
+    """Say which signs of a collapse stayed, and end the run where one should."""
+    for sign in watch.see(values):
         told = f"step {step}: collapse? for {watch.patience} steps {sign.told}"
         if stop:
             state.give_up(step, told, [])

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gcssl.augment import INTERPOLATIONS, ViewSpec, crop_resize, draw_view, normalize, pixels_of, resize_center_crop
-from gcssl.errors import UserError
+from gcssl.errors import NotFinite, UserError
 from gcssl.loader import eval_loader
 from gcssl.log import say
 from gcssl.runtime import rng
@@ -160,7 +160,7 @@ def forward_all(
     for name, x in out.x.items():
         wild = int((~x.isfinite()).flatten(1).any(1)[out.ok].sum())
         if wild:
-            raise UserError(
+            raise NotFinite(
                 f"{images.name}: the backbone's outputs ({name}) are not finite for {wild} of {len(indices)} images; "
                 f"its training diverged or its weights are damaged (precision={pace.precision})"
             )

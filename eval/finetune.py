@@ -73,8 +73,8 @@ from gcssl.streams import INIT, MIXUP
 class FinetuneOptions:
     augment: str = "full"  # none: flip | light: crop, flip | full: crop, flip, RandAugment, erasing, mixup, cutmix
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # area of the random crop
-    auto_augment: str = "rand-m9-mstd0.5-inc1"
-    color_jitter: float = 0.4  # of augment=full without auto_augment, as in timm
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"  # timm's name of a policy; null: color_jitter instead
+    color_jitter: float = 0.4  # where auto_augment is null, as in timm
     reprob: float = 0.25
     mixup: float = 0.8
     cutmix: float = 1.0

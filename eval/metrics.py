@@ -106,7 +106,8 @@ def settings_of(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= settings_of(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
+            is_place = key in ("backbone", "compare") and isinstance(value, str)
+            flat[prefix + key] = value.rstrip("/") if is_place else value
     return flat
 
 

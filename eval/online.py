@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from gcssl.config import PretrainConfig
 from gcssl.data import Images, held_out
-from gcssl.errors import UserError
+from gcssl.errors import NotFinite, NumericStop, UserError
 from gcssl.eval.features import Pace, extract
 from gcssl.eval.knn import sharded_correct
 from gcssl.eval.metrics import rankme
@@ -33,9 +33,12 @@ class OnlineProbe:
     def __call__(self, step: int, objective: Any) -> dict[str, float]:
         cfg, encoder = self.cfg, evaluated_encoder(self.cfg, objective)
         pace = Pace(workers=cfg.data.workers, timeout=cfg.data.timeout)
-        bank, queries = (
-            extract(encoder, self.images, part, self.accelerator, pace=pace, quiet=True) for part in self.parts
-        )
+        try:
+            bank, queries = (
+                extract(encoder, self.images, part, self.accelerator, pace=pace, quiet=True) for part in self.parts
+            )
+        except NotFinite as error:
+            raise NumericStop(f"step {step}: {error}") from None
         # on the CPU: the GPU is full of what the training keeps there
         how = ((KNN_K,), TEMPERATURE, cfg.eval.backend, self.accelerator, torch.device("cpu"))
         value = 100.0 * sharded_correct(bank, queries, "last", *how).double().mean().item()

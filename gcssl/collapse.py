@@ -16,8 +16,8 @@ class Sign:
 
 
 class CollapseWatch:
-    """`see` each step's values once the warm-up is over; it returns a sign that has stayed for `patience` steps,
-    once.
+    """`see` each step's values once the warm-up is over; it returns the signs that have stayed for `patience`
+    steps, each once.
 
     chance: metric -> the loss of an objective whose embeddings say nothing, such as {"loss": ln K}.
     """
@@ -26,10 +26,10 @@ class CollapseWatch:
         self.chance, self.patience = chance, PATIENCE if patience is None else patience
         self.since: dict[str, int] = {}
 
-    def see(self, values: dict[str, float]) -> Sign | None:
+    def see(self, values: dict[str, float]) -> list[Sign]:
         present = {sign.name: sign for sign in self.signs(values)}
         self.since = {name: self.since.get(name, 0) + 1 for name in present}
-        return next((present[name] for name, steps in self.since.items() if steps == self.patience), None)
+        return [present[name] for name, steps in self.since.items() if steps == self.patience]
 
     def state_dict(self) -> dict[str, int]:
         return dict(self.since)

@@ -150,9 +150,8 @@ def check_mask_leak(patient: Patient) -> Finding:
     if all(mask is None for mask in masks):
         return Finding("ok", f"{patient.cfg.objective.name} hides nothing")
     noisy = {**batch, "views": list(batch["views"])}
-    for i, mask in enumerate(masks):
+    for i, (x, mask) in enumerate(zip(batch["views"], masks, strict=False)):  # ummae's second mask hides what is kept
         if mask is not None:
-            x = batch["views"][i]
             hidden = upsample_mask(mask, *x.shape[-2:])[:, None]
             noisy["views"][i] = torch.where(hidden, 3 * torch.randn_like(x), x)
     seen = []

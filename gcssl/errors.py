@@ -11,6 +11,10 @@ class UserError(Exception):
     """
 
 
+class NotFinite(UserError):
+    """A backbone's outputs are not numbers: in an evaluation bad usage, in the online probe a NumericStop."""
+
+
 class Preempted(Exception):
     """Stopped by a signal or by train.max_hours, in the loop after a checkpoint: the same command goes on. Exit 75."""
 

@@ -106,6 +106,14 @@ def diff_configs(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return [f"{key}: {show(old.get(key, absent))} -> {show(new.get(key, absent))}" for key in keys]
 
 
+def defaults_of(config: Any) -> Any:
+    """A config of the same objective in which nothing was set."""
+    fresh = type(config)()
+    if hasattr(fresh, "objective"):
+        fresh.objective = type(config.objective)()
+    return fresh
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """`; did you mean x?` where a choice is near, nothing otherwise."""
     found = difflib.get_close_matches(name, list(choices), n=1)

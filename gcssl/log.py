@@ -187,12 +187,13 @@ def cut_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     old = path.read_text(encoding="utf-8", errors="replace")
-    kept = [line for line in old.splitlines(keepends=True) if _is_kept(line, step)]
+    kept = [line for line in old.splitlines(keepends=True) if is_kept(line, step)]
     if "".join(kept) != old:
         atomic_write(path, "".join(kept))
 
 
-def _is_kept(line: str, last: int) -> bool:
+def is_kept(line: str, last: int) -> bool:
+    """Whether a whole JSON line is of a step up to the last one."""
     try:
         return line.endswith("\n") and int(json.loads(line)["step"]) <= last
     except (ValueError, KeyError, TypeError):

@@ -1,6 +1,5 @@
 """What a step measures and what the processes must agree on: losses, a finite check, a wish to stop, bad files."""
 
-import contextlib
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from gcssl.errors import UserError, is_main_process
 from gcssl.files import atomic_write
-from gcssl.log import say
+from gcssl.log import is_kept, say
 
 BadSample = tuple[int, str, str]  # index, path, reason
 
@@ -82,24 +81,24 @@ class Meter:
 
 
 class BadSamples:
-    """The files that could not be decoded, each listed once in `bad_samples.jsonl`.
+    """The files that could not be decoded, each listed once in `bad_samples.jsonl`; read up to `step` at a start.
 
     Raises UserError when more than `max_bad` (a share) of the data set is bad.
     """
 
-    def __init__(self, folder: Path, n_images: int, max_bad: float) -> None:
+    def __init__(self, folder: Path, step: int, n_images: int, max_bad: float) -> None:
         self.path, self.n_images, self.max_bad = folder / "bad_samples.jsonl", n_images, max_bad
         self.seen: set[int] = set()
         if self.path.exists():
-            self._read()
+            self._read(step)
 
-    def _read(self) -> None:
-        """What an earlier start listed; a line that a kill left half written is dropped."""
+    def _read(self, step: int) -> None:
+        """What an earlier start listed up to this step, by every process alike; later or half written lines go."""
         text, sound = self.path.read_text(errors="replace"), ""
         for line in text.splitlines(keepends=True):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            if is_kept(line, step):
                 self.seen.add(int(json.loads(line)["index"]))
-                sound += line.rstrip("\n") + "\n"
+                sound += line
         if sound != text and is_main_process():
             atomic_write(self.path, sound)
 
@@ -108,14 +107,15 @@ class BadSamples:
             how_many = f"{len(self.seen)} of {self.n_images} images cannot be decoded"
             say(f"{how_many} and were replaced, listed in {self.path}")
 
-    def record(self, bad: list[BadSample], accelerator: Accelerator) -> None:
-        """Called by every process together, whichever of them met the files."""
+    def record(self, step: int, bad: list[BadSample], accelerator: Accelerator) -> None:
+        """What step number `step` met. Called by every process together, whichever of them met the files."""
         every = gather_object(bad) if accelerator.num_processes > 1 else bad
         new = {index: (path, reason) for index, path, reason in sorted(every) if index not in self.seen}
         if accelerator.is_main_process and new:
             with self.path.open("a") as file:
                 for index, (path, reason) in new.items():
-                    file.write(json.dumps({"index": index, "path": path, "reason": reason}) + "\n")
+                    told = {"step": step, "index": index, "path": path, "reason": reason}
+                    file.write(json.dumps(told) + "\n")
         if new and not self.seen:
             index, (path, reason) = next(iter(new.items()))
             say(f"bad image replaced: {path} ({reason}); all of them are listed in {self.path}")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from gcssl.config import config_dict, read_yaml, to_yaml
 from gcssl.errors import UserError, is_main_process, outcome
 from gcssl.files import atomic_write
-from gcssl.keys import diff_configs
+from gcssl.keys import defaults_of, diff_configs, flatten
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -106,6 +106,7 @@ class RunFolder:
             raise UserError("out: no folder given; write e.g. out=runs/a")
         self.path = Path(out)
         self.config: dict[str, Any] = config if isinstance(config, dict) else config_dict(config)
+        self.defaults = {} if isinstance(config, dict) else config_dict(defaults_of(config))
         self.facts = {**({} if global_batch is None else {"global_batch": global_batch}), **(facts or {})}
         self.is_main = is_main_process() if accelerator is None else accelerator.is_main_process
         self.resumed = False  # the folder holds steps of this run already
@@ -188,7 +189,8 @@ class RunFolder:
         old_facts = self._read_json("env.json").get("facts", {})
         free = FREE_KEYS + (BATCH_KEYS if "global_batch" in self.facts else ())
         free += DATA_KEYS if "data" in self.facts and self.facts["data"] == old_facts.get("data") else ()
-        lines = [line for line in diff_configs(old, self.config) if not _is_free(line.split(":")[0], free)]
+        known = flatten(self.defaults) | flatten(old)  # a key that is newer than the run had its default
+        lines = [line for line in diff_configs(known, self.config) if not _is_free(line.split(":")[0], free)]
         common = old_facts.keys() & self.facts.keys()
         changed = [k for k in sorted(common) if old_facts[k] != self.facts[k]]
         other_images = "data.path: other images (their number, class names or contents) than this run began with"

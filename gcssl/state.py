@@ -53,6 +53,10 @@ class RunState:
         if loaded is None:
             return 0
         self.objective.load_state_dict(loaded.tensors["model"])
+        for name in ("encoder", "teacher") if "mean" in loaded.state else ():
+            if hasattr(self.objective, name):  # what model.weights brought with it
+                encoder = getattr(self.objective, name)
+                encoder.mean, encoder.std = tuple(loaded.state["mean"]), tuple(loaded.state["std"])
         load_optimizer(self.optimizer, loaded.tensors["optimizer"], loaded.state["optimizer"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(loaded.state["scaler"])
@@ -65,7 +69,9 @@ class RunState:
         """All that a resume needs beside config and step: tensors by file, and JSON values. By every process."""
         tensors, optimizer = optimizer_tensors(self.optimizer)
         default_encoder = getattr(self.objective, "default_encoder", "student")
+        encoder = self.objective.encoder
         state = {"optimizer": optimizer, "default_encoder": default_encoder}
+        state |= {"mean": list(encoder.mean), "std": list(encoder.std)}
         state |= {name: judge.state_dict() for name, judge in self.judges.items()}
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()

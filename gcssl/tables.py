@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "pixels")
 LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target", "category", "y")
+TAR_END = bytes(1024)
 IN_MEMORY = 2 * 2**30  # bytes of parquet that are read rather than cached
 SHARD = re.compile(r"[-_.]?\d+([-_.]?of[-_.]?\d+)?$")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -237,6 +238,11 @@ def _arrow(_cfg: DataConfig, files: list[Path]) -> "datasets.Dataset":
 
 
 def _webdataset(cfg: DataConfig, files: list[Path]) -> "datasets.Dataset":
+    for file in files:
+        with file.open("rb") as tar:  # two empty blocks end it; the reader takes a shorter one for a smaller one
+            tar.seek(max(0, file.stat().st_size - len(TAR_END)))
+            if tar.read() != TAR_END and file.suffix == ".tar":
+                raise UserError(f"data.path: {file} is cut short: a tar ends with {len(TAR_END)} empty bytes")
     return _cached("webdataset", cfg, files, sum(file.stat().st_size for file in files))
 
 

@@ -16,6 +16,7 @@ from gcssl.log import say
 from gcssl.models.convert import State, describe, from_nvlabs, is_nvlabs, load_weights, read_json, read_state
 from gcssl.models.gcvit import GCViT
 from gcssl.models.timm_backbone import TimmBackbone, is_model, known_models, nearest_models, register_variants
+from gcssl.models.windows import query_levels
 
 Backbone = GCViT | TimmBackbone
 T = TypeVar("T")
@@ -179,6 +180,7 @@ def load_backbone(
         check_asked(spec, saved, model)
         backbone = rebuild(saved, model)
     notes = load_weights(backbone, saved.state, saved.args.get("img_size"), spec)
+    check_query(spec, saved, backbone)
     if notes:
         say(f"{spec}: {'; '.join(notes)}")
     described = {k: v for k, v in saved.info.items() if k not in backbone_info(backbone) or v is not None}
@@ -287,9 +289,13 @@ def read_run(path: Path, encoder: str | None) -> Saved:
     if not isinstance(config.get("model"), dict):
         raise UserError(f"{run / 'config.yaml'}: is no config of a run (no model section)")
     tensors = loaded.tensors["model"]
-    default = loaded.state.get("default_encoder", "student")
-    which = encoder or config.get("encoder") or default
-    prefix = "teacher." if which == "teacher" else "encoder."
+    if "objective" in config:
+        which = encoder or config.get("encoder") or loaded.state.get("default_encoder", "student")
+        prefix = "teacher." if which == "teacher" else "encoder."
+    elif encoder is not None:
+        raise UserError(f"{path}: a fine-tuned run has no {encoder} encoder; leave encoder out")
+    else:  # fine-tuning judges, and writes as its backbone, the moving average of the weights
+        which, prefix = "ema", "ema.module."
     state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     if not state:
         raise UserError(f"{path}: its checkpoint holds no {which} encoder")
@@ -298,6 +304,7 @@ def read_run(path: Path, encoder: str | None) -> Saved:
     head = state.get("head.fc.weight")
     args = {**built.model_args, "num_classes": 0 if head is None else head.shape[0]}
     info = backbone_info(built, step=loaded.step, objective=objective, encoder=which)
+    info |= {key: loaded.state[key] for key in ("mean", "std") if key in loaded.state}
     return Saved(state, built.name, args, info)
 
 
@@ -316,6 +323,14 @@ def check_asked(spec: str, saved: Saved, model: ModelConfig) -> None:
     ratio = saved.args.get("window_ratio")
     if model.window_ratio is not None and ratio is not None and list(model.window_ratio) != list(ratio):
         raise UserError(f"{spec} has window_ratio {list(ratio)}, {list(model.window_ratio)} was asked for")
+
+
+def check_query(spec: str, saved: Saved, backbone: Backbone) -> None:
+    """UserError where a query generator would pool otherwise, which its weights alone do not always tell."""
+    ratio = saved.info.get("model_args", {}).get("window_ratio")
+    if ratio and isinstance(backbone, GCViT) and query_levels(ratio) != query_levels(backbone.window_ratio):
+        told = f"{spec} has window_ratio {list(ratio)}, {list(backbone.window_ratio)} pools its queries otherwise"
+        raise UserError(f"{told}; set model.window_ratio to its own")
 
 
 def rebuild(saved: Saved, model: ModelConfig | None = None) -> Backbone:

@@ -5,6 +5,7 @@ Regions are the backbone's last tokens (32 pixels on GC ViT), pooled features th
 stem and tokens after it (ssl/simmim.py says why).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +119,11 @@ class IBOT(PrototypeObjective):
         self.momentum_projector = momentum_copy(self.projector)
         self.center = Center(cfg.out_dim, cfg.center_momentum)
         self.patch_center = Center(cfg.out_dim, cfg.center_momentum)
+
+    def loss_changes(self, step: int) -> bool:
+        """Whether the masked term joins the loss at this step."""
+        start = self.cfg.pred_start_epoch * self.steps_per_epoch
+        return start > 0 and step == math.ceil(start)
 
     def patch_temp(self, step: int) -> float:
         c = self.cfg

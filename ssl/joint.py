@@ -52,6 +52,7 @@ VIEW: dict[str, tuple[type, type]] = {
 }
 
 BALANCE_EVERY = 10  # optimizer steps
+NORMS_EVERY = 5  # logged steps: a measurement is two more backward passes
 MOST_SCALE = 1e4
 
 
@@ -211,6 +212,10 @@ class Joint(nn.Module):
     def balances(self, step: int) -> bool:
         """Whether the gradients of optimizer step `step` set the scales of the next ones."""
         return self.balance and step % BALANCE_EVERY == 0
+
+    def measures(self, step: int, log_every: int) -> bool:
+        """Whether step `step` measures its parts' gradients: the first and every fifth of the logged ones."""
+        return self.balances(step) or step % (NORMS_EVERY * log_every) == log_every - 1
 
     def grad_norms(self, out: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Of each weighted part's gradient on the encoder, of the mean loss over processes: its norm, that of each

@@ -160,6 +160,9 @@ def multi_crop_draw(cfg: MultiCropConfig, encoder: nn.Module, augment: AugmentCo
     if not cfg.local_crops:
         return CropDraw((first, second))
     check_small(encoder, cfg.local_size)
+    if len(cfg.local_scale) != 2 or not 0 < cfg.local_scale[0] <= cfg.local_scale[1] <= 1:
+        given = f"objective.local_scale={list(cfg.local_scale)}"
+        raise UserError(f"{given}: expected the smallest and the largest share of the image's area, above 0 to 1")
     size, crop = (cfg.local_size, cfg.local_size), replace(augment, scale=list(cfg.local_scale))
     small = override(replace(large[0], size=size, blur_p=0.5), crop, 2, kinds)
     return CropDraw((first, second), (small,) * cfg.local_crops)

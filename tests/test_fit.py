@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 import gcssl.pretrain as program
+from gcssl.checkpoint import write_backbone
 from gcssl.config import PretrainConfig, load_config
 from gcssl.errors import Preempted
+from gcssl.models.build import backbone_info, build_backbone, load_backbone
 from gcssl.pretrain import pretrain
 from gcssl.ssl.objectives import OBJECTIVES
 
@@ -97,6 +99,30 @@ def test_a_kept_checkpoint_is_made_between_two_others(tmp_path: Path) -> None:
     keys = ["train.steps=9", "checkpoint.every=3", "checkpoint.keep=2", "checkpoint.keep_every=2"]
     out = pretrain(config("simmim", tmp_path, *keys))
     assert sorted(path.name[-1] for path in (out / "checkpoints").iterdir()) == ["4", "8", "9"]
+
+
+def test_a_resume_keeps_the_normalisation_that_came_with_the_weights(tmp_path: Path) -> None:
+    backbone = build_backbone("gcvit_nano", 64, window_ratio=[16, 16, 16, 32])
+    backbone.mean, backbone.std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    (tmp_path / "weights").mkdir()
+    write_backbone(tmp_path / "weights", backbone.state_dict(), backbone_info(backbone))
+    keys = ["train.steps=3", f"model.weights={tmp_path / 'weights'}"]
+    whole = pretrain(config("mocov3", tmp_path / "whole", *keys))
+    with pytest.raises(Preempted, match="step 1 of 3"):
+        pretrain(config("mocov3", tmp_path / "cut", *keys, "train.max_hours=0"))
+    assert load_backbone(str(tmp_path / "cut"))[1]["mean"] == [0.5, 0.4, 0.3]  # of a run that is not finished
+    cut = pretrain(config("mocov3", tmp_path / "cut", *keys))
+    for name in ("backbone.safetensors", "backbone.json"):
+        assert (whole / name).read_bytes() == (cut / name).read_bytes()
+    assert json.loads((cut / "backbone.json").read_text())["std"] == [0.2, 0.3, 0.4]
+
+
+def test_losses_of_before_a_term_joined_do_not_judge_those_after(tmp_path: Path) -> None:
+    """Epochs of two steps: iBOT's masked term joins at step 2, from 0."""
+    keys = ["train.steps=3", "objective.pred_start_epoch=1", "objective.out_dim=16", "objective.local_crops=0"]
+    out = pretrain(config("ibot", tmp_path, *keys))
+    state = json.loads((out / "checkpoints/step_00000003/state.json").read_text())
+    assert len(state["bad_steps"]["losses"]) == 1
 
 
 def test_a_timm_backbone_drops_the_same_paths_after_a_resume(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts.mutants import MUTANTS
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("ssl", "models", "eval", "configs")
 LINKS = {**{name: f"../{name}" for name in FOLDERS}, "pretrain.py": "../pretrain.py"}
@@ -33,6 +35,12 @@ def test_links_are_relative_and_lead_somewhere(name: str) -> None:
     link = ROOT / "gcssl" / name
     assert link.is_symlink() and os.readlink(link) == LINKS[name]
     assert link.exists() and link.resolve() == ROOT / name
+
+
+def test_each_mutant_finds_what_it_breaks() -> None:
+    for mutant in MUTANTS:
+        assert (ROOT / mutant.file).read_text().count(mutant.old) >= 1, mutant.guard
+        assert (ROOT / mutant.test.split()[0]).exists(), mutant.guard
 
 
 def test_one_faiss_only() -> None:

@@ -249,6 +249,12 @@ def test_transform_is_a_function_of_the_key() -> None:
     assert a.shape == (3, 64, 64)
 
 
+def test_without_a_policy_colours_are_jittered(tmp_path: Path) -> None:
+    cfg = config(tmp_path, tmp_path / "out", "finetune.auto_augment=null", "finetune.color_jitter=0.9")
+    steps = str(TransformMaker(cfg.finetune, (64, 64), (0.5,) * 3, (0.5,) * 3).transform)
+    assert "ColorJitter" in steps and "RandAugment" not in steps
+
+
 def test_no_draw_of_the_full_transform_fails() -> None:
     """RandAugment's rarest magnitudes included: its strongest posterize came to be refused by Pillow 13."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))

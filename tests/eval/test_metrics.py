@@ -93,12 +93,13 @@ def test_a_foreign_file_is_not_overwritten(tmp_path: Path) -> None:
 def test_settings_leave_out_what_does_not_change_the_numbers() -> None:
     config = {
         "ks": [10],
+        "backbone": "runs/a/",
         "out": "x",
         "batch_size": 4,
         "data": {"path": "p", "workers": 3},
         "runtime": {"timeout": 1},
     }
-    assert settings_of(config) == {"ks": [10], "data.path": "p"}
+    assert settings_of(config) == {"ks": [10], "backbone": "runs/a", "data.path": "p"}
 
 
 def test_table_is_aligned() -> None:

@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 import gcssl.eval.online as online
 from gcssl.config import PretrainConfig
 from gcssl.data import held_out, open_data
+from gcssl.errors import NumericStop
+from gcssl.models.build import build_backbone
 
 
 @pytest.mark.parametrize(("every", "said"), [(1, True), (0, False)])
@@ -33,6 +36,17 @@ def test_a_probe_of_few_images_says_how_coarse_it_is(capsys: pytest.CaptureFixtu
         cfg.data.path, cfg.data.shapes_n = "shapes", n
         assert online.online_probe(cfg, open_data(cfg.data).train, accelerator, 1) is not None
         assert ("only 20 held-out images: each is 5.0 points" in capsys.readouterr().out) == said
+
+
+def test_features_that_are_not_numbers_end_the_run_as_its_losses_would(tmp_path: Path) -> None:
+    cfg = PretrainConfig(out=str(tmp_path))
+    cfg.eval.online_every, cfg.data.shapes_n, cfg.data.workers = 1, 64, 0
+    encoder = build_backbone("gcvit_nano", 64)
+    encoder.stem.conv1.bias.data.fill_(float("nan"))
+    probe = online.online_probe(cfg, open_data(cfg.data).train, Accelerator(cpu=True), 1)
+    assert probe is not None
+    with pytest.raises(NumericStop, match="step 7: .*not finite"):
+        probe(7, Namespace(encoder=encoder, default_encoder="student"))
 
 
 def test_the_probe_asks_for_the_held_out_images_and_knows_only_the_others(

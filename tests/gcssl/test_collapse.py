@@ -22,7 +22,7 @@ HEALTHY = {"feature_std": 0.04, "feature_rank": 7.0, "loss": 2.0, "teacher_entro
 
 
 def told(watch: CollapseWatch, values: dict[str, float], steps: int) -> list[str]:
-    return [sign.told for _ in range(steps) if (sign := watch.see(values))]
+    return [sign.told for _ in range(steps) for sign in watch.see(values)]
 
 
 def test_a_healthy_run_is_left_alone() -> None:
@@ -49,7 +49,11 @@ def test_each_sign_alarms_once_after_its_patience(values: dict[str, float], text
 def test_a_sign_that_goes_away_starts_anew() -> None:
     watch = CollapseWatch({}, patience=5)
     few = [{"feature_std": 0.001}] * 4
-    assert not [sign for values in (*few, HEALTHY, *few) if (sign := watch.see(values))]
+    assert not [sign for values in (*few, HEALTHY, *few) for sign in watch.see(values)]
+
+
+def test_two_signs_of_one_step_are_both_told() -> None:
+    assert len(told(CollapseWatch({}, patience=5), {"feature_std": 0.001, "feature_rank": 1.0}, 9)) == 2
 
 
 def config(out: Path, *more: str) -> PretrainConfig:

@@ -477,6 +477,32 @@ def test_damaged_containers(tmp_path: Path) -> None:
     assert "train-1.parquet is no sound parquet" in refused(tmp_path)
     (tmp_path / "train-1.parquet").write_bytes(b"")
     assert "train-1.parquet" in refused(tmp_path)
+    (tmp_path / "disk").mkdir()
+    table(6).save_to_disk(tmp_path / "disk/train")
+    [arrow] = (tmp_path / "disk/train").glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:-200])
+    assert "save_to_disk" in refused(tmp_path / "disk/train")
+    (tmp_path / "arrow").mkdir()
+    arrow.rename(tmp_path / "arrow/train-0.arrow")
+    assert "no sound Arrow files" in refused(tmp_path / "arrow")
+
+
+@pytest.mark.fault("a webdataset tar that was cut short", "refused in one line, never silently short")
+def test_a_tar_that_was_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "train-0.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(6):
+            content = io.BytesIO()
+            Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(content, "PNG")
+            member = tarfile.TarInfo(f"{i:02d}.png")
+            member.size = content.tell()
+            content.seek(0)
+            tar.addfile(member, content)
+    sound = path.read_bytes()
+    assert len(opened(tmp_path, cache_dir=str(tmp_path / "cache")).train) == 6
+    for kept in (3 * 1024, 4 * 1024, 5 * 1024 + 700, 700, 0):  # between two images, or inside of one
+        path.write_bytes(sound[:kept])
+        assert "train-0.tar is cut short" in refused(tmp_path, cache_dir=str(tmp_path / "cache"))
 
 
 def test_a_hub_name_that_is_not_there(tmp_path: Path) -> None:

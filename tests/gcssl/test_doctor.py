@@ -47,7 +47,7 @@ def folder(root: Path, train: int = 30, val: int = 10) -> Path:
     return root
 
 
-@pytest.mark.parametrize("objective", ["joint", "ibot", "mae", "vicreg"])
+@pytest.mark.parametrize("objective", ["joint", "ibot", "mae", "ummae", "vicreg"])
 def test_a_healthy_run(objective: str, tmp_path: Path) -> None:
     patient = examine(config(objective, f"out={tmp_path / 'run'}"))
     assert set(verdicts(patient).values()) == {"ok"}

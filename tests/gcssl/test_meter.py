@@ -54,21 +54,29 @@ def listed(folder: Path) -> list[int]:
 
 
 def test_each_bad_file_is_listed_once(accelerator, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bad = BadSamples(tmp_path, 100, 0.03)
-    bad.record([(5, "e.png", "broken"), (2, "b.png", "broken"), (5, "e.png", "broken")], accelerator)
+    bad = BadSamples(tmp_path, 9, 100, 0.03)
+    bad.record(3, [(5, "e.png", "broken"), (2, "b.png", "broken"), (5, "e.png", "broken")], accelerator)
     assert listed(tmp_path) == [2, 5] and "b.png (broken)" in capsys.readouterr().out
-    again = BadSamples(tmp_path, 100, 0.03)  # a resume
-    again.record([(5, "e.png", "broken"), (7, "g.png", "broken")], accelerator)
+    again = BadSamples(tmp_path, 9, 100, 0.03)  # a resume
+    again.record(9, [(5, "e.png", "broken"), (7, "g.png", "broken")], accelerator)
     assert listed(tmp_path) == [2, 5, 7] and capsys.readouterr().out == ""
     again.summarise()
     assert "3 of 100 images cannot be decoded and were replaced" in capsys.readouterr().out
     with pytest.raises(UserError, match="data.max_bad=0.03: 4 of 100"):
-        again.record([(9, "i.png", "broken")], accelerator)
+        again.record(9, [(9, "i.png", "broken")], accelerator)
+
+
+def test_what_was_met_after_the_step_that_a_run_goes_on_from_is_met_again(accelerator, tmp_path: Path) -> None:
+    bad = BadSamples(tmp_path, 0, 100, 1.0)
+    bad.record(3, [(2, "b.png", "broken")], accelerator)
+    bad.record(5, [(4, "d.png", "broken")], accelerator)
+    again = BadSamples(tmp_path, 4, 100, 1.0)
+    assert again.seen == {2} and listed(tmp_path) == [2]
 
 
 def test_a_half_written_line_is_dropped(accelerator, tmp_path: Path) -> None:
-    BadSamples(tmp_path, 100, 1.0).record([(2, "b.png", "broken")], accelerator)
+    BadSamples(tmp_path, 9, 100, 1.0).record(3, [(2, "b.png", "broken")], accelerator)
     with (tmp_path / "bad_samples.jsonl").open("a") as file:
         file.write('{"index": 3, "pa')
-    BadSamples(tmp_path, 100, 1.0).record([(3, "c.png", "broken")], accelerator)
+    BadSamples(tmp_path, 9, 100, 1.0).record(4, [(3, "c.png", "broken")], accelerator)
     assert listed(tmp_path) == [2, 3]

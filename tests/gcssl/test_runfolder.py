@@ -90,6 +90,20 @@ def test_the_share_of_bad_images_may_be_raised(tmp_path: Path) -> None:
         assert run.resumed
 
 
+def test_a_key_that_is_newer_than_the_run_is_refused_only_where_it_was_set(tmp_path: Path) -> None:
+    used(tmp_path, config())
+    old = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del old["train"]["spike_sigma"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    with (
+        pytest.raises(UserError, match=r"\(train.spike_sigma: 6.0 -> 4.0\)"),
+        RunFolder(tmp_path, config(spike_sigma=4.0)),
+    ):
+        pass
+    with RunFolder(tmp_path, config()) as run:
+        assert run.resumed
+
+
 def test_images_may_move_where_they_are_the_same(tmp_path: Path) -> None:
     facts = {"data": "fingerprint"}
     with RunFolder(tmp_path, PretrainConfig(data=DataConfig(path="/old")), facts=facts) as run:

@@ -11,6 +11,7 @@ from torch import nn
 from gcssl.checkpoint import save_checkpoint
 from gcssl.config import RuntimeConfig, TrainConfig
 from gcssl.errors import NumericStop, outcome
+from gcssl.models.build import build_backbone
 from gcssl.runtime import make_accelerator
 from gcssl.state import RunState
 
@@ -18,7 +19,8 @@ from gcssl.state import RunState
 def state(folder: Path, scale: float) -> RunState:
     accelerator = make_accelerator(TrainConfig(), RuntimeConfig())
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    model = nn.Linear(2, 2)
+    model = nn.Module()
+    model.encoder = build_backbone("gcvit_nano", 64)
     run: Any = Namespace(path=folder, step=0, is_main=True)
     return RunState(run, model, torch.optim.SGD(model.parameters()), accelerator, {})
 

@@ -127,6 +127,28 @@ def run_folder(path: Path, **state: str) -> tuple[GCViT, GCViT]:
     return student, teacher
 
 
+def test_a_fine_tuned_run_that_is_not_finished_gives_the_average_that_it_judges(tmp_path: Path) -> None:
+    raw, average = nano(1, num_classes=3), nano(2, num_classes=3)
+    config = {"model": {"name": "gcvit_nano", "img_size": 64}, "encoder": "teacher"}  # of the run it began from
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    tensors = {f"encoder.{k}": v for k, v in raw.state_dict().items()}
+    tensors |= {f"ema.module.{k}": v for k, v in average.state_dict().items()}
+    save_checkpoint(tmp_path, 3, {"model": tensors}, {}, keep=2)
+    backbone, info = load_backbone(str(tmp_path))
+    assert same(backbone.state_dict(), average.state_dict()) and info["encoder"] == "ema"
+    with pytest.raises(UserError, match="no student encoder; leave encoder out"):
+        load_backbone(str(tmp_path), encoder="student")
+
+
+def test_a_new_run_pools_its_queries_as_its_weights_did(tmp_path: Path) -> None:
+    """One level of pooling and none have the same weights."""
+    backbone = nano(window_ratio=[32, 32, 16, 32])
+    write_backbone(tmp_path, backbone.state_dict(), backbone_info(backbone))
+    with pytest.raises(UserError, match=r"window_ratio \[32, 32, 16, 32\], \[32, 32, 32, 32\] pools"):
+        load_backbone(str(tmp_path), ModelConfig(window_ratio=[32, 32, 32, 32]), exact=True)
+    load_backbone(str(tmp_path), ModelConfig(img_size=96, window_ratio=[32, 32, 16, 32]), exact=True)
+
+
 def test_unfinished_runs_and_single_checkpoints(tmp_path: Path) -> None:
     student, teacher = run_folder(tmp_path / "run")
     backbone, info = load_backbone(str(tmp_path / "run"))

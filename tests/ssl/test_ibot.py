@@ -92,6 +92,8 @@ def test_prediction_starts_when_it_is_told_to(make_objective: Make, batch: dict[
     objective = make_objective("ibot", pred_start_epoch=2)  # of 10 steps
     early, late = objective(batch, 19), objective(batch, 20)
     assert early["loss/patch"] == 0.0 and late["loss/patch"] > 0.0
+    assert [step for step in range(50) if objective.loss_changes(step)] == [20]
+    assert not any(make_objective("ibot").loss_changes(step) for step in range(50))  # hides from the first step on
     early["loss"].backward()
     assert objective.mask_token.grad is not None  # DistributedDataParallel waits for it
 
@@ -128,7 +130,14 @@ def test_student_and_not_teacher_learns(make_objective: Make, batch: dict[str, A
 
 
 @pytest.mark.parametrize(
-    "cfg", [{"mask_ratio": 0.1}, {"mask_ratio": 0.9}, {"mask_prob": 1.5}, {"teacher_patch_temp": 0.0}]
+    "cfg",
+    [
+        {"mask_ratio": 0.1},
+        {"mask_ratio": 0.9},
+        {"mask_ratio": 0.5, "mask_ratio_var": 0.5},
+        {"mask_prob": 1.5},
+        {"teacher_patch_temp": 0.0},
+    ],
 )
 def test_bad_values_are_refused(make_objective: Make, cfg: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"objective.{next(iter(cfg))}="):

@@ -147,6 +147,9 @@ def test_balance_brings_the_gradients_to_the_ratio_of_the_weights(make_objective
     ratio = [n["grad_norm/simmim"] / n["grad_norm/mocov3"] for n in (before, after)]
     assert ratio[1].item() == pytest.approx(3.0, rel=1e-3) and abs(ratio[0].item() - 3.0) > 0.1
     assert joint.balances(10) and not joint.balances(11)
+    plain = make_objective("joint")
+    assert [step for step in range(105) if plain.measures(step, 10)] == [9, 59]
+    assert [step for step in range(35) if joint.measures(step, 10)] == [0, 9, 10, 20, 30]
     scale = joint.scale.clone()
     joint.after_step(1)  # not a balancing step: nothing measured, nothing moves
     assert torch.equal(joint.scale, scale) and not make_objective("joint").balances(0)

@@ -122,7 +122,16 @@ def test_draw_gives_the_published_pair_and_pickles(name: str, make_objective: Ma
 BAD: dict[str, list[dict[str, Any]]] = {
     "byol": [{"momentum": 1.5}, {"hidden_dim": 0}],
     "moby": [{"queue": 0}, {"temperature": -1.0}, {"momentum": -0.1}],
-    "dino": [{"out_dim": 1}, {"student_temp": 0.0}, {"center_momentum": 2.0}, {"local_crops": -1}, {"momentum": 2.0}],
+    "dino": [
+        {"out_dim": 1},
+        {"student_temp": 0.0},
+        {"center_momentum": 2.0},
+        {"local_crops": -1},
+        {"momentum": 2.0},
+        {"local_scale": [0.5, 0.1], "local_crops": 2},
+        {"local_scale": [0.5], "local_crops": 2},
+        {"local_size": 33, "local_crops": 2},
+    ],
     "esvit": [{"teacher_temp": -1.0}, {"freeze_last_layer_epochs": -1.0}, {"bottleneck_dim": 0}],
     "simdino": [{"eps": 0.0}, {"coeff": -1.0}],
     "mocov3": [{"temperature": 0.0}, {"momentum": 1.5}, {"hidden_dim": 0}, {"out_dim": -1}, {"predictor_layers": -1}],

@@ -28,7 +28,7 @@ def param_groups(
     Undecayed: vectors and scalars, names in `no_decay` (also of a part: "a" matches "encoder.a"), and names
     that match UNDECAYED (biases, tokens, bias tables).
     layer_ids: name -> depth, 0 the first layer; scale = layer_decay ** (deepest id - id), as in BEiT
-    (arXiv:2106.08254); a name without an id is a new head and keeps scale 1. None: every scale is 1.
+    (arXiv:2106.08254) where there is a head; a name without an id is a new head and keeps scale 1. None: all are 1.
     Group keys: params, names, weight_decay, lr_scale, decay.
     """
     if not 0 < layer_decay <= 1:

@@ -248,7 +248,7 @@ def document(rows: list[Row], command: str, seconds: float) -> str:
         "",
         "- **image size**: the side in pixels that the model was built for here, the smallest tried that it takes.",
         "- **view objective**: one training step of SimCLR; VICReg asks for the same. MoCo v3, BYOL, DINO and the like",
-        "  also run a copy as the teacher, in eval mode, where batch norms take their running statistics: not tried.",
+        "  also run a copy as the teacher, in eval mode but for its batch norms: not tried.",
         "- **masked modelling**: one training step of SimMIM, which hides pixels.",
         "- **smaller crops**: the same object also takes images of the size in brackets, as multi-crop needs.",
         "",

@@ -34,7 +34,7 @@ def agreement(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
 def coding_rate(covariance: Tensor, count: int, eps: float) -> Tensor:
     """1/2 logdet(I + p / (N eps) Z^T Z) x (p + N) / (p N), of Z^T Z (p p, sum over N = count unit rows).
 
-    The balancing factor is that of the published code. 0 when N is 0, largest when the rows fill all
+    The balancing factor is that of the published code. Largest when the rows fill all
     directions alike.
     """
     p = covariance.shape[0]

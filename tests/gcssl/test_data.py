@@ -467,7 +467,7 @@ def test_missing_and_empty_paths(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(
-    "damaged parquet, Arrow and tar files",
+    "damaged parquet and Arrow files",
     "refused in one line, never silently short",
 )
 def test_damaged_containers(tmp_path: Path) -> None:

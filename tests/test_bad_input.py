@@ -67,6 +67,9 @@ def folder(path: Path) -> dict[str, str]:
         ("model.img_size=100", ["100", "32", "96", "128"]),
         ("objective.mask_unit=12", ["mask_unit=12", "8"]),
         ("objective.mask_ratio=1.5", ["mask_ratio=1.5", "0 and 1"]),
+        ("objective.mask_unit=32 objective.mask_ratio=0.9", ["mask_ratio=0.9", "hides all of the 4 mask units"]),
+        ("train.steps=0", ["train.steps=0", "nothing to train"]),
+        ("model.name=vgg11 model.window_ratio=null model.drop_path=0.1", ["model.drop_path=0.1", "has no drop path"]),
         ("data.path=no/such/folder", ["data.path", "no/such/folder"]),
         ("train.global_batch=17", ["train.global_batch", "17", "16"]),
         ("train.precision=fp8", ["train.precision", "fp8", "bf16"]),
@@ -255,6 +258,14 @@ def test_evaluations_refuse(module, tmp_path: Path, refused) -> None:
     ):
         line = refused(module, *argv)
         assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [("features=[]", "features: an empty list"), ("lrs=[0]", "lrs must be above 0"), ("head_batch=0", "at least 1")],
+)
+def test_the_probe_refuses_what_it_cannot_try(argument: str, words: str, tmp_path: Path, refused) -> None:
+    assert words in refused(linear_probe, "backbone=random", f"out={tmp_path / 'r'}", "data.shapes_n=20", argument)
 
 
 def test_an_evaluation_takes_weights_from_backbone_alone(tmp_path: Path, refused) -> None:

@@ -117,6 +117,11 @@ def test_a_resume_keeps_the_normalisation_that_came_with_the_weights(tmp_path: P
     assert json.loads((cut / "backbone.json").read_text())["std"] == [0.2, 0.3, 0.4]
 
 
+def test_a_stop_at_the_last_step_has_nothing_left_to_stop(tmp_path: Path) -> None:
+    out = pretrain(config("simmim", tmp_path, "train.steps=1", "train.max_hours=0"))
+    assert json.loads((out / "status.json").read_text())["state"] == "finished"
+
+
 def test_losses_of_before_a_term_joined_do_not_judge_those_after(tmp_path: Path) -> None:
     """Epochs of two steps: iBOT's masked term joins at step 2, from 0."""
     keys = ["train.steps=3", "objective.pred_start_epoch=1", "objective.out_dim=16", "objective.local_crops=0"]

@@ -27,6 +27,7 @@ ON_CPU = (
     "bench_eval",
     "bench_scale --parts checkpointing processes",
     "bench_scale --parts growth",
+    "bench_scale --parts objectives",
 )
 ON_GPU = (
     "bench_model --variant gcvit_tiny gcvit_base --profile",

@@ -1,7 +1,8 @@
-"""What a training step costs as things grow: image side, batch, depth, prototypes, crops; checkpointing; two processes.
+"""What a training step costs by image side, batch, depth, prototypes, crops, objective, checkpointing, two processes.
 
-    python -m scripts.bench_scale [--parts growth checkpointing processes] [--rounds 3] [--plot FILE.png]
+    python -m scripts.bench_scale [--parts growth objectives checkpointing processes] [--rounds 3] [--plot FILE.png]
 
+objectives: forward and backward of each one's nano recipe with the settings of scripts/learning.py, beside SimMIM's.
 growth: forward and backward of a whole objective per image, one thing grown at a time from a base. checkpointing: the
 backbone's forward and backward at 224 px, with model.grad_checkpointing and without. Both in CPU seconds of one thread
 (wall seconds on a GPU), beside MiB that autograd keeps (each storage once, parameters left out). processes: images/s of
@@ -26,6 +27,7 @@ from gcssl.patient import DoctorConfig, examine
 from gcssl.plan import saved_mib
 from gcssl.runtime import entry, keep_freed_memory
 from gcssl.ssl.objectives import OBJECTIVES
+from scripts.learning import SETTINGS
 from scripts.timing import Step, alternate, device, markdown, ratios, write
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +76,18 @@ def growth(rounds: int) -> list[dict[str, Any]]:
                 {"what": what, "objective": objective, "value": value, "ms": 1000 * seconds, "mib": kept[value]}
             )
     return rows
+
+
+def objectives(rounds: int, batch: int = 32) -> list[dict[str, Any]]:
+    steps, kept = {}, {}
+    for name, keys in SETTINGS.items():
+        steps[name], model = objective_step(name, keys, batch)
+        kept[name] = saved_mib(steps[name], model) / batch
+    times = alternate(steps, rounds, warm=1)
+    return [
+        {"objective": name, "rate": batch / statistics.median(own), "mib": kept[name], **ratios(times["simmim"], own)}
+        for name, own in times.items()
+    ]
 
 
 def checkpointing(rounds: int, batch: int = 2) -> list[dict[str, Any]]:
@@ -140,13 +154,16 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 COLUMNS = {
     "growth": {"what": "{what}", "objective": "{objective}", "value": "{value}", "ms an image": "{ms:.1f}",
                "MiB kept an image": "{mib:.1f}"},
+    "objectives": {"objective": "{objective}", "images/s": "{rate:.0f}",
+                   "speed (min-max)": "{speedup:.2f} ({speedup_min:.2f}-{speedup_max:.2f})",
+                   "MiB kept an image": "{mib:.1f}"},
     "checkpointing": {"variant": "{variant}", "checkpointing": "{checkpointing}", "s an image": "{seconds:.2f}",
                       "speed (min-max)": "{speedup:.2f} ({speedup_min:.2f}-{speedup_max:.2f})",
                       "MiB kept an image": "{mib:.0f}", "share": "{share:.2f}"},
     "processes": {"processes": "{processes}", "images/s": "{rate:.1f}",
                   "efficiency (min-max)": "{efficiency:.2f} ({low:.2f}-{high:.2f})"},
 }  # fmt: skip
-PARTS = {"growth": growth, "checkpointing": checkpointing, "processes": processes}
+PARTS = {"growth": growth, "objectives": objectives, "checkpointing": checkpointing, "processes": processes}
 
 
 def main(argv: list[str]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 PATIENCE = 100  # steps in a row; a single batch proves nothing
 LEAST_STD = 0.01  # of feature_std; healthy runs here went from 0.03 to 0.9
 LEAST_RANK = 1.5  # of feature_rank; healthy: 4 and more
+LEAST_ENTROPY = 0.05  # nats of teacher_entropy; collapsed runs here had 0.04 and less, healthy ones 1 and more
 NEAR = 0.01  # share of ln K or of the chance loss
 
 
@@ -45,6 +46,9 @@ class CollapseWatch:
         if (rank := values.get("feature_rank", math.inf)) < LEAST_RANK:
             told = f"feature_rank {rank:.2f}: embeddings vary in one direction"
             found.append(Sign("feature_rank", f"{told}; lower train.blr, lengthen train.warmup_epochs"))
+        if (entropy := values.get("teacher_entropy", math.inf)) < LEAST_ENTROPY:
+            told = f"teacher_entropy {entropy:.2g} nats: the teacher gives each image one prototype, whichever it is"
+            found.append(Sign("teacher_entropy", f"{told}; raise objective.momentum, lower train.blr"))
         for key, chance in self.chance.items():
             loss = values.get(key, math.inf)
             if abs(loss - chance) < NEAR * abs(chance):

@@ -31,8 +31,9 @@ class EsViTConfig(PrototypeConfig):
 
 def matched_regions(student: Tensor, teacher: Tensor) -> Tensor:
     """For each student region the index of the teacher's most similar one: B n C, B m C -> B n, by cosine."""
-    student, teacher = (F.normalize(at_least_fp32(x), dim=-1) for x in (student, teacher))
-    return (student @ teacher.transpose(1, 2)).argmax(-1)
+    with torch.autocast(student.device.type, enabled=False):  # neighbours differ by less than bf16 tells apart
+        student, teacher = (F.normalize(at_least_fp32(x), dim=-1) for x in (student, teacher))
+        return (student @ teacher.transpose(1, 2)).argmax(-1)
 
 
 def region_loss(

@@ -30,7 +30,7 @@ class PrototypeConfig(MultiCropConfig):
     warmup_teacher_temp_epochs: float = 0.0
     freeze_last_layer_epochs: float = 1.0
     center_momentum: float = 0.9
-    koleo_weight: float = 0.0  # of `koleo`; DINOv2's is 0.1 (what it does to short runs: docs/results/learning)
+    koleo_weight: float = 0.0  # of `koleo`; DINOv2's is 0.2 (what it does to short runs: docs/results/learning)
 
 
 class Center(nn.Module):
@@ -88,7 +88,7 @@ def crops_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], temperature
 
 def koleo(features: Sequence[Tensor]) -> Tensor:
     """Minus the mean log distance of an image's l2-normalised features to the nearest ones of another image in the
-    global batch: a mean over crops B C (KoLeo, arXiv:1806.03198, as in DINOv2, arXiv:2304.07193).
+    global batch: a mean over crops B C (KoLeo, arXiv:1806.03198; DINOv2, arXiv:2304.07193, sums over its two crops).
     """
     losses = []
     for x in features:

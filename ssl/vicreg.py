@@ -63,9 +63,8 @@ class VICReg(nn.Module):
 
     def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         """Loss from the pooled features B C of the two views; its three terms are logged unweighted."""
-        z = [all_gather_with_grad(self.projector(h)) for h in features]  # N d
+        z = [all_gather_with_grad(at_least_fp32(self.projector(h))) for h in features]  # N d
         with torch.autocast(z[0].device.type, enabled=False):
-            z = [at_least_fp32(x) for x in z]
             terms = {
                 "invariance": F.mse_loss(z[0], z[1]),
                 "variance": (variance_loss(z[0]) + variance_loss(z[1])) / 2,

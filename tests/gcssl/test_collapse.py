@@ -35,6 +35,7 @@ def test_a_healthy_run_is_left_alone() -> None:
     [
         ({"feature_std": 0.004}, "feature_std 0.004"),
         ({"feature_rank": 1.05}, "feature_rank 1.05"),
+        ({"teacher_entropy": 0.0}, "teacher_entropy 0 nats: the teacher gives each image one prototype"),
         ({"loss": math.log(64) * 0.995}, r"loss 4.138 stays at 4.159.*objective.teacher_temp \(0.02\)"),
     ],
 )

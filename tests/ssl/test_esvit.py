@@ -18,6 +18,15 @@ def test_same_view_matches_itself() -> None:
     assert torch.equal(order[matched_regions(x, 3 * x[:, order])], torch.arange(9).expand(2, 9))  # whatever the length
 
 
+def test_regions_are_matched_in_fp32_under_autocast() -> None:
+    """Neighbouring regions are alike: cosines of 0.999 and more, which bf16 does not tell apart."""
+    common = torch.randn(2, 1, 64)
+    student, teacher = (common + 0.03 * torch.randn(2, 49, 64) for _ in "12")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = matched_regions(student, teacher)
+    assert torch.equal(found, matched_regions(student, teacher))
+
+
 def test_region_loss_equals_the_slow_version() -> None:
     log_q = [torch.randn(2, 4, 6).log_softmax(-1) for _ in range(2)]
     student = [torch.randn(2, n, 6) for n in (4, 4, 1)]  # a small crop has fewer regions

@@ -17,8 +17,8 @@ from gcssl.ssl.objectives import OBJECTIVES
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("many_processes.py")
 WORLDS = [2, pytest.param(3, marks=pytest.mark.slow)]
-JOINTS = ("joint-balance", "joint-share", "joint-localmim", "joint-mae", "joint-ummae", "joint-simclr", "joint-dino")
-CASES = [*OBJECTIVES, *JOINTS, "collectives"]
+MORE = ["dino-koleo", *(f"joint-{one}" for one in ("balance", "share", "localmim", "mae", "ummae", "simclr", "dino"))]
+CASES = [*OBJECTIVES, *MORE, "collectives"]
 
 
 @pytest.fixture(scope="module", params=WORLDS)
@@ -32,7 +32,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = torch.load(out, weights_only=True)
-    assert found["world"] == request.param
+    assert found["world"] == request.param and found["many"].keys() == set(CASES)
     return found
 
 

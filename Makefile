@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 PYTEST := $(PY) -m pytest -q -n logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-.PHONY: help setup demo test test-all test-faults test-mutants test-learning bench check
+.PHONY: help setup demo test test-all test-faults test-mutants test-learning test-peers bench check
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -39,6 +39,10 @@ test-mutants: setup  ## break each guard on purpose and see its test fail; about
 
 test-learning: setup  ## does every objective learn; about an hour, for the night
 	@$(PY) -m pytest -q -m learning $(PYTEST_ARGS)
+
+test-peers: setup  ## our losses beside lightly's, which it installs without its dependencies
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps 'lightly>=1.6,<2'
+	@$(PYTEST) tests/ssl/test_peers.py
 
 bench: setup  ## every benchmark on this machine, into docs/results; about twenty minutes
 	@$(PY) -m scripts.bench $(BENCH_ARGS)

@@ -172,7 +172,8 @@ def fit(
                 seed_torch(train.seed, MODEL, step, accelerator.process_index, meter.micro)
                 out = model(batch, step)
                 if hasattr(objective, "grad_norms") and objective.measures(step, cfg.log.every):
-                    out |= objective.grad_norms(out, step)
+                    scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
+                    out |= objective.grad_norms(out, step, scale)
                 accelerator.backward(out["loss"])
                 meter.add(out)
                 if not accelerator.sync_gradients:

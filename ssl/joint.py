@@ -217,17 +217,19 @@ class Joint(nn.Module):
         """Whether step `step` measures its parts' gradients: the first and every fifth of the logged ones."""
         return self.balances(step) or step % (NORMS_EVERY * log_every) == log_every - 1
 
-    def grad_norms(self, out: dict[str, Any], step: int) -> dict[str, Tensor]:
+    def grad_norms(self, out: dict[str, Any], step: int, scale: float = 1.0) -> dict[str, Tensor]:
         """Of each weighted part's gradient on the encoder, of the mean loss over processes: its norm, that of each
         stage, and the cosine between the two.
 
         Call it before `backward` and on every process: it runs each part's backward pass and keeps the graph.
+        scale: what the loss is multiplied by for that, so that no fp16 gradient is lost.
         """
         named = list(self.encoder.named_parameters())
         norms, flats = {}, []
         for name, loss in out["_parts"].items():
-            grads = torch.autograd.grad(loss, [p for _, p in named], retain_graph=True, allow_unused=True)
+            grads = torch.autograd.grad(scale * loss, [p for _, p in named], retain_graph=True, allow_unused=True)
             whole = [torch.zeros_like(p) if g is None else g for (_, p), g in zip(named, grads, strict=True)]
+            whole = [g / scale for g in whole]
             flat = all_reduce_mean(torch.cat([g.flatten() for g in whole]))
             norms[f"grad_norm/{name}"] = flat.norm()
             pieces = flat.split([g.numel() for g in whole])

@@ -135,6 +135,13 @@ def test_norms_of_stages_and_cosine(make_objective: Make, make_batch: Make) -> N
     assert {f"grad_norm/simmim/stage{i}" for i in (1, 2, 3, 4)} <= norms.keys()
 
 
+def test_norms_do_not_depend_on_the_scale_of_the_loss(make_objective: Make, make_batch: Make) -> None:
+    joint, batch = make_objective("joint"), joint_batch(make_batch, share=False)
+    out = joint(batch, 0)
+    plain, scaled = joint.grad_norms(out, 0), joint.grad_norms(out, 0, 1024.0)
+    torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=1e-7)
+
+
 def test_balance_brings_the_gradients_to_the_ratio_of_the_weights(make_objective: Make, make_batch: Make) -> None:
     joint, batch = make_objective("joint", weights=[3.0, 1.0], balance=True), joint_batch(make_batch, share=False)
     out = joint(batch, 0)

@@ -1,4 +1,4 @@
-"""Our losses beside lightly's on the same tensors. Optional: pip install --no-deps lightly (1.6 was tried)."""
+"""Our losses beside lightly's on the same tensors. Optional: make test-peers (1.6 was tried)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from gcssl.ssl.moby import queue_loss
 from gcssl.ssl.prototypes import Center, crops_loss
 from gcssl.ssl.simclr import nt_xent
 
-lightly_loss = pytest.importorskip("lightly.loss", reason="lightly is not installed: pip install --no-deps lightly")
+lightly_loss = pytest.importorskip("lightly.loss", reason="lightly is not installed: make test-peers")
 
 Make = Callable[..., Any]
 

@@ -43,7 +43,7 @@ SETTINGS: dict[str, list[str]] = {
     "ibot": [*VIEW, *PROTOTYPES],
     "joint": [*VIEW, "objective.temperature=0.1"],
 }
-# The least gain over the untrained backbone, in points; half or more of the smaller gain recorded on two machines, whose
+# The least gain over the untrained backbone, in points: half or more of the smaller gain seen on two machines, whose
 # rounding moves kNN by up to 3.5 points. Of the last three it is above the 7.5 that KoLeo gains alone.
 LINES: dict[str, dict[str, float]] = {
     "simmim": {"knn/top1@20": 2.5, "linear/top1": 12.0},

@@ -65,7 +65,9 @@ def test_numbers_that_are_not_finite_stay_json(tmp_path: Path) -> None:
 
 def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
     run(tmp_path, 0, 8, trackers=("tensorboard",))
+    time.sleep(1.01)  # files of one second and one process are read by their number as text, 10 before 9
     run(tmp_path, 4, 10, trackers=("tensorboard",))
+    time.sleep(1.01)
     log = RunLog(tmp_path, 10, 10, 2, ("tensorboard",), enabled=True)
     log.images(10, {"original": torch.rand(3, 3, 8, 8)})
     log.close()

@@ -43,6 +43,14 @@ def test_each_mutant_finds_what_it_breaks() -> None:
         assert (ROOT / mutant.test.split()[0]).exists(), mutant.guard
 
 
+def test_the_checklist_names_tests_that_are_there() -> None:
+    file, named = "", 0
+    for path, name in re.findall(r"`(tests/[\w/.]+)?::(test_\w+)`", (ROOT / "docs/checklist.md").read_text()):
+        file, named = path or file, named + 1
+        assert f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+    assert named > 50
+
+
 def test_one_faiss_only() -> None:
     """faiss-gpu and faiss-cpu install the same folder; each machine must get exactly one of them."""
     from packaging.requirements import Requirement

@@ -13,8 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from gcssl.errors import UserError, is_main_process
-from gcssl.files import atomic_write
-from gcssl.log import is_kept, say
+from gcssl.log import cut_after, is_kept, say
 
 BadSample = tuple[int, str, str]  # index, path, reason
 
@@ -94,13 +93,10 @@ class BadSamples:
 
     def _read(self, step: int) -> None:
         """What an earlier start listed up to this step, by every process alike; later or half written lines go."""
-        text, sound = self.path.read_text(errors="replace"), ""
-        for line in text.splitlines(keepends=True):
-            if is_kept(line, step):
-                self.seen.add(int(json.loads(line)["index"]))
-                sound += line
-        if sound != text and is_main_process():
-            atomic_write(self.path, sound)
+        lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+        self.seen = {int(json.loads(line)["index"]) for line in lines if is_kept(line, step)}
+        if is_main_process():
+            cut_after(self.path, step)
 
     def summarise(self) -> None:
         if self.seen:

@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
         print(f"python -m scripts.{command}", flush=True)
         found[command] = run(command)
         print(f"{found[command]['printed']}\n", flush=True)
-        rows = [found[c] for c in (*COMMANDS, *(found.keys() - set(COMMANDS))) if c in found]
+        rows = [found[c] for c in (*COMMANDS, *(c for c in found if c not in COMMANDS)) if c in found]
         path.write_text(json.dumps(rows, indent=1) + "\n")
         path.with_suffix(".md").write_text(page(name, rows))
     print(path.with_suffix(".md"))

@@ -22,6 +22,7 @@ def test_a_benchmark_measured_again_replaces_its_part(
     assert [row["command"] for row in rows] == list(commands)
     assert page.index("images 2 --rounds 1") < page.index("images 3 --rounds 1") and "| one | gcssl |" in page
     assert all(row["rows"] and row["versions"]["torch"] and "host" not in row["hardware"] for row in rows)
+    monkeypatch.setattr(bench, "COMMANDS", commands[1:])  # what is no longer run stays on the page
     bench.main(["images 3"])
     assert len(json.loads(path.with_suffix(".json").read_text())) == 2
     with pytest.raises(UserError, match="no such benchmark; expected a word of bench_input"):

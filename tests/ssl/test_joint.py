@@ -135,11 +135,17 @@ def test_norms_of_stages_and_cosine(make_objective: Make, make_batch: Make) -> N
     assert {f"grad_norm/simmim/stage{i}" for i in (1, 2, 3, 4)} <= norms.keys()
 
 
-def test_norms_do_not_depend_on_the_scale_of_the_loss(make_objective: Make, make_batch: Make) -> None:
+def test_gradients_of_a_scaled_loss_give_the_norms_of_the_plain_one(
+    make_objective: Make, make_batch: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     joint, batch = make_objective("joint"), joint_batch(make_batch, share=False)
-    out = joint(batch, 0)
+    out, grad, losses = joint(batch, 0), torch.autograd.grad, []
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda loss, *args, **kw: losses.append(loss) or grad(loss, *args, **kw)
+    )
     plain, scaled = joint.grad_norms(out, 0), joint.grad_norms(out, 0, 1024.0)
     torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=1e-7)
+    assert torch.equal(torch.stack(losses[2:]), 1024 * torch.stack(losses[:2]))
 
 
 def test_balance_brings_the_gradients_to_the_ratio_of_the_weights(make_objective: Make, make_batch: Make) -> None:

@@ -145,16 +145,23 @@ class TimmBackbone(nn.Module):
         if not self.widened:
             return self.model.forward_intermediates(x, indices=levels, norm=self.normed, intermediates_only=True)
         last, maps = self.model.forward_intermediates(x, indices=levels, norm=self.normed)
-        b, c, h, w = last.shape
-        wide = self.model.forward_head(last.permute(0, 2, 3, 1).reshape(-1, c, 1, 1), pre_logits=True)  # B*h*w C
+        channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"  # MambaOut
+        last = last if channels_last else last.permute(0, 2, 3, 1)
+        b, h, w, c = last.shape
+        single = (-1, 1, 1, c) if channels_last else (-1, c, 1, 1)
+        wide = self.model.forward_head(last.reshape(single), pre_logits=True)  # B*h*w C
         return [*maps[:-1], wide.view(b, h, w, -1).permute(0, 3, 1, 2)]
 
-    def _checked_maps(self, x: Tensor, levels: list[int]) -> list[Tensor]:
+    def check_map(self) -> None:
+        """UserError where the model has no map."""
         if self.no_map:
             raise UserError(
                 f"model.name={self.name}: has no map of features for this ({self.no_map}); "
                 "take an objective of pooled features, such as simclr or byol, or another backbone"
             )
+
+    def _checked_maps(self, x: Tensor, levels: list[int]) -> list[Tensor]:
+        self.check_map()
         return self._run(lambda: self._maps(x, levels), x)
 
     def forward_features(

@@ -21,6 +21,7 @@ from gcssl.augment import MAE, override
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.build import Backbone
+from gcssl.models.gcvit import GCViT
 from gcssl.ssl.masking import (
     STEM_STRIDE,
     MaskedDraw,
@@ -60,10 +61,12 @@ class LocalMIM(nn.Module):
         unit = cfg.mask_unit if cfg.mask_unit is not None else default_unit(img_size)
         check_unit(img_size, unit)
         check_ratio((img_size[0] // unit) * (img_size[1] // unit), cfg.mask_ratio)
+        if not isinstance(encoder, GCViT):
+            encoder.check_map()
         check_target(cfg.target, unit, encoder.stride)
         stages = [(c, s) for c, s in zip(encoder.channels, encoder.strides, strict=True) if s >= STEM_STRIDE]
         if len(stages) < 2:
-            raise UserError(f"objective.name=localmim: {encoder.name} has one stride only; simmim is that")
+            raise UserError(f"objective.name=localmim: {encoder.name} has one stride only; take simmim, which is that")
         self.encoder: Any = encoder
         self.target, self.cells = cfg.target, [math.gcd(stride, unit) for _, stride in stages]
         self.heads = nn.ModuleList(

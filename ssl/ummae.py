@@ -36,6 +36,7 @@ from gcssl.ssl.masking import (
     upsample_mask,
 )
 from gcssl.ssl.targets import first_samples, mse_hidden, norm_pixels, reconstruction
+from gcssl.ssl.views import check_takes
 
 
 @dataclass
@@ -66,18 +67,38 @@ class UniformDraw:
 
 def check_compaction(encoder: Backbone, img_size: tuple[int, int], unit: int, secondary_ratio: float) -> None:
     """UserError unless units tile the encoder's tokens, half the image suits it, and a kept unit stays visible."""
+    if not isinstance(encoder, GCViT):
+        encoder.check_map()
     legal = [u for u in range(STEM_STRIDE, encoder.stride + 1, STEM_STRIDE) if encoder.stride % u == 0]
+    if not legal:
+        stride = f"{encoder.name} has tokens of {encoder.stride} px"
+        raise UserError(f"objective.name=ummae: {stride}, which no mask unit of 4, 8, ... px divides; take simmim")
     if unit not in legal:
         raise UserError(f"objective.mask_unit={unit}: ummae needs a divisor of the stride {encoder.stride}: {legal}")
     side = 2 * (max(encoder.stride, *encoder.window_ratio) if isinstance(encoder, GCViT) else encoder.stride)
     if img_size[0] % side or img_size[1] % side:
         height, width = img_size
         raise UserError(f"model.img_size={height}x{width}: ummae halves it, so both sides must be multiples of {side}")
+    check_half(encoder, img_size)
     n_kept = img_size[0] * img_size[1] // (2 * unit) ** 2
     if not 0.0 <= secondary_ratio < 1.0 or hidden_count(n_kept, secondary_ratio) >= n_kept:
         raise UserError(
             f"objective.secondary_ratio={secondary_ratio} must lie in [0, 1) and leave one of {n_kept} kept units"
         )
+
+
+def check_half(encoder: Backbone, img_size: tuple[int, int]) -> None:
+    """UserError unless the encoder takes images of half the size; GC ViT does."""
+    height, width = img_size[0] // 2, img_size[1] // 2
+    try:
+        if not isinstance(encoder, GCViT):
+            check_takes(encoder, height, width)
+    except UserError:
+        built = f"{encoder.name} built for {img_size[0]}x{img_size[1]} does not take"
+        raise UserError(
+            f"objective.name=ummae gives the backbone images of half the size, {height}x{width}, which {built}; "
+            "take simmim or another backbone"
+        ) from None
 
 
 class UMMAE(nn.Module):

@@ -87,16 +87,22 @@ def check_share(cfg: Any, *keys: str) -> None:
             raise UserError(f"objective.{key}={getattr(cfg, key)} must lie in 0..1")
 
 
-def check_small(encoder: Any, size: int) -> None:
-    """UserError unless the encoder takes square crops of `size` pixels."""
+def check_takes(encoder: Any, height: int, width: int) -> None:
+    """UserError unless the encoder takes images of that size."""
     like, mode = next(encoder.parameters()), encoder.training
     try:
         with torch.no_grad():
-            encoder.eval()(like.new_zeros(1, encoder.model_args["in_chans"], size, size))
-    except UserError as error:
-        raise UserError(f"objective.local_size={size}: {error}") from None
+            encoder.eval()(like.new_zeros(1, encoder.model_args["in_chans"], height, width))
     finally:
         encoder.train(mode)
+
+
+def check_small(encoder: Any, size: int) -> None:
+    """UserError unless the encoder takes square crops of `size` pixels."""
+    try:
+        check_takes(encoder, size, size)
+    except UserError as error:
+        raise UserError(f"objective.local_size={size}: {error}") from None
 
 
 # ---- signs of a collapse

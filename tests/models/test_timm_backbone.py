@@ -22,7 +22,7 @@ def wrapped(name: str, size: int = 64, **kw: object) -> TimmBackbone:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "mobilenetv2_035", "fastvit_t8"])
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "mobilenetv2_035", "fastvit_t8", "mambaout_femto"])
 def test_a_head_that_widens_the_features_is_run_at_every_position(name: str) -> None:
     model = wrapped(name)
     stated = model.model.feature_info[-1]["num_chs"]
@@ -56,9 +56,10 @@ def test_without_a_map_the_pooled_features_serve_and_what_needs_a_map_is_refused
     for call in (model.forward_features, model.forward_pyramid):
         with pytest.raises(UserError, match=f"model.name={name}: has no map .* or another backbone$"):
             call(x)
-    cls, schema = OBJECTIVES["simmim"]
-    with pytest.raises(UserError, match="has no map"):
-        cls(schema(mask_unit=16), model, AugmentConfig(), (size, size), 1, 1)
+    for objective in ("simmim", "localmim", "ummae"):
+        cls, schema = OBJECTIVES[objective]
+        with pytest.raises(UserError, match=f"model.name={name}: has no map"):
+            cls(schema(mask_unit=16), model, AugmentConfig(), (size, size), 1, 1)
 
 
 def test_a_size_that_timms_model_does_not_take_is_refused_in_one_line() -> None:

@@ -157,6 +157,21 @@ def test_bad_values_are_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name, size, told",
+    [
+        ("eva02_tiny_patch14_224", 112, "has tokens of 14 px, which no mask unit of 4, 8, ... px divides; take simmim"),
+        ("convit_tiny", 64, "half the size, 32x32, which convit_tiny built for 64x64 does not take; take simmim"),
+    ],
+)
+def test_timm_models_that_do_not_fit_are_refused_before_the_run(
+    make_objective: Make, name: str, size: int, told: str
+) -> None:
+    with pytest.raises(UserError, match=told) as error:
+        make_objective("ummae", build_backbone(name, size), size=(size, size))
+    assert "\n" not in str(error.value)
+
+
 def test_joint_cannot_share_a_view_of_which_most_is_dropped(make_objective: Make) -> None:
     with pytest.raises(UserError, match="share=true: ummae drops what it hides; one of localmim, simmim can"):
         make_objective("joint", masked="ummae", share=True)

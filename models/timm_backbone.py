@@ -145,6 +145,8 @@ class TimmBackbone(nn.Module):
         if not self.widened:
             return self.model.forward_intermediates(x, indices=levels, norm=self.normed, intermediates_only=True)
         last, maps = self.model.forward_intermediates(x, indices=levels, norm=self.normed)
+        if isinstance(last, list):
+            raise ValueError("its head pools several maps")
         channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"  # MambaOut
         last = last if channels_last else last.permute(0, 2, 3, 1)
         b, h, w, c = last.shape

@@ -2,35 +2,50 @@
 
 python -m scripts.timm_matrix [family ...]
 
-With families only their rows are made anew. Every model is built at a small image size, then does one forward and
-backward pass of a view objective (simclr) and of masked modelling (simmim), two images each, as
-DistributedDataParallel asks it: every trainable parameter must get a gradient. Then it gets a smaller image.
+With families only their rows are made anew. Every model is built at a small image size; then each objective does one
+forward and backward pass on two images, as DistributedDataParallel asks it (every trainable parameter must get a
+gradient), and moves its teacher, if any. Those of many crops get two local ones of half the size where the model takes
+these. A model that fails otherwise than by a UserError is left out, and the program ends with its traceback.
 """
 
+import dataclasses
 import gc
 import math
 import time
-from collections.abc import Callable
-from dataclasses import astuple, dataclass
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.build import build_backbone
 from gcssl.runfolder import environment
 from gcssl.runtime import entry
-from gcssl.ssl.masking import default_unit, draw_mask
+from gcssl.ssl.masking import default_unit
 from gcssl.ssl.objectives import OBJECTIVES
 from scripts.timing import hardware
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "timm.md"
 SIZES = (64, 96, 128, 160, 192, 224, 256)  # tried in this order, then the model's own
+COLUMNS = {  # title -> the objectives it speaks of; tried in this order, as those of maps freeze what they do not use
+    "pooled views": ("simclr", "mocov3", "moby", "byol", "vicreg", "dino", "simdino"),
+    "views on maps": ("esvit", "ibot"),
+    "simmim": ("simmim",),
+    "localmim": ("localmim",),
+    "ummae": ("ummae",),
+}
+TRIED = tuple(objective for objectives in COLUMNS.values() for objective in objectives)
+CROPS = "smaller crops"
+TINY = {  # keys of the objectives, for those that have them
+    "hidden_dim": 16, "bottleneck_dim": 8, "out_dim": 8, "queue": 8, "decoder_dim": 64, "mask_prob": 1.0,
+}  # fmt: skip
 START = {"ghostnetv2_100": 128, "ghostnetv3_050": 128}  # half of it must be legal too
 
 # family -> its smallest models, one of each kind
@@ -137,15 +152,24 @@ FAMILIES = {
 
 @dataclass
 class Row:
-    """A line of the table; the last three are "yes" (and for which size) or why not."""
+    """A model's line in the table, and why it cannot do what it cannot."""
 
     family: str
     model: str
     params: str  # millions
     size: str  # pixels of a side
-    view: str
-    masked: str
-    smaller: str
+    crops: str  # the same of smaller crops, or "no"
+    refusals: dict[str, str]  # objective, or CROPS -> the line of the UserError
+
+    def cells(self) -> list[str]:
+        marks = [mark([o for o in objectives if o in self.refusals], objectives) for objectives in COLUMNS.values()]
+        return [self.family, self.model, self.params, self.size, self.crops, *marks]
+
+
+def mark(refused: Sequence[str], objectives: Sequence[str]) -> str:
+    if not refused:
+        return "yes"
+    return "no" if len(refused) == len(objectives) else f"not {', '.join(refused)}"
 
 
 def judge(family: str, name: str) -> Row:
@@ -154,16 +178,15 @@ def judge(family: str, name: str) -> Row:
     try:
         backbone, size = build_small(name)
     except UserError as error:
-        return Row(family, name, "", "", *[cell(error)] * 3)
+        return Row(family, name, "-", "-", "no", dict.fromkeys((CROPS, *TRIED), cell(error)))
     params = f"{sum(p.numel() for p in backbone.parameters()) / 1e6:.1f}"
-    view = answer(lambda: try_objective("simclr", backbone, size, hidden_dim=16, out_dim=8))
     small = size // 2 // backbone.stride * backbone.stride
-    smaller = answer(lambda: check_pooled(backbone, small))
-    unit = math.gcd(size, default_unit((size, size)))
-    # last: it freezes what it does not use
-    masked = answer(lambda: try_objective("simmim", backbone, size, mask_unit=unit))
-    smaller = f"yes ({small})" if smaller == "yes" else smaller
-    return Row(family, name, params, str(size), view, masked, smaller)
+    lines = {CROPS: refusal(lambda: check_pooled(backbone, small))}
+    crops = {"local_crops": 0 if lines[CROPS] else 2, "local_size": small}
+    for objective in TRIED:
+        lines[objective] = refusal(lambda name=objective: try_objective(name, backbone, size, crops))
+    refusals = {what: line for what, line in lines.items() if line}
+    return Row(family, name, params, str(size), "no" if lines[CROPS] else str(small), refusals)
 
 
 def build_small(name: str) -> tuple[Any, int]:
@@ -191,19 +214,31 @@ def stride_of(name: str, own: int) -> int:
             return build_backbone(name, 256).stride
 
 
-def try_objective(objective: str, backbone: Any, size: int, **options: Any) -> None:
-    """One forward and backward pass, two images; RuntimeError where DistributedDataParallel would stop."""
+def try_objective(objective: str, backbone: Any, size: int, crops: dict[str, int]) -> None:
+    """One step of two images, without an optimizer; RuntimeError where DistributedDataParallel would stop."""
     cls, schema = OBJECTIVES[objective]
-    model = cls(schema(**options), backbone, AugmentConfig(), (size, size), 1, 1).train()
-    side = size // options.get("mask_unit", size)
-    masks = torch.from_numpy(np.stack([draw_mask(np.random.default_rng(i), (side, side), 0.6) for i in range(2)]))
-    views = [torch.randn(2, 3, size, size) for _ in range(2)]
+    options = {**TINY, **crops, "mask_unit": math.gcd(size, default_unit((size, size)))}
+    keys = {field.name for field in dataclasses.fields(schema)}
+    cfg = schema(**{key: value for key, value in options.items() if key in keys})
+    model = cls(cfg, backbone, AugmentConfig(), (size, size), 1, 1).train()
     model.zero_grad()
-    loss = model({"index": torch.arange(2), "views": views, "masks": [masks, masks]}, 0)["loss"]
+    loss = model(random_batch(model.draw, size), 0)["loss"]
     loss.backward()
     left = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if left or not loss.isfinite():
-        raise RuntimeError(f"loss {loss.item()}, parameters without a gradient: {left}")
+        raise RuntimeError(f"{objective}: loss {loss.item()}, parameters without a gradient: {left}")
+    model.after_step(0)
+
+
+def random_batch(draw: Callable[..., Any], size: int) -> dict[str, Any]:
+    """Two images of noise, in the views and masks that an objective draws."""
+    drawn = [draw(np.random.default_rng(i), (size, size)) for i in range(2)]
+    views = [torch.randn(2, 3, *spec.size) for spec, _ in drawn[0][0]]
+    masks: list[Tensor | None] = [
+        None if two[0] is None else torch.from_numpy(np.stack(two))
+        for two in zip(*(masks for _, masks in drawn), strict=True)
+    ]
+    return {"index": torch.arange(2), "views": views, "masks": masks}
 
 
 def check_pooled(backbone: nn.Module, size: int) -> None:
@@ -212,13 +247,13 @@ def check_pooled(backbone: nn.Module, size: int) -> None:
         raise RuntimeError(f"pooled features are {shape}")
 
 
-def answer(work: Callable[[], None]) -> str:
-    """ "yes", or the UserError's line."""
+def refusal(work: Callable[[], None]) -> str:
+    """The UserError's line; nothing where it works."""
     try:
         work()
     except UserError as error:
         return cell(error)
-    return "yes"
+    return ""
 
 
 def cell(error: UserError) -> str:
@@ -227,39 +262,61 @@ def cell(error: UserError) -> str:
 
 # ---- the document
 
-TITLES = ("family", "model", "parameters (M)", "image size", "view objective", "masked modelling", "smaller crops")
+TITLES = ("family", "model", "parameters (M)", "image size", CROPS, *COLUMNS)
+REASONS = ("model", "refuses", "in this line")
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *rows)]
+
+
+def reasons(row: Row) -> list[list[str]]:
+    """Its lines of the second table: what is refused for one reason stands in one."""
+    grouped: dict[str, list[str]] = {}
+    for what, line in row.refusals.items():
+        grouped.setdefault(line, []).append(what)
+    return [[row.model, ", ".join(whats), line] for line, whats in grouped.items()]
 
 
 def read_rows(text: str) -> dict[str, Row]:
     """model -> its row in the document."""
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    return {parts[1]: Row(*parts) for parts in lines if len(parts) == len(TITLES) and parts[0] != TITLES[0]}
+    rows = {x[1]: Row(*x[:5], {}) for x in lines if len(x) == len(TITLES) and x[0] not in (TITLES[0], "---")}
+    for name, whats, line in (x for x in lines if len(x) == len(REASONS) and x[0] in rows):
+        rows[name].refusals |= dict.fromkeys(whats.split(", "), line)
+    return rows
 
 
-def document(rows: list[Row], command: str, seconds: float) -> str:
+def document(rows: list[Row], command: str, commit: str | None, seconds: float) -> str:
     """docs/timm.md."""
-    names = {"view": "a view objective", "masked": "masked modelling", "smaller": "smaller crops"}
-    counts = [f"{sum(getattr(r, k).startswith('yes') for r in rows)} take {what}" for k, what in names.items()]
+    rows = sorted(rows, key=lambda r: (r.family, r.model))
+    counts = [f"{title} {sum(row.cells()[i] != 'no' for row in rows)}" for i, title in enumerate(TITLES) if i > 3]
     lines = [
         "# Which models of timm can be pretrained",
         "",
         "Any model of timm can be the backbone (`model.name=`); this table says what the smallest models of each",
-        "family were seen to do. Where one cannot do something, the cell holds the line that a run stops with.",
+        "family were seen to do: one forward and backward pass of each objective, in which every trainable parameter",
+        "gets a gradient, and the move of its teacher, if it has one. Why a model refuses something stands in the",
+        "second table, in the line that a run stops with.",
         "",
         "- **image size**: the side in pixels that the model was built for here, the smallest tried that it takes.",
-        "- **view objective**: one training step of SimCLR; VICReg asks for the same. MoCo v3, BYOL, DINO and the like",
-        "  also run a copy as the teacher, in eval mode but for its batch norms: not tried.",
-        "- **masked modelling**: one training step of SimMIM, which hides pixels.",
-        "- **smaller crops**: the same object also takes images of the size in brackets, as multi-crop needs.",
+        "- **smaller crops**: the size of the smaller images that the same object also takes. dino, simdino, esvit and",
+        "  ibot were tried with two such crops; where it says no, with `objective.local_crops=0`.",
+        f"- **pooled views**: {', '.join(COLUMNS['pooled views'])}, which need pooled features alone.",
+        f"- **views on maps**: {', '.join(COLUMNS['views on maps'])}, which read the last map.",
+        "- **simmim**, **localmim**, **ummae**: pixels are hidden. localmim reads maps of two strides or more, ummae",
+        "  gives the model images of half the size. `mae` takes GC ViT alone.",
         "",
-        f"{len(rows)} models of {len({r.family for r in rows})} families: {', '.join(counts)}.",
+        f"{len(rows)} models of {len({r.family for r in rows})} families. Of these take {', '.join(counts)}.",
         "",
         f"Made by `{command}` in {seconds / 60:.0f} minutes on {time.strftime('%Y-%m-%d')}, "
-        f"commit {environment()['commit']}, torch {torch.__version__}, timm {timm.__version__}, {hardware()}.",
+        f"commit {commit}, torch {torch.__version__}, timm {timm.__version__}, {hardware()}.",
         "",
-        f"| {' | '.join(TITLES)} |",
-        f"|{'---|' * len(TITLES)}",
-        *(f"| {' | '.join(astuple(row))} |" for row in sorted(rows, key=lambda r: (r.family, r.model))),
+        *table(TITLES, [row.cells() for row in rows]),
+        "",
+        "## Why not",
+        "",
+        *table(REASONS, [line for row in rows for line in reasons(row)]),
     ]
     return "\n".join(lines) + "\n"
 
@@ -268,14 +325,23 @@ def main(argv: list[str]) -> None:
     if unknown := [word for word in argv if word not in FAMILIES]:
         raise UserError(f"{unknown[0]}: no such family; expected some of {', '.join(FAMILIES)}")
     started, rows = time.perf_counter(), read_rows(DOC.read_text()) if argv and DOC.exists() else {}
+    command = " ".join(["python -m scripts.timm_matrix", *argv])
+    commit = environment()["commit"]  # before the document is another than the committed one
+    failed = []
     for family in argv or FAMILIES:
         for name in FAMILIES[family].split():
             begun = time.perf_counter()
-            row = rows[name] = judge(family, name)
-            print(*astuple(row), f"{time.perf_counter() - begun:.1f} s", sep=" | ", flush=True)
+            try:
+                row = rows[name] = judge(family, name)
+                print(*row.cells(), f"{time.perf_counter() - begun:.1f} s", sep=" | ", flush=True)
+            except Exception:  # a fault, not a refusal: the others are still worth their time
+                traceback.print_exc()
+                failed.append(name)
             gc.collect()
-    command = " ".join(["python -m scripts.timm_matrix", *argv])
-    DOC.write_text(document(list(rows.values()), command, time.perf_counter() - started))
+        # after each family, so that a run that is stopped leaves what it found
+        DOC.write_text(document(list(rows.values()), command, commit, time.perf_counter() - started))
+    if failed:
+        raise RuntimeError(f"these failed, and {DOC.name} has no new rows of them: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import copy
 import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import compress, pairwise
 from typing import Any
 
 import timm
@@ -88,14 +88,18 @@ class TimmBackbone(nn.Module):
                     f"give another size, its own is {own}"
                 ) from None
             try:
-                shape = tuple(trial.forward_features(blank).shape)
+                maps = trial.forward_pyramid(blank)
             except UserError:  # no_map, known already
                 return
             except Exception as error:
                 self.no_map = reason(error)
                 return
-        if shape != fit:
-            self.no_map = f"its last map is {list(shape[1:])} instead of {list(fit[1:])}"
+        if maps[-1].shape != fit:
+            self.no_map = f"its last map is {list(maps[-1].shape[1:])} instead of {list(fit[1:])}"
+            return
+        tiles = [m.shape[2:] == (height // s, width // s) for m, s in zip(maps, self.strides, strict=True)]
+        self.levels = list(compress(self.levels, tiles))  # without PiT's first map, of patches that overlap
+        self.strides, self.channels = tuple(compress(self.strides, tiles)), tuple(compress(self.channels, tiles))
 
     @property
     def drop_path(self) -> float:

@@ -39,6 +39,17 @@ def test_a_head_that_widens_the_features_is_run_at_every_position(name: str) -> 
     assert model.freeze_unused() == []
 
 
+def test_maps_that_do_not_tile_the_image_are_left_out() -> None:
+    model = wrapped("pit_ti_224")
+    assert [level["reduction"] for level in model.model.feature_info] == [8, 16, 32]  # of 7 x 7, 4 x 4 and 2 x 2
+    assert (model.strides, model.channels) == ((16, 32), (128, 256))
+    maps = model.forward_pyramid(torch.randn(1, 3, 64, 64))
+    assert [m.shape for m in maps] == [(1, 128, 4, 4), (1, 256, 2, 2)]
+    cls, schema = OBJECTIVES["localmim"]
+    batch = {"views": [torch.randn(2, 3, 64, 64)], "masks": [torch.arange(32).view(2, 4, 4) % 4 > 0]}
+    assert cls(schema(mask_unit=16), model, AugmentConfig(), (64, 64), 1, 1)(batch, 0)["loss"].isfinite()
+
+
 def test_hieras_map_has_no_norm_and_its_heads_norm_is_frozen() -> None:
     model = wrapped("hiera_tiny_224")
     assert model.no_map is None and model.forward_features(torch.randn(1, 3, 64, 64)).shape == (1, 768, 2, 2)

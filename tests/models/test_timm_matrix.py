@@ -28,7 +28,7 @@ KINDS = {  # what each of the quick ones stands for
 MORE = (
     "swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 deit_tiny_patch16_224 mvitv2_tiny davit_tiny"
     " maxvit_pico_rw_256 mobilevit_xxs efficientvit_b0 crossvit_tiny_240 tnt_s_patch16_224 volo_d1_224 mixer_s16_224"
-    " resnet10t halonet26t hiera_tiny_224 levit_128s mambaout_femto"
+    " resnet10t halonet26t hiera_tiny_224 levit_128s mambaout_femto pit_ti_224 legacy_xception"
 ).split()
 
 

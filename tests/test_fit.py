@@ -86,7 +86,7 @@ def test_what_is_not_tried_below_always_compares_images() -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ACCUMULATING]
 )
-def test_accumulation_trains_as_the_larger_batch(name: str, tmp_path: Path) -> None:
+def test_accumulation_trains_as_the_larger_batch(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Three steps of 4 images against 2 x 2: losses, norms and what changed in each part within 1e-4 (of rounding
     they are 1e-6). By SGD, whose update is as wrong as its gradient, with a clip that always bites.
     """
@@ -94,13 +94,16 @@ def test_accumulation_trains_as_the_larger_batch(name: str, tmp_path: Path) -> N
     keys += ["train.blr=1", "train.lr_rule=linear", "train.lr_base=8", "train.clip_grad=0.05"]
     keys += ["checkpoint.every=0.5", "checkpoint.keep=3", *(f"objective.{key}" for key in ACCUMULATING[name])]
     one = pretrain(config(name, tmp_path / "one", *keys, "train.batch_size=4"))
+    capsys.readouterr()
     two = pretrain(config(name, tmp_path / "two", *keys, "train.batch_size=2", "train.accumulate=2"))
+    told = "global batch 4 = 2 x 1 processes x 2 accumulated; lr 0.5 (linear rule, base 8); 3 steps, 2 an epoch"
+    assert told in capsys.readouterr().out
     lines = [(run / "metrics.jsonl").read_text().splitlines() for run in (one, two)]
     for whole, parts in zip(*(map(json.loads, some) for some in lines), strict=True):
         for key in [key for key in whole if key.startswith("loss") or key in ("grad_norm", "lr")]:
             assert whole[key] == pytest.approx(parts[key], rel=1e-4), f"step {whole['step']} {key}"
         assert whole["grad_norm"] > 0.05
-    assert whole["lr"] == pytest.approx(0.5)  # after two steps of warm-up
+    assert whole["lr"] == pytest.approx(0.5)  # the line's, after two steps of warm-up
     wanted, found = changes(one), changes(two)
     assert wanted.keys() == found.keys()
     for part, moved in wanted.items():

@@ -106,8 +106,8 @@ def mse_hidden(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def target_loss(kind: str, pred: Tensor, x: Tensor, mask: Tensor, cell: int) -> dict[str, Tensor]:
     """Loss of a prediction of the target of images x (B 3 H W) over the hidden units of mask (B h w).
 
-    Beside it `prediction_std`, a sign of collapse: how much predictions differ between the images of the batch, as a
-    share of how much their targets do. 0: whatever an image shows, one prediction is made for it.
+    Beside it `prediction_std`, a sign of collapse: how much predictions differ between the images of this process, as
+    a share of how much their targets do. 0: whatever an image shows, one prediction is made for it.
     """
     target, loss = make_target(kind, x, cell), l1_hidden if kind == "pixels" else mse_hidden
     out = {"loss": loss(pred, target, mask)}

@@ -87,7 +87,8 @@ def run(cfg: dict[str, Any], share: slice, side: int) -> dict[str, Any]:
     out = model(batch, 0)
     norms = objective.grad_norms(out, 0) if hasattr(objective, "grad_norms") else {}
     out["loss"].backward()
-    logged = {k: gather.all_reduce_mean(v) for k, v in out.items() if isinstance(v, Tensor)}
+    own = {"prediction_std"}  # of a process's images, as its docstring says
+    logged = {k: gather.all_reduce_mean(v) for k, v in out.items() if isinstance(v, Tensor) and k not in own}
     grads = {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
     objective.after_step(0)  # queue and centre are buffers
     return {"logged": logged, "norms": norms, "grads": grads, "buffers": dict(objective.named_buffers())}

@@ -36,7 +36,7 @@ test-all: setup  ## the whole test suite
 test-faults: setup  ## what a run must survive, broken on purpose: one row a fault; about ten minutes
 	@$(PYTEST) -m fault
 
-test-mutants: setup  ## break each guard on purpose and see its test fail; about ten minutes
+test-mutants: setup  ## break each guard on purpose and see its test fail; about half an hour
 	@$(PY) -m scripts.mutants
 
 test-learning: setup  ## does every objective learn; about an hour, for the night

@@ -48,13 +48,13 @@ def pretrain(cfg: PretrainConfig) -> Path:
         raise UserError("out: no run folder given; say out=runs/<name>")
     check_writable(cfg.out)
     accelerator = make_accelerator(cfg.train, cfg.runtime)
-    check_objective(cfg)
+    couples = check_objective(cfg)
     backbone = build_pretrain_backbone(cfg)
     objective_class: Any = OBJECTIVES[cfg.objective.name][0]
     with main_process_first(accelerator):  # it fills the caches
         images = open_data(cfg.data, backbone.img_size).train
     say(images.describe())
-    sizes = pretrain_sizes(cfg, len(images), accelerator.num_processes)
+    sizes = pretrain_sizes(cfg, len(images), accelerator.num_processes, couples)
     objective = objective_class(
         cfg.objective, backbone, cfg.augment, backbone.img_size, sizes.total_steps, sizes.steps_per_epoch
     )
@@ -82,20 +82,22 @@ def pretrain(cfg: PretrainConfig) -> Path:
     return run.path
 
 
-def check_objective(cfg: PretrainConfig) -> None:
-    """Refuse what the objective refuses before any image is listed: it is built without storage, and dropped."""
+def check_objective(cfg: PretrainConfig) -> bool:
+    """Refuse what the objective refuses before any image is listed: it is built without storage, and dropped.
+
+    Returns whether its loss compares the images of a batch, so that one in parts would be another.
+    """
     with torch.device("meta"):
         backbone = from_config(cfg.model)
         objective = OBJECTIVES[cfg.objective.name][0](cfg.objective, backbone, cfg.augment, backbone.img_size, 1, 1)
     if cfg.encoder == "teacher" and not hasattr(objective, "teacher"):
         raise UserError(f"encoder=teacher: {cfg.objective.name} has no teacher; leave encoder out")
+    return objective.couples_batch
 
 
-def pretrain_sizes(cfg: PretrainConfig, n_images: int, world: int) -> Sizes:
+def pretrain_sizes(cfg: PretrainConfig, n_images: int, world: int, couples: bool) -> Sizes:
     """Batch and steps on `world` processes; refuses accumulation where the objective would compute another loss."""
     sizes = run_sizes(cfg.train, n_images, world)
-    objective_class: Any = OBJECTIVES[cfg.objective.name][0]
-    couples = objective_class.couples_batch or getattr(cfg.objective, "koleo_weight", 0)
     if couples and (sizes.accumulate > 1 or sizes.global_batch < 2):
         raise UserError(
             f"train.accumulate={sizes.accumulate}, batch_size={sizes.batch_size}: {cfg.objective.name} compares"

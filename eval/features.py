@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from gcssl.data import Images
     from gcssl.models.build import Backbone
 
-KINDS = ("last", "last4", "stages34")
+GRID_KINDS = ("last", "last4", "stages34")  # which the linear probe chooses from
+KINDS = (*GRID_KINDS, "stage1", "stage2", "stage3")  # what a backbone has of them: its `pooled`
 PRECISIONS = ("fp32", "bf16")
 
 

@@ -108,8 +108,6 @@ class FinetuneConfig:
 class Classifier(nn.Module):
     """Backbone with its head, cross-entropy, and the moving average of the weights that is judged."""
 
-    couples_batch = False
-
     def __init__(self, backbone: Backbone, options: FinetuneOptions) -> None:
         super().__init__()
         self.encoder = backbone

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from gcssl.augment import ViewSpec
 from gcssl.errors import UserError
-from gcssl.eval.features import KINDS, Features
+from gcssl.eval.features import GRID_KINDS, KINDS, Features
 from gcssl.eval.inputs import InputConfig, Inputs, evaluate, hold_out, program
 from gcssl.eval.metrics import percent, topk_correct
 from gcssl.loader import epoch_order
@@ -44,7 +44,7 @@ class LinearProbeConfig(InputConfig):
     head_batch: int = 1024  # images a step of the heads, capped at the images there are
     lrs: list[float] = field(default_factory=lambda: [0.001, 0.003, 0.01, 0.03, 0.1, 0.3])  # at a batch of 256
     weight_decays: list[float] = field(default_factory=lambda: [0.0, 1e-3])
-    features: list[str] = field(default_factory=lambda: list(KINDS), metadata={"choices": KINDS})
+    features: list[str] = field(default_factory=lambda: list(GRID_KINDS), metadata={"choices": KINDS})
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # augmented: crop area / image area
 
 

@@ -7,6 +7,7 @@ PATIENCE = 100  # steps in a row; a single batch proves nothing
 LEAST_STD = 0.01  # of feature_std; healthy runs here went from 0.03 to 0.9
 LEAST_RANK = 1.5  # of feature_rank; healthy: 4 and more
 LEAST_ENTROPY = 0.05  # nats of teacher_entropy; collapsed runs here had 0.04 and less, healthy ones 1 and more
+LEAST_PREDICTION_STD = 0.001  # of prediction_std; runs that learn: 0.1 and more, on a plateau 0.002, dead: 0.0001
 NEAR = 0.01  # share of ln K or of the chance loss
 
 
@@ -49,6 +50,9 @@ class CollapseWatch:
         if (entropy := values.get("teacher_entropy", math.inf)) < LEAST_ENTROPY:
             told = f"teacher_entropy {entropy:.2g} nats: the teacher gives each image one prototype, whichever it is"
             found.append(Sign("teacher_entropy", f"{told}; raise objective.momentum, lower train.blr"))
+        if (std := values.get("prediction_std", 1.0)) < LEAST_PREDICTION_STD:
+            told = f"prediction_std {std:.2g} (healthy: 0.002 to 1): all images get one prediction"
+            found.append(Sign("prediction_std", f"{told}; lower train.blr, lengthen train.warmup_epochs"))
         for key, chance in self.chance.items():
             loss = values.get(key, math.inf)
             if abs(loss - chance) < NEAR * abs(chance):

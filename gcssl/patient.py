@@ -96,10 +96,10 @@ class Patient:
 
 
 def examine(cfg: DoctorConfig) -> Patient:
-    check_objective(cfg)
+    couples = check_objective(cfg)
     backbone = build_pretrain_backbone(cfg)
     data = open_data(cfg.data, backbone.img_size)
-    sizes = pretrain_sizes(cfg, len(data.train), cfg.doctor.processes)
+    sizes = pretrain_sizes(cfg, len(data.train), cfg.doctor.processes, couples)
     probe_parts(cfg, data.train)  # may refuse them
     cls: Any = OBJECTIVES[cfg.objective.name][0]
     args = (cfg.augment, backbone.img_size, sizes.total_steps, sizes.steps_per_epoch)

@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
-# What runs on a GPU machine: the GPU tests, the benchmarks, then CIFAR-10 pretraining with gcvit_xxtiny in bf16.
-#   bash scripts/gpu_suite.sh CIFAR10_FOLDER RESULTS_FOLDER MINUTES [tests] [bench] [pretrain]
-# CIFAR10_FOLDER holds train-*.parquet and test-*.parquet; without a part named, all three run. What they measure is in
+# What runs on a GPU machine: the GPU tests, the benchmarks, then CIFAR-10 with gcvit_xxtiny in bf16: pretraining, and the
+# supervised baseline beside fine-tuning from each.
+#   bash scripts/gpu_suite.sh CIFAR10_FOLDER RESULTS_FOLDER MINUTES [tests] [bench] [pretrain] [finetune]
+# CIFAR10_FOLDER holds train-*.parquet and test-*.parquet; without a part named, all four run. What they measure is in
 # RESULTS_FOLDER. Everything is cut at MINUTES; pretraining goes on where it was when the same call is made again.
 # EPOCHS (default 100) is the length of a pretraining, OBJECTIVES (default "joint mocov3 simmim") what is pretrained, MORE
-# further options of it.
+# further options of it; FINETUNE_EPOCHS (default "20 40") the lengths of a fine-tuning, each of all, FINETUNE_MORE its options.
 set -uo pipefail
 data=$(realpath "$1") results=$(realpath -m "$2") minutes=$3
 shift 3
-parts="${*:-tests bench pretrain}"
+parts="${*:-tests bench pretrain finetune}"
 cd "$(dirname "$0")/.."
 mkdir -p "$results"
 python=${PYTHON:-python3}
 end=$(( $(date +%s) + minutes * 60 ))
 left() { local s=$(( (end - $(date +%s)) / ${1:-1} )); echo $(( s > 1 ? s : 1 )); }  # a part of what is left
-keep() {  # the small files of a run folder
+keep() {  # the small files of a run folder and of its evaluations
     local out="$results/$(basename "$1")"
     mkdir -p "$out"
-    cp -r "$1"/{config.yaml,env.json,status.json,metrics.jsonl,eval} "$out" 2>/dev/null
+    (cd "$1" && find . -maxdepth 3 \( -name "*.json*" -o -name config.yaml \) -not -path "./checkpoints/*" -exec cp --parents {} "$out" \;)
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$results/gpu.csv"
@@ -45,5 +46,20 @@ if [[ " $parts " == *" pretrain "* ]]; then
         done
         keep "$run"
         share=$(( share - 1 ))
+    done
+fi
+
+if [[ " $parts " == *" finetune "* ]]; then
+    for epochs in ${FINETUNE_EPOCHS:-20 40}; do
+        for start in none ${OBJECTIVES:-joint mocov3 simmim}; do
+            run=runs/gpu_$start from=("backbone=runs/gpu_$start")
+            [[ $start == none ]] &&
+                from=(backbone=none out=$run/eval model.name=gcvit_xxtiny model.img_size=64 'model.window_ratio=[16,16,16,32]')
+            timeout -s TERM "$(left)" "$python" -m gcssl.eval.finetune configs/eval/finetune_demo.yaml "${from[@]}" \
+                name="finetune_$epochs" data.path="$data" train.epochs="$epochs" train.warmup_epochs=1 train.batch_size=256 \
+                train.lr_base=256 train.precision=bf16 model.drop_path=0.1 data.workers=12 ${FINETUNE_MORE:-} 2>&1 |
+                tee "$results/finetune_${start}_$epochs.txt" | tail -n 20
+            keep "$run"
+        done
     done
 fi

@@ -138,7 +138,7 @@ def lend(part: nn.Module, name: str) -> nn.Module:
 class Joint(nn.Module):
     """Holds encoder.*, teacher.*, and the parts' heads under masked.* and view.*."""
 
-    couples_batch = True
+    couples_batch: bool  # as the view part does; the scales too are of the whole batch's gradients
     scale: Tensor  # of each part, when balanced
     measured: Tensor | None  # norms of the parts' gradients in the last forward, for the scale
 
@@ -170,6 +170,7 @@ class Joint(nn.Module):
         learning = [p for p in encoder.parameters() if p.requires_grad]
         masked = masked_class(part_config(cfg, masked_schema), encoder, plain, *rest)
         self.default_encoder = view.default_encoder
+        self.couples_batch = view.couples_batch or cfg.balance
         self.draw = JointDraw(view.draw, masked.draw, cfg.share)
         lend(masked, "encoder")
         self.encoder: Any = lend(view, "encoder")

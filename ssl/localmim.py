@@ -85,12 +85,12 @@ class LocalMIM(nn.Module):
     def loss(self, features: list[Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:
         """Loss from the maps of the first view, whose own pixels are the target; each stage's under its name."""
         x, mask = batch["views"][0], batch["masks"][0]
-        losses = [
+        outs = [
             target_loss(self.target, head(fmap), x, mask, cell)
             for head, fmap, cell in zip(self.heads, features, self.cells, strict=True)
         ]
-        parts = {f"loss/stage{i}": loss.detach() for i, loss in enumerate(losses, 1)}
-        return {"loss": torch.stack(losses).mean(), **parts}
+        parts = {f"loss/stage{i}": out["loss"].detach() for i, out in enumerate(outs, 1)}
+        return {**outs[-1], "loss": torch.stack([out["loss"] for out in outs]).mean(), **parts}
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         return self.loss(self.features(batch), batch)

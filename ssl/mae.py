@@ -25,7 +25,7 @@ from gcssl.models.build import Backbone
 from gcssl.models.decoders import TokenDecoder
 from gcssl.models.gcvit import GCViT
 from gcssl.ssl.masking import MaskedDraw, check_ratio, check_unit, hidden_count, hide_pixels, upsample_mask
-from gcssl.ssl.targets import first_samples, mse_hidden, norm_pixels, reconstruction
+from gcssl.ssl.targets import first_samples, reconstruction, target_loss
 
 
 @dataclass
@@ -79,7 +79,7 @@ class MAE(nn.Module):
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         x, mask = batch["views"][0], batch["masks"][0]
-        return {"loss": mse_hidden(self.predict(batch), norm_pixels(x, self.unit), mask)}
+        return target_loss("norm_pixels", self.predict(batch), x, mask, self.unit)
 
     def after_step(self, step: int) -> None:
         """Nothing to commit."""

@@ -137,6 +137,11 @@ class PrototypeObjective(MomentumObjective):
     heads: tuple[str, ...] = ("projector",)  # the student's
     centers: tuple[str, ...] = ("center",)
 
+    @property
+    def couples_batch(self) -> bool:
+        """Centres are committed once a step, so only KoLeo looks from one image to another."""
+        return self.cfg.koleo_weight > 0
+
     def teacher_temp(self, step: int) -> float:
         c = self.cfg
         epochs = c.warmup_teacher_temp_epochs

@@ -72,7 +72,7 @@ class SimMIM(nn.Module):
     def loss(self, features: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Loss from the last map (B C h w) of the first view, whose own pixels are the target."""
         x, mask = batch["views"][0], batch["masks"][0]
-        return {"loss": target_loss(self.target, self.head(features), x, mask, self.cell)}
+        return target_loss(self.target, self.head(features), x, mask, self.cell)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         return self.loss(self.features(batch), batch)

@@ -103,10 +103,18 @@ def mse_hidden(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return mean_hidden((at_least_fp32(pred) - at_least_fp32(target)).square().mean(1), mask)
 
 
-def target_loss(kind: str, pred: Tensor, x: Tensor, mask: Tensor, cell: int) -> Tensor:
-    """Loss of a prediction of the target of images x (B 3 H W) over the hidden units of mask (B h w)."""
-    loss = l1_hidden if kind == "pixels" else mse_hidden
-    return loss(pred, make_target(kind, x, cell), mask)
+def target_loss(kind: str, pred: Tensor, x: Tensor, mask: Tensor, cell: int) -> dict[str, Tensor]:
+    """Loss of a prediction of the target of images x (B 3 H W) over the hidden units of mask (B h w).
+
+    Beside it `prediction_std`, a sign of collapse: how much predictions differ between the images of this process, as
+    a share of how much their targets do. 0: whatever an image shows, one prediction is made for it.
+    """
+    target, loss = make_target(kind, x, cell), l1_hidden if kind == "pixels" else mse_hidden
+    out = {"loss": loss(pred, target, mask)}
+    if len(x) > 1:
+        stds = [at_least_fp32(t.detach()).std(0).mean() for t in (pred, target)]
+        out["prediction_std"] = stds[0] / stds[1].clamp(min=1e-6)
+    return out
 
 
 # ---- pictures

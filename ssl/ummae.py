@@ -35,7 +35,7 @@ from gcssl.ssl.masking import (
     make_mask_token,
     upsample_mask,
 )
-from gcssl.ssl.targets import first_samples, mse_hidden, norm_pixels, reconstruction
+from gcssl.ssl.targets import first_samples, reconstruction, target_loss
 from gcssl.ssl.views import check_takes
 
 
@@ -135,7 +135,7 @@ class UMMAE(nn.Module):
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         x, mask = batch["views"][0], batch["masks"][0]
-        return {"loss": mse_hidden(self.predict(batch), norm_pixels(x, self.unit), mask)}
+        return target_loss("norm_pixels", self.predict(batch), x, mask, self.unit)
 
     def after_step(self, step: int) -> None:
         """Nothing to commit."""

@@ -89,7 +89,12 @@ def test_pretraining_refuses(argument: str, words: list[str], tmp_path: Path, re
 
 
 @pytest.mark.parametrize(
-    ("objective", "more"), [("mocov3", []), ("joint", []), ("dino", ["objective.koleo_weight=0.1"])]
+    ("objective", "more"),
+    [
+        ("mocov3", []),
+        ("joint", []),
+        ("dino", ["objective.koleo_weight=0.1"]),
+    ],
 )
 def test_objectives_that_compare_images_refuse_accumulation_and_a_batch_of_one(
     objective: str, more: list[str], tmp_path: Path, refused

@@ -53,6 +53,63 @@ def test_each_update_gets_its_lr_weight_decay_and_clipped_gradient(
     assert norms == pytest.approx([1e-3] * 5, rel=1e-2)
 
 
+PROTOTYPES = ["hidden_dim=32", "out_dim=16", "local_crops=0", "koleo_weight=0", "freeze_last_layer_epochs=0"]
+PROTOTYPES += ["momentum=0.5"]  # of a teacher that follows fast
+NOT_DINOS = ["projector_layers=null", "predictor_layers=null", "temperature=null"]
+ACCUMULATING = {  # and what makes them quick at 64 px
+    "simmim": [],
+    "localmim": [],
+    "mae": ["decoder_dim=32", "mask_ratio=0.5"],
+    "ummae": ["decoder_dim=32"],
+    "dino": PROTOTYPES,
+    "esvit": PROTOTYPES,
+    "ibot": PROTOTYPES,
+    "joint": ["view=dino", *PROTOTYPES, *NOT_DINOS],
+}
+SLOW = ("localmim", "ummae")  # mae's and simmim's loss again
+
+
+def changes(run: Path) -> dict[str, torch.Tensor]:
+    """What the steps after the first changed in each part of the objective, teacher and centres too: a vector each."""
+    first, *_, last = (load_file(path / "model.safetensors") for path in sorted((run / "checkpoints").iterdir()))
+    parts: dict[str, list[torch.Tensor]] = {}
+    for name in last:
+        parts.setdefault(name.split(".")[0], []).append((last[name] - first[name]).double().flatten())
+    return {part: torch.cat(moved) for part, moved in parts.items()}
+
+
+def test_what_is_not_tried_below_always_compares_images() -> None:
+    others = [objective for name, (objective, _) in OBJECTIVES.items() if name not in ACCUMULATING]
+    assert all(objective.couples_batch is True for objective in others)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ACCUMULATING]
+)
+def test_accumulation_trains_as_the_larger_batch(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three steps of 4 images against 2 x 2: losses, norms and what changed in each part within 1e-4 (of rounding
+    they are 1e-6). By SGD, whose update is as wrong as its gradient, with a clip that always bites.
+    """
+    keys = ["data.shapes_n=10", "model.img_size=64", "model.drop_path=0.2", "train.steps=3", "train.optimizer=sgd"]
+    keys += ["train.blr=1", "train.lr_rule=linear", "train.lr_base=8", "train.clip_grad=0.05"]
+    keys += ["checkpoint.every=0.5", "checkpoint.keep=3", *(f"objective.{key}" for key in ACCUMULATING[name])]
+    one = pretrain(config(name, tmp_path / "one", *keys, "train.batch_size=4"))
+    capsys.readouterr()
+    two = pretrain(config(name, tmp_path / "two", *keys, "train.batch_size=2", "train.accumulate=2"))
+    told = "global batch 4 = 2 x 1 processes x 2 accumulated; lr 0.5 (linear rule, base 8); 3 steps, 2 an epoch"
+    assert told in capsys.readouterr().out
+    lines = [(run / "metrics.jsonl").read_text().splitlines() for run in (one, two)]
+    for whole, parts in zip(*(map(json.loads, some) for some in lines), strict=True):
+        for key in [key for key in whole if key.startswith("loss") or key in ("grad_norm", "lr")]:
+            assert whole[key] == pytest.approx(parts[key], rel=1e-4), f"step {whole['step']} {key}"
+        assert whole["grad_norm"] > 0.05
+    assert whole["lr"] == pytest.approx(0.5)  # the line's, after two steps of warm-up
+    wanted, found = changes(one), changes(two)
+    assert wanted.keys() == found.keys()
+    for part, moved in wanted.items():
+        assert 0 < moved.norm() and (found[part] - moved).norm() < 1e-4 * moved.norm(), part
+
+
 @pytest.mark.parametrize(
     ("objective", "asked", "which"),
     [

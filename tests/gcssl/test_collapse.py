@@ -35,6 +35,7 @@ def test_a_healthy_run_is_left_alone() -> None:
     [
         ({"feature_std": 0.004}, "feature_std 0.004"),
         ({"feature_rank": 1.05}, "feature_rank 1.05"),
+        ({"prediction_std": 0.0004}, "prediction_std 0.0004.*all images get one prediction"),
         ({"teacher_entropy": 0.0}, "teacher_entropy 0 nats: the teacher gives each image one prototype"),
         ({"loss": math.log(64) * 0.995}, r"loss 4.138 stays at 4.159.*objective.teacher_temp \(0.02\)"),
     ],
@@ -85,6 +86,17 @@ def test_a_teacher_without_preference_stops_the_run(
     for stop in [Preempted] * 4 + [NumericStop]:  # a step a start: the count goes on
         with pytest.raises(stop):
             pretrain(config(tmp_path / "c", *hot, "train.on_collapse=stop", "train.max_hours=0"))
+
+
+def test_a_masked_run_with_one_prediction_for_all_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SimMIM at a rate that kills it within a few steps: its loss goes on falling to that of the mean image."""
+    monkeypatch.setattr(collapse, "PATIENCE", 5)
+    argv = ["data.shapes_n=48", "data.workers=0", "train.batch_size=16", "train.steps=60", "train.warmup_epochs=0"]
+    argv += ["eval.online_every=0", "train.clip_grad=null", "train.on_collapse=stop", "train.max_bad_steps=100"]
+    recipe, schemas = ROOT / "configs/pretrain/simmim_gcvit_nano.yaml", {"simmim": OBJECTIVES["simmim"][1]}
+    cfg = load_config(PretrainConfig, [str(recipe), *argv, "train.blr=5", f"out={tmp_path}"], schemas)
+    with pytest.raises(NumericStop, match=r"step \d+: collapse\? for 5 steps prediction_std .*: all images get one"):
+        pretrain(cfg)
 
 
 def test_nothing_is_watched_during_the_warm_up(

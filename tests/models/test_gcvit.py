@@ -334,9 +334,12 @@ def test_pooled_features() -> None:
     model = randomise(nano())
     x = images()
     found = model.pooled(x)
-    assert {k: v.shape[1] for k, v in found.items()} == {"last": 256, "last4": 768, "stages34": 384}
+    sizes = {"last": 256, "last4": 768, "stages34": 384, "stage1": 32, "stage2": 64, "stage3": 128}
+    assert {k: v.shape[1] for k, v in found.items()} == sizes
     maps = model.forward_pyramid(x)
     assert torch.equal(found["last"], model(x))
+    for i in range(3):
+        torch.testing.assert_close(found[f"stage{i + 1}"], maps[i].mean((2, 3)))
     torch.testing.assert_close(found["stages34"], torch.cat([m.mean((2, 3)) for m in maps[2:]], 1))
     torch.testing.assert_close(found["last4"][:, 128:256], maps[2].mean((2, 3)))  # last block of stage 3
     assert torch.equal(found["last4"][:, -256:], found["last"])

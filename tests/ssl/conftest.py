@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gcssl.config import AugmentConfig
 from gcssl.models.gcvit import GCViT
-from gcssl.ssl.masking import draw_mask
+from gcssl.ssl.masking import draw_mask, upsample_mask
 from gcssl.ssl.objectives import OBJECTIVES
 
 SIZE = (64, 64)
@@ -95,6 +95,20 @@ def make_batch() -> Callable[..., dict[str, Any]]:
         }
 
     return make
+
+
+@pytest.fixture
+def scramble() -> Callable[..., dict[str, Any]]:
+    """scramble(batch, hidden): the batch with loud noise in the units of its one view that `hidden` B h w names, by
+    default those that its mask hides.
+    """
+
+    def noisy(batch: dict[str, Any], hidden: Tensor | None = None) -> dict[str, Any]:
+        x, hidden = batch["views"][0], batch["masks"][0] if hidden is None else hidden
+        where = upsample_mask(hidden, *x.shape[-2:])[:, None]  # B 1 H W
+        return batch | {"views": [torch.where(where, 100 * torch.randn_like(x), x)]}
+
+    return noisy
 
 
 @pytest.fixture

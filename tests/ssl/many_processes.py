@@ -1,11 +1,12 @@
-"""Run by torchrun with N processes: each objective and collective on its share of a batch, then rank 0 alone
-on all.
+"""Run by torchrun with N processes, a path and the names of cases: each of them on its share of a batch, those that
+gather on the next process's share too, then rank 0 alone on all.
 
-Writes {case: (loss, {parameter: gradient}, ...)} of both to the path given. float64, so that only a wrong
-formula can make the two differ.
+Writes {case: (loss, {parameter: gradient}, ...)} of the three to the path, and the order of the samples over the
+processes in the second. float64, so that only a wrong formula can make them differ.
 """
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from gcssl.loader import collate
 from gcssl.models.gcvit import GCViT
 from gcssl.models.heads import BatchNorm, mlp
 from gcssl.ssl import gather
+from gcssl.ssl.joint import VIEW
 from gcssl.ssl.objectives import OBJECTIVES
 
 N = 6  # images of the joined batch
@@ -49,6 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "joint-simclr": {"name": "joint", "view": "simclr", **HEADS},
     "joint-dino": {"name": "joint", "view": "dino", **HEADS, **CROPS},
 }
+GATHERING = [*VIEW, "ibot"]  # these compare or average over processes
 
 
 def make_batch(names: slice, draw: Any, noise_rows: int, side: int) -> dict[str, Any]:
@@ -59,6 +62,7 @@ def make_batch(names: slice, draw: Any, noise_rows: int, side: int) -> dict[str,
     masks = collate([{"masks": hidden} for _, hidden in drawn])["masks"]
     noise = [torch.rand(noise_rows, N, generator=g) for _ in views]
     return {
+        "position": torch.arange(N)[names],
         "views": [v[names] for v in views],
         "masks": [mask if mask is None else mask[names] for mask in masks],
         "noise": [n[:, names] for n in noise],
@@ -83,7 +87,8 @@ def run(cfg: dict[str, Any], share: slice, side: int) -> dict[str, Any]:
     out = model(batch, 0)
     norms = objective.grad_norms(out, 0) if hasattr(objective, "grad_norms") else {}
     out["loss"].backward()
-    logged = {k: gather.all_reduce_mean(v) for k, v in out.items() if isinstance(v, Tensor)}
+    own = {"prediction_std"}  # of a process's images, as its docstring says
+    logged = {k: gather.all_reduce_mean(v) for k, v in out.items() if isinstance(v, Tensor) and k not in own}
     grads = {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
     objective.after_step(0)  # queue and centre are buffers
     return {"logged": logged, "norms": norms, "grads": grads, "buffers": dict(objective.named_buffers())}
@@ -114,22 +119,25 @@ def run_collectives(share: slice) -> dict[str, Any]:
     return {"logged": {"loss": gather.all_reduce_mean(loss), **rows}, "norms": {}, "grads": grads, "buffers": {}}
 
 
-def run_all(share: slice) -> dict[str, Any]:
-    return {name: run(cfg, share, SIDES.get(name, 64)) for name, cfg in CASES.items()} | {
-        "collectives": run_collectives(share)
+def run_cases(names: Iterable[str], share: slice) -> dict[str, Any]:
+    return {
+        name: run_collectives(share) if name == "collectives" else run(CASES[name], share, SIDES.get(name, 64))
+        for name in names
     }
 
 
-def main(path: str) -> None:
+def main(path: str, *names: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rank, n = dist.get_rank(), N // dist.get_world_size()
-    many = run_all(slice(rank * n, rank * n + n))
-    world = dist.get_world_size()
+    rank, world, n = dist.get_rank(), dist.get_world_size(), N // dist.get_world_size()
+    shares = [slice(first, first + n) for first in range(0, N, n)]
+    many = run_cases(names, shares[rank])
+    turned = run_cases([name for name in names if name in GATHERING], shares[(rank + 1) % world])
     dist.destroy_process_group()
     if rank == 0:
-        torch.save({"world": world, "many": many, "one": run_all(slice(0, N))}, path)
+        found = {"world": world, "many": many, "turned": turned, "one": run_cases(names, slice(0, N))}
+        torch.save(found | {"order": torch.arange(N).roll(-n)}, path)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -69,6 +69,13 @@ def test_share_masks_view_one_in_one_pass(make_objective: Make, make_batch: Make
     assert not torch.equal(out["loss/mocov3"], whole)
 
 
+def test_it_compares_the_images_of_a_batch_as_its_view_part_does_or_to_balance(make_objective: Make) -> None:
+    assert make_objective("joint").couples_batch  # mocov3
+    assert not make_objective("joint", view="dino").couples_batch
+    assert make_objective("joint", view="dino", koleo_weight=0.1).couples_batch
+    assert make_objective("joint", view="dino", balance=True).couples_batch
+
+
 @pytest.mark.parametrize("share", [False, True])
 def test_gradient_reaches_student_and_heads_only(make_objective: Make, make_batch: Make, share: bool) -> None:
     joint = make_objective("joint", share=share)

@@ -8,23 +8,16 @@ import torch
 
 from gcssl.errors import UserError
 from gcssl.models.build import build_backbone
-from gcssl.ssl.masking import upsample_mask
 from gcssl.ssl.targets import TARGETS, hog, l1_hidden, mse_hidden, norm_pixels
 
 Make = Callable[..., Any]
-
-
-def scramble(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with every hidden pixel replaced by loud noise."""
-    x, hidden = batch["views"][0], upsample_mask(batch["masks"][0], 64, 64)[:, None]
-    return batch | {"views": [torch.where(hidden, 100 * torch.randn_like(x), x)]}
 
 
 def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> list[bool]:
     return [torch.equal(one, other) for one, other in zip(a, b, strict=True)]
 
 
-def test_mask_leak_none_from_hidden_pixels_in_any_stage(make_objective: Make, make_batch: Make) -> None:
+def test_mask_leak_none_from_hidden_pixels_in_any_stage(make_objective: Make, make_batch: Make, scramble: Make) -> None:
     objective, batch = make_objective("localmim").eval(), make_batch(2)
     mask, token = batch["masks"][0], objective.mask_token
     with torch.no_grad():
@@ -93,7 +86,9 @@ def test_two_samples_are_the_mean_of_each_alone(make_objective: Make, make_batch
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "test_convnext", "swin_tiny_patch4_window7_224"])
-def test_wrapped_backbones_of_several_strides(make_objective: Make, make_batch: Make, name: str) -> None:
+def test_wrapped_backbones_of_several_strides(
+    make_objective: Make, make_batch: Make, scramble: Make, name: str
+) -> None:
     objective, batch = make_objective("localmim", build_backbone(name, img_size=64)), make_batch(2)
     assert objective.mask_token is None and len(objective.heads) == 4
     loss = objective(batch, 0)["loss"]

@@ -92,10 +92,19 @@ def test_loss_by_hand_of_a_prediction_that_is_2_off(kind: str, expected: float) 
     x, mask = torch.randn(2, 3, 32, 32), torch.rand(2, 4, 4) < 0.5
     mask[:, 0, 0] = True
     target = make_target(kind, x, 8)
-    assert target_loss(kind, target, x, mask, 8).item() == 0
-    assert target_loss(kind, target - 2, x, mask, 8).item() == pytest.approx(expected, rel=1e-4)
+    assert target_loss(kind, target, x, mask, 8)["loss"].item() == 0
+    assert target_loss(kind, target - 2, x, mask, 8)["loss"].item() == pytest.approx(expected, rel=1e-4)
     hidden = upsample_mask(mask, *target.shape[-2:])[:, None]
-    assert target_loss(kind, torch.where(hidden, target, target + 9), x, mask, 8).item() == 0  # visible: no matter
+    seen = torch.where(hidden, target, target + 9)
+    assert target_loss(kind, seen, x, mask, 8)["loss"].item() == 0  # visible: no matter
+
+
+def test_one_prediction_for_all_images_shows() -> None:
+    """A prediction that varies within an image but not between images is none; the target's own is worth 1."""
+    x, mask = torch.randn(4, 3, 32, 32), torch.ones(4, 4, 4, dtype=torch.bool)
+    shares = [target_loss("pixels", pred, x, mask, 8)["prediction_std"] for pred in (x[:1].expand_as(x), x, 3 - x / 2)]
+    assert [share.item() for share in shares] == pytest.approx([0.0, 1.0, 0.5], abs=1e-6)
+    assert "prediction_std" not in target_loss("pixels", x[:1], x[:1], mask[:1], 8)
 
 
 def test_squared_error_is_a_mean_per_sample() -> None:
@@ -112,7 +121,7 @@ def test_targets_and_losses_stay_in_fp32_under_autocast(kind: str) -> None:
     x, mask = torch.randn(2, 3, 32, 32), torch.ones(2, 4, 4, dtype=torch.bool)
     with torch.autocast("cpu", torch.bfloat16):
         target = make_target(kind, x, 8)
-        loss = target_loss(kind, target.bfloat16(), x, mask, 8)
+        loss = target_loss(kind, target.bfloat16(), x, mask, 8)["loss"]
     assert target.dtype == loss.dtype == torch.float32
     torch.testing.assert_close(target, make_target(kind, x, 8))
 

@@ -84,6 +84,11 @@ def test_teacher_starts_equal_and_follows_after_the_step(name: str, make_objecti
 
 
 @taught
+def test_the_momentum_of_a_teacher_can_be_warmed_up(name: str, make_objective: Make) -> None:
+    assert make_objective(name, momentum_warmup=True, total_steps=10).momentum(0) == 2 / 11
+
+
+@taught
 def test_teacher_drops_no_path_in_training(name: str, make_objective: Make, make_encoder: Make) -> None:
     objective = make_objective(name, make_encoder(drop_path=0.5)).train()
     x = torch.randn(4, 3, 64, 64)

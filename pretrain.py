@@ -60,8 +60,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
     )
     check_shard(cfg.train, objective)
     probe = online_probe(cfg, images, accelerator, sizes.steps_per_epoch)
-    facts = {"data": images.fingerprint}
-    with RunFolder(cfg.out, cfg, sizes.global_batch, accelerator, facts) as run:
+    with RunFolder(cfg.out, cfg, sizes.global_batch, accelerator, {"data": images.fingerprint}) as run:
         say(sizes.describe(cfg.train))
         undecayed = {f"encoder.{name}" for name in backbone.no_weight_decay()}
         groups = param_groups(objective.named_parameters(), cfg.train.weight_decay, undecayed)
@@ -83,11 +82,8 @@ def pretrain(cfg: PretrainConfig) -> Path:
 
 
 def check_objective(cfg: PretrainConfig) -> bool:
-    """Refuse what the objective refuses before any image is listed: it is built without storage, and dropped.
-
-    Returns whether its loss compares the images of a batch, so that one in parts would be another.
-    """
-    with torch.device("meta"):
+    """Refuse what the objective refuses before images are listed; returns whether it compares those of a batch."""
+    with torch.device("meta"):  # without storage: it is dropped
         backbone = from_config(cfg.model)
         objective = OBJECTIVES[cfg.objective.name][0](cfg.objective, backbone, cfg.augment, backbone.img_size, 1, 1)
     if cfg.encoder == "teacher" and not hasattr(objective, "teacher"):
@@ -99,9 +95,12 @@ def pretrain_sizes(cfg: PretrainConfig, n_images: int, world: int, couples: bool
     """Batch and steps on `world` processes; refuses accumulation where the objective would compute another loss."""
     sizes = run_sizes(cfg.train, n_images, world)
     if couples and (sizes.accumulate > 1 or sizes.global_batch < 2):
+        keys = ("view", "koleo_weight", "balance")
+        given = [f" objective.{key}={x}" for key in keys if (x := getattr(cfg.objective, key, None))]
         raise UserError(
-            f"train.accumulate={sizes.accumulate}, batch_size={sizes.batch_size}: {cfg.objective.name} compares"
-            " the images of a batch, two at least, and none across micro-batches; use more processes or a larger batch"
+            f"train.accumulate={sizes.accumulate}, batch_size={sizes.batch_size}: {cfg.objective.name}{','.join(given)}"
+            " compares the images of a batch, two at least, and none across micro-batches; use more processes, a larger"
+            " batch or another setting"
         )
     return sizes
 
@@ -173,7 +172,7 @@ def fit(
             with accelerator.accumulate(model):
                 seed_torch(train.seed, MODEL, step, accelerator.process_index, meter.micro)
                 out = model(batch, step)
-                if hasattr(objective, "grad_norms") and objective.measures(step, cfg.log.every):
+                if hasattr(objective, "grad_norms") and objective.measures(step, cfg.log.every, sizes.accumulate):
                     scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
                     out |= objective.grad_norms(out, step, scale)
                 accelerator.backward(out["loss"])

@@ -301,7 +301,7 @@ def probe(inputs: Inputs, cfg: LinearProbeConfig) -> dict[str, Any]:
     epochs = cfg.epochs or EPOCHS[cfg.protocol]
     plan = Plan(epochs, cfg.head_batch, cfg.seed)
     kinds = [kind for kind in cfg.features if kind in inputs.kinds]
-    if not kinds:
+    if len(kinds) < len(cfg.features) and tuple(cfg.features) != GRID_KINDS:
         raise UserError(f"features: {', '.join(cfg.features)} asked, this backbone has {', '.join(inputs.kinds)}")
     settings = [Setting(kind, lr, wd) for kind in kinds for lr in cfg.lrs for wd in cfg.weight_decays]
     _, held = hold_out(inputs.train, "the probe chooses its setting on those: give more images, or use knn")

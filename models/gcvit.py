@@ -378,14 +378,11 @@ class GCViT(nn.Module):
         return self.head.fc(self._maps(x, noise=noise)[-1].mean((1, 2)))
 
     def pooled(self, x: Tensor) -> dict[str, Tensor]:
-        """Average-pooled probe features: last B C; last4 B (C of the last 4 blocks); stages34 B (C3 + C4); of the
-        earlier stages alone stage1, stage2, stage3.
-        """
+        """Average-pooled probe features: last B C, last4 B (C of 4 blocks), stages34 B (C3 + C4), stage1..3."""
         blocks: list[Tensor] = []
         maps = [m.mean((1, 2)) for m in self._maps(x, blocks=blocks)]
-        last4 = torch.cat([*blocks[-4:-1], maps[3]], 1)
-        stages = {f"stage{i}": mean for i, mean in enumerate(maps[:3], 1)}
-        return {"last": maps[3], "last4": last4, "stages34": torch.cat(maps[2:], 1), **stages}
+        joined = {"last4": torch.cat([*blocks[-4:-1], maps[3]], 1), "stages34": torch.cat(maps[2:], 1)}
+        return {"last": maps[3], **joined, **{f"stage{i}": mean for i, mean in enumerate(maps[:3], 1)}}
 
     def no_weight_decay(self) -> set[str]:
         return {n for n, _ in self.named_parameters() if n.endswith("relative_position_bias_table")}

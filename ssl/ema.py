@@ -57,7 +57,7 @@ class MomentumObjective(nn.Module):
     """An objective whose teacher follows its student: `follows` names (teacher, student) pairs of modules.
 
     The teachers have no drop path (`set_teaching`) and move once per optimizer step that really happened.
-    `start_momentum` rises to 1 along a cosine over `total_steps`; `momentum_warmup`: see momentum_at.
+    `start_momentum` rises to 1 along a cosine over `total_steps`, with `momentum_warmup` after a rise to it.
     """
 
     follows: tuple[tuple[str, str], ...] = (("teacher", "encoder"), ("momentum_projector", "projector"))

@@ -214,9 +214,12 @@ class Joint(nn.Module):
         """Whether the gradients of optimizer step `step` set the scales of the next ones."""
         return self.balance and step % BALANCE_EVERY == 0
 
-    def measures(self, step: int, log_every: int) -> bool:
-        """Whether step `step` measures its parts' gradients: the first and every fifth of the logged ones."""
-        return self.balances(step) or step % (NORMS_EVERY * log_every) == log_every - 1
+    def measures(self, step: int, log_every: int, accumulate: int = 1) -> bool:
+        """Whether step `step` measures its parts' gradients: the first and every fifth of the logged ones, and never
+        the gradients of a micro-batch, which are not those of the step.
+        """
+        due = self.balances(step) or step % (NORMS_EVERY * log_every) == log_every - 1
+        return due and accumulate == 1
 
     def grad_norms(self, out: dict[str, Any], step: int, scale: float = 1.0) -> dict[str, Tensor]:
         """Of each weighted part's gradient on the encoder, of the mean loss over processes: its norm, that of each

@@ -83,7 +83,9 @@ class LocalMIM(nn.Module):
         return maps[-len(self.heads) :]
 
     def loss(self, features: list[Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Loss from the maps of the first view, whose own pixels are the target; each stage's under its name."""
+        """Loss from the maps of the first view, whose own pixels are the target; each stage's under its name, and
+        the sign of collapse of the last one.
+        """
         x, mask = batch["views"][0], batch["masks"][0]
         outs = [
             target_loss(self.target, head(fmap), x, mask, cell)

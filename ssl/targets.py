@@ -106,15 +106,27 @@ def mse_hidden(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def target_loss(kind: str, pred: Tensor, x: Tensor, mask: Tensor, cell: int) -> dict[str, Tensor]:
     """Loss of a prediction of the target of images x (B 3 H W) over the hidden units of mask (B h w).
 
-    Beside it `prediction_std`, a sign of collapse: how much predictions differ between the images of this process, as
-    a share of how much their targets do. 0: whatever an image shows, one prediction is made for it.
+    Beside it `prediction_std`, a sign of collapse: see hidden_std. It is that of this process's images.
     """
     target, loss = make_target(kind, x, cell), l1_hidden if kind == "pixels" else mse_hidden
     out = {"loss": loss(pred, target, mask)}
     if len(x) > 1:
-        stds = [at_least_fp32(t.detach()).std(0).mean() for t in (pred, target)]
-        out["prediction_std"] = stds[0] / stds[1].clamp(min=1e-6)
+        out["prediction_std"] = hidden_std(pred, mask) / hidden_std(target, mask).clamp(min=1e-6)
     return out
+
+
+@torch.no_grad()
+def hidden_std(values: Tensor, mask: Tensor) -> Tensor:
+    """How much B C H W differ between images where mask B h w hides them: at each site the deviation from the mean of
+    the images that hide it, in the root mean square over all of these.
+
+    Of predictions, as a share of that of their targets: 0 where one prediction is made whatever an image shows.
+    """
+    hidden = upsample_mask(mask, *values.shape[-2:])[:, None]  # B 1 H W
+    values = torch.where(hidden, at_least_fp32(values), 0.0)
+    mean = values.sum(0) / hidden.sum(0).clamp(min=1)  # C H W
+    squares = torch.where(hidden, values - mean, 0.0).square().sum()
+    return (squares / (hidden.sum() * values.shape[1]).clamp(min=1)).sqrt()
 
 
 # ---- pictures

@@ -107,6 +107,8 @@ def check_small(encoder: Any, size: int) -> None:
 
 # ---- signs of a collapse
 
+LEAST_ROWS = 4
+
 
 @torch.no_grad()
 def feature_std(z: Tensor) -> Tensor:
@@ -132,8 +134,11 @@ def feature_rank(z: Tensor) -> Tensor:
 def signs(features: Sequence[Tensor], embeddings: Sequence[Tensor]) -> dict[str, Tensor]:
     """Both monitors, a mean over views: the spread of features (N C), the rank of embeddings (N d).
 
-    Of all processes: gather first.
+    Of all processes: gather first. Where a micro-batch leaves fewer than LEAST_ROWS, they would be low by themselves
+    (one row has no spread, two have rank 1): nothing is returned.
     """
+    if len(features[0]) < LEAST_ROWS:
+        return {}
     return {
         "feature_std": torch.stack([feature_std(h) for h in features]).mean(),
         "feature_rank": torch.stack([feature_rank(z) for z in embeddings]).mean(),

@@ -103,6 +103,7 @@ def test_objectives_that_compare_images_refuse_accumulation_and_a_batch_of_one(
     more = [*TINY, *more, f"out={tmp_path / 'run'}"]
     line = refused(pretrain, yaml, *more, "train.global_batch=32")
     assert "train.accumulate=2" in line and objective in line and "processes" in line
+    assert all(key in line for key in more if "koleo" in key)
     line = refused(pretrain, yaml, *more, "train.batch_size=1", "train.global_batch=1")
     assert "batch_size=1" in line and "two at least" in line
     assert not (tmp_path / "run").exists()

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from gcssl.config import DataConfig
+from gcssl.config import DataConfig, ModelConfig
 from gcssl.errors import UserError
 from gcssl.eval import linear_probe
 from gcssl.eval.inputs import Inputs, open_inputs
@@ -286,6 +286,14 @@ def test_bad_input_is_one_line_and_writes_nothing(
         run(config(folder, tmp_path, **wrong), accelerator)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_features_that_were_asked_for_are_not_left_out(folder: Path, tmp_path: Path, accelerator: Accelerator) -> None:
+    """The default list may: a ResNet has no last four blocks."""
+    model = ModelConfig(name="resnet10t", img_size=64)
+    with pytest.raises(UserError, match="^features: last, stage1 asked, this backbone has last, stages34$"):
+        run(config(folder, tmp_path, model=model, features=["last", "stage1"]), accelerator)
+    assert "linear/top1" in run(config(folder, tmp_path, model=model), accelerator)
 
 
 @pytest.mark.parametrize(

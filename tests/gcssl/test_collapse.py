@@ -18,7 +18,7 @@ from gcssl.ssl.joint import VIEW
 from gcssl.ssl.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[2]
-HEALTHY = {"feature_std": 0.04, "feature_rank": 7.0, "loss": 2.0, "teacher_entropy": 3.0}
+HEALTHY = {"feature_std": 0.04, "feature_rank": 7.0, "loss": 2.0, "teacher_entropy": 3.0, "prediction_std": 0.002}
 
 
 def told(watch: CollapseWatch, values: dict[str, float], steps: int) -> list[str]:

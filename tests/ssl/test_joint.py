@@ -170,6 +170,7 @@ def test_balance_brings_the_gradients_to_the_ratio_of_the_weights(make_objective
     plain = make_objective("joint")
     assert [step for step in range(105) if plain.measures(step, 10)] == [9, 59]
     assert [step for step in range(35) if joint.measures(step, 10)] == [0, 9, 10, 20, 30]
+    assert not any(plain.measures(step, 10, accumulate=2) for step in range(105))  # a micro-batch's are others
     scale = joint.scale.clone()
     joint.after_step(1)  # not a balancing step: nothing measured, nothing moves
     assert torch.equal(joint.scale, scale) and not make_objective("joint").balances(0)

@@ -11,6 +11,7 @@ from gcssl.errors import UserError
 from gcssl.ssl.masking import upsample_mask
 from gcssl.ssl.targets import (
     check_target,
+    hidden_std,
     hog,
     make_target,
     mse_hidden,
@@ -100,11 +101,44 @@ def test_loss_by_hand_of_a_prediction_that_is_2_off(kind: str, expected: float) 
 
 
 def test_one_prediction_for_all_images_shows() -> None:
-    """A prediction that varies within an image but not between images is none; the target's own is worth 1."""
-    x, mask = torch.randn(4, 3, 32, 32), torch.ones(4, 4, 4, dtype=torch.bool)
-    shares = [target_loss("pixels", pred, x, mask, 8)["prediction_std"] for pred in (x[:1].expand_as(x), x, 3 - x / 2)]
-    assert [share.item() for share in shares] == pytest.approx([0.0, 1.0, 0.5], abs=1e-6)
+    """Hidden parts alone count, site by site over the images that hide it; the target's own spread is worth 1."""
+    x, mask = torch.randn(8, 3, 32, 32), torch.rand(8, 4, 4) < 0.6
+    hidden = upsample_mask(mask, 32, 32)[:, None]
+    preds = (torch.where(hidden, x[:1], x), x, 3 - x / 2, torch.where(hidden, x, 100 * torch.randn_like(x)))
+    shares = [target_loss("pixels", pred, x, mask, 8)["prediction_std"].item() for pred in preds]
+    assert shares == pytest.approx([0.0, 1.0, 0.5, 1.0], abs=1e-6)
     assert "prediction_std" not in target_loss("pixels", x[:1], x[:1], mask[:1], 8)
+    flat = target_loss("pixels", x, torch.ones_like(x), mask, 8)["prediction_std"]  # no target differs
+    assert flat.isfinite()
+
+
+def test_hidden_std_equals_a_slow_version() -> None:
+    x, mask = torch.randn(5, 2, 8, 8), torch.rand(5, 2, 2) < 0.6
+    squares, count = 0.0, 0
+    for y in range(8):
+        for column in range(8):
+            there = x[mask[:, y // 4, column // 4], :, y, column]  # n 2
+            if len(there):
+                squares, count = squares + (there - there.mean(0)).square().sum().item(), count + there.numel()
+    assert hidden_std(x, mask).item() == pytest.approx((squares / count) ** 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, last", [("simmim", "head"), ("localmim", "heads.3"), ("mae", "decoder.pred"), ("ummae", "decoder.pred")]
+)
+def test_a_head_that_has_died_shows_in_each_masked_objective(
+    name: str, last: str, make_objective: Make, draw_batch: Make
+) -> None:
+    size = {"mae": (96, 96), "ummae": (128, 128)}.get(name, (64, 64))
+    objective = make_objective(name, size=size, **({"decoder_dim": 32} if "mae" in name else {}))
+    batch = draw_batch(objective, 4, size)
+    assert objective(batch, 0)["prediction_std"] > 0.01
+    if name == "localmim":
+        torch.nn.init.zeros_(objective.heads[0].proj.weight)
+        assert objective(batch, 0)["prediction_std"] > 0.01  # that of the last stage
+    for parameter in objective.get_submodule(last).parameters():
+        torch.nn.init.zeros_(parameter)
+    assert objective(batch, 0)["prediction_std"] == 0
 
 
 def test_squared_error_is_a_mean_per_sample() -> None:

@@ -22,7 +22,6 @@ class BYOLConfig:
     hidden_dim: int = 4096
     out_dim: int = 256
     momentum: float = 0.99  # of the teacher at the start: 0.99 for 100 and 300 epochs, 0.996 for 1000; rises to 1
-    momentum_warmup: bool = False  # in the first steps t: (1 + t) / (10 + t), until that reaches it
 
 
 def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -51,7 +50,6 @@ class BYOL(MomentumObjective):
         check_at_least(cfg, hidden_dim=1, out_dim=1)
         check_share(cfg, "momentum")
         self.total_steps, self.start_momentum = total_steps, cfg.momentum
-        self.momentum_warmup = cfg.momentum_warmup
         dim: int = encoder.num_features  # type: ignore[assignment]
         self.encoder = encoder
         # Linear, batch norm, ReLU, Linear; no norm at the end (section 3.3)

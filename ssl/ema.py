@@ -42,27 +42,21 @@ def ema_update(teacher: nn.Module, student: nn.Module, m: float) -> None:
             buffer.copy_(buffers[name])
 
 
-def momentum_at(step: int, total: int, m0: float, warmup: bool = False) -> float:
-    """Cosine from m0 at step 0 to 1 at step `total` (BYOL, arXiv:2006.07733, section 3.1).
-
-    With `warmup` it is (1 + step) / (10 + step) until that reaches m0, as TensorFlow's moving averages have it: a
-    teacher that begins as a random network is not held to it for 1 / (1 - m0) steps.
-    """
+def momentum_at(step: int, total: int, m0: float) -> float:
+    """Cosine from m0 at step 0 to 1 at step `total` (BYOL, arXiv:2006.07733, section 3.1)."""
     done = min(max(step / max(total, 1), 0.0), 1.0)
-    rising = (1 + step) / (10 + step)
-    return rising if warmup and rising < m0 else 1.0 - (1.0 - m0) * 0.5 * (1.0 + math.cos(math.pi * done))
+    return 1.0 - (1.0 - m0) * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 class MomentumObjective(nn.Module):
     """An objective whose teacher follows its student: `follows` names (teacher, student) pairs of modules.
 
     The teachers have no drop path (`set_teaching`) and move once per optimizer step that really happened.
-    `start_momentum` rises to 1 along a cosine over `total_steps`, with `momentum_warmup` after a rise to it.
+    `start_momentum` rises to 1 along a cosine over `total_steps`.
     """
 
     follows: tuple[tuple[str, str], ...] = (("teacher", "encoder"), ("momentum_projector", "projector"))
     start_momentum: float
-    momentum_warmup: bool
     total_steps: int
 
     def train(self, mode: bool = True) -> Self:
@@ -77,7 +71,7 @@ class MomentumObjective(nn.Module):
 
         MoCo v3 moves the teacher at the start of step + 1, before encoding the keys: the same moment.
         """
-        return momentum_at(step + 1, self.total_steps, self.start_momentum, self.momentum_warmup)
+        return momentum_at(step + 1, self.total_steps, self.start_momentum)
 
     def after_step(self, step: int) -> None:
         """Move the teachers after optimizer step `step`, the one that `forward` got."""

@@ -82,8 +82,7 @@ class EsViT(PrototypeObjective):
         super().__init__()
         check_prototypes(cfg)
         self.cfg, self.total_steps, self.steps_per_epoch = cfg, total_steps, steps_per_epoch
-        self.start_momentum, self.momentum_warmup = cfg.momentum, cfg.momentum_warmup
-        self.n_views = 2 + cfg.local_crops
+        self.start_momentum, self.n_views = cfg.momentum, 2 + cfg.local_crops
         self.draw = multi_crop_draw(cfg, encoder, augment)
         self.encoder = encoder
         use_maps_alone(encoder, cfg.name)

@@ -107,8 +107,7 @@ class IBOT(PrototypeObjective):
             given = f"objective.mask_ratio={cfg.mask_ratio}, objective.mask_ratio_var={cfg.mask_ratio_var}"
             raise UserError(f"{given}: ratio - var and ratio + var must lie between 0 and 1, both excluded")
         self.cfg, self.total_steps, self.steps_per_epoch = cfg, total_steps, steps_per_epoch
-        self.start_momentum, self.momentum_warmup = cfg.momentum, cfg.momentum_warmup
-        self.n_views = 2 + cfg.local_crops
+        self.start_momentum, self.n_views = cfg.momentum, 2 + cfg.local_crops
         self.draw = MaskedCropDraw(multi_crop_draw(cfg, encoder, augment), encoder.stride, cfg.mask_prob, (low, high))
         self.encoder = encoder
         self.mask_token = make_mask_token(encoder, cfg.name)

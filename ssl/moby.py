@@ -22,7 +22,6 @@ class MoBYConfig:
     out_dim: int = 256
     temperature: float = 0.2
     momentum: float = 0.99  # of the teacher at the start; rises to 1 along a cosine
-    momentum_warmup: bool = False  # in the first steps t: (1 + t) / (10 + t), until that reaches it
     queue: int = 4096  # keys kept a view; any number, the newest ones
 
 
@@ -62,8 +61,7 @@ class MoBY(MomentumObjective):
         check_at_least(cfg, hidden_dim=1, out_dim=1, queue=1)
         check_above_zero(cfg, "temperature")
         check_share(cfg, "momentum")
-        self.cfg, self.total_steps = cfg, total_steps
-        self.start_momentum, self.momentum_warmup = cfg.momentum, cfg.momentum_warmup
+        self.cfg, self.total_steps, self.start_momentum = cfg, total_steps, cfg.momentum
         dim: int = encoder.num_features  # type: ignore[assignment]
         self.encoder = encoder
         # Linear, batch norm, ReLU, Linear; no norm at the end

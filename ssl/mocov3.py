@@ -30,7 +30,6 @@ class MoCoV3Config:
     out_dim: int = 256
     temperature: float = 0.2
     momentum: float = 0.99  # of the teacher at the start; rises to 1 along a cosine
-    momentum_warmup: bool = False  # in the first steps t: (1 + t) / (10 + t), until that reaches it
 
 
 def info_nce(q: Tensor, keys: Tensor, first: int, temperature: float) -> tuple[Tensor, Tensor]:
@@ -66,8 +65,7 @@ class MoCoV3(MomentumObjective):
         check_at_least(cfg, hidden_dim=1, projector_layers=1, predictor_layers=0, out_dim=1)
         check_above_zero(cfg, "temperature")
         check_share(cfg, "momentum")
-        self.cfg, self.total_steps = cfg, total_steps
-        self.start_momentum, self.momentum_warmup = cfg.momentum, cfg.momentum_warmup
+        self.cfg, self.total_steps, self.start_momentum = cfg, total_steps, cfg.momentum
         dim: int = encoder.num_features  # type: ignore[assignment]
         self.encoder = encoder
         self.projector = mlp([dim, *[cfg.hidden_dim] * (cfg.projector_layers - 1), cfg.out_dim], norm)

@@ -61,8 +61,7 @@ class SimDINO(MomentumObjective):
         super().__init__()
         check_above_zero(cfg, "coeff", "eps")
         self.cfg, self.total_steps = cfg, total_steps
-        self.start_momentum, self.momentum_warmup = cfg.momentum, cfg.momentum_warmup
-        self.n_views = 2 + cfg.local_crops
+        self.start_momentum, self.n_views = cfg.momentum, 2 + cfg.local_crops
         self.draw = multi_crop_draw(cfg, encoder, augment)
         self.encoder = encoder
         dim: int = encoder.num_features  # type: ignore[assignment]

@@ -152,7 +152,6 @@ class MultiCropConfig:
     hidden_dim: int = 2048
     bottleneck_dim: int = 256
     momentum: float = 0.996  # of the teacher at the start; rises to 1; nearer to 1 for small batches
-    momentum_warmup: bool = False  # in the first steps t: (1 + t) / (10 + t), until that reaches it
     local_crops: int = 8  # small crops of each image; 0: none (augment.scale=[0.14,1] is published for that)
     local_size: int = 96  # their side in pixels
     local_scale: list[float] = field(default_factory=lambda: [0.05, 0.4])

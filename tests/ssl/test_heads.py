@@ -97,10 +97,3 @@ def test_momentum_runs_from_its_start_to_one() -> None:
     assert momentum_at(0, 100, 0.99) == pytest.approx(0.99)
     assert momentum_at(50, 100, 0.99) == pytest.approx(0.995)
     assert momentum_at(100, 100, 0.99) == momentum_at(101, 100, 0.99) == 1.0
-
-
-def test_a_momentum_that_is_warmed_up_starts_low_and_then_is_the_same() -> None:
-    warm = [momentum_at(step, 5000, 0.99, warmup=True) for step in range(5001)]
-    assert warm[:2] == [0.1, 2 / 11] and warm[80] == pytest.approx(0.9)
-    assert warm == sorted(warm)
-    assert warm[881] < 0.99 and warm[1000:] == [momentum_at(step, 5000, 0.99) for step in range(1000, 5001)]

@@ -84,11 +84,6 @@ def test_teacher_starts_equal_and_follows_after_the_step(name: str, make_objecti
 
 
 @taught
-def test_the_momentum_of_a_teacher_can_be_warmed_up(name: str, make_objective: Make) -> None:
-    assert make_objective(name, momentum_warmup=True, total_steps=10).momentum(0) == 2 / 11
-
-
-@taught
 def test_teacher_drops_no_path_in_training(name: str, make_objective: Make, make_encoder: Make) -> None:
     objective = make_objective(name, make_encoder(drop_path=0.5)).train()
     x = torch.randn(4, 3, 64, 64)
@@ -202,3 +197,10 @@ def test_collapse_shows_in_the_monitors(name: str, make_objective: Make, make_ba
         norm.bias.fill_(1.0)
     assert objective(batch, 0)["feature_std"] < 0.02 * healthy
     assert objective(batch, 0)["loss"].isfinite()
+
+
+@every
+def test_of_few_images_no_sign_is_made(name: str, make_objective: Make, make_batch: Make) -> None:
+    """One has no spread and two have rank 1, in the healthiest run: micro-batches may be that small."""
+    out = make_objective(name)(make_batch(3, views=2), 0)
+    assert "feature_std" not in out and "feature_rank" not in out and out["loss"].isfinite()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gcssl.errors import UserError
+from gcssl.models.heads import at_least_fp32
 
 STRIDES = (4, 8, 16, 32)
 _CONSTANTS: dict[tuple[Any, ...], Tensor] = {}  # index and resize matrices; functions of their key alone
@@ -92,14 +93,15 @@ def resize_matrix(w0: int, w1: int, mode: str, device: torch.device) -> Tensor:
 
 
 def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int], mode: str) -> Tensor:
-    """Bias table (2*h-1)*(2*w-1) K of window `old` as that of window `new`, in fp32; itself if equal."""
+    """Bias table (2*h-1)*(2*w-1) K of window `old` as that of window `new`, in fp32 at least; itself if equal."""
     if old == new:
         return table
     kind = table.device.type
     full = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
     with full:
-        rows, cols = (_constant(resize_matrix, (a, b, mode), table) for a, b in zip(old, new, strict=True))
-        grid = table.float().t().reshape(-1, 2 * old[0] - 1, 2 * old[1] - 1)  # K 2h-1 2w-1
+        grid = at_least_fp32(table).t().reshape(-1, 2 * old[0] - 1, 2 * old[1] - 1)  # K 2h-1 2w-1
+        matrices = (_constant(resize_matrix, (a, b, mode), table) for a, b in zip(old, new, strict=True))
+        rows, cols = (matrix.to(grid.dtype) for matrix in matrices)
         return (rows @ grid @ cols.t()).flatten(1).t()
 
 

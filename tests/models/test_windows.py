@@ -43,6 +43,14 @@ def test_resized_tables_are_separable_and_fp32_under_autocast() -> None:
     torch.testing.assert_close(out.view(7, 3, 2), want)
 
 
+def test_a_table_in_float64_is_resized_in_it() -> None:
+    """fp32 in between would make the gradients of several processes differ from those of one."""
+    table = torch.randn(5 * 9, 2, dtype=torch.float64)
+    out, rounded = (resize_table(t, (3, 5), (4, 2), "bicubic") for t in (table, table.float()))
+    assert out.dtype == torch.float64 and not torch.equal(out.float(), rounded)
+    torch.testing.assert_close(out.float(), rounded)
+
+
 def test_a_size_first_seen_in_inference_mode_can_be_trained_later() -> None:
     """What is kept of a size then has to serve a training step too."""
     windows._CONSTANTS.clear()

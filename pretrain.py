@@ -33,13 +33,13 @@ from gcssl.runfolder import RunFolder, broadcast, check_writable
 from gcssl.runtime import StopSignal, entry, main_process_first, make_accelerator, rng, seed_torch
 from gcssl.shard import check_shard, gathered, shard, whole, whole_tensor
 from gcssl.ssl.gather import average_
-from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 from gcssl.state import RunState, saves_at
 from gcssl.streams import DROP_PATH, INIT, MODEL
 
 
 def main(argv: list[str]) -> None:
-    pretrain(load_config(PretrainConfig, argv, {name: config for name, (_, config) in OBJECTIVES.items()}))
+    pretrain(load_config(PretrainConfig, argv, SCHEMAS))
 
 
 def pretrain(cfg: PretrainConfig) -> Path:

@@ -28,7 +28,7 @@ from gcssl.patient import DoctorConfig, Patient, checkpoint_bytes, examine
 from gcssl.rehearsal import changed, first_minutes, first_steps, rate, replay, verify_resume
 from gcssl.runtime import entry, seed_torch
 from gcssl.ssl.masking import upsample_mask
-from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.ssl.objectives import SCHEMAS
 from gcssl.streams import MODEL
 
 MOST_BAD = 5  # images that cannot be decoded, of those named
@@ -239,8 +239,7 @@ def main(argv: list[str]) -> None:
         replay(argv[1:])
         return
     asked = bool(argv) and argv[0] == "verify-resume"
-    schemas = {name: schema for name, (_, schema) in OBJECTIVES.items()}
-    cfg = load_config(DoctorConfig, argv[1:] if asked else argv, schemas)
+    cfg = load_config(DoctorConfig, argv[1:] if asked else argv, SCHEMAS)
     if asked:
         verify_resume(cfg)
         return

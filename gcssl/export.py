@@ -29,6 +29,7 @@ from gcssl.models.build import AskedModel, Backbone, Saved, backbone_info, load_
 from gcssl.models.convert import load_weights
 from gcssl.models.gcvit import GCViT
 from gcssl.models.timm_backbone import timm_cfg
+from gcssl.runfolder import check_writable
 from gcssl.runtime import entry
 
 TOLERANCE = 2e-5  # largest difference of an output, relative to the outputs' scale
@@ -41,7 +42,7 @@ CLASS_ARGS = (*ENTRY_ARGS, "embed_dim", "depths", "num_heads", "mlp_ratio", "lay
 
 @dataclass
 class ExportConfig:
-    backbone: str = ""  # as in load_backbone: run folder, checkpoint, file, random
+    backbone: str = ""  # as in load_backbone: run folder, checkpoint, file, timm:<name>, random with model.name=
     format: str = "timm"  # of the result; onnx needs gcssl[onnx]
     out: str = ""  # a new folder (timm) or a new .pt or .onnx file
     encoder: str | None = None
@@ -59,8 +60,10 @@ def export(cfg: ExportConfig) -> Path:
     for path in (out, out.with_suffix(".json")) if cfg.format == "torch" else (out,):
         if path.exists():
             raise UserError(f"out={cfg.out}: {path} is already there; choose a new name or remove it")
+    check_writable(cfg.out)
     backbone, info = load_backbone(cfg.backbone, cfg.model, cfg.encoder)
     backbone.eval()
+    info = {key: value for key, value in info.items() if key not in ("source", "notes")}  # paths of this machine
     out.parent.mkdir(parents=True, exist_ok=True)
     difference = {"timm": export_timm, "torch": export_torch, "onnx": export_onnx}[cfg.format](backbone, info, out)
     parameters = sum(p.numel() for p in backbone.parameters())

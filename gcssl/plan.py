@@ -22,7 +22,7 @@ from gcssl.log import say
 from gcssl.patient import DoctorConfig, DoctorOptions, Patient, checkpoint_bytes, examine
 from gcssl.rehearsal import changed, duration, first_steps, rate
 from gcssl.runtime import entry, seed_torch
-from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.ssl.objectives import SCHEMAS
 from gcssl.streams import MODEL
 
 Row = tuple[str, str, str]  # what, how much, where from
@@ -146,7 +146,7 @@ def rows(cfg: PlanConfig) -> list[Row]:
 
 
 def main(argv: list[str]) -> None:
-    cfg = load_config(PlanConfig, argv, {name: schema for name, (_, schema) in OBJECTIVES.items()})
+    cfg = load_config(PlanConfig, argv, SCHEMAS)
     found = rows(cfg)
     width = max(len(value) for _, value, _ in found)
     for name, value, source in found:

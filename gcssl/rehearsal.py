@@ -28,7 +28,7 @@ from gcssl.loader import Sizes
 from gcssl.log import say
 from gcssl.pretrain import pretrain
 from gcssl.runtime import make_accelerator
-from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.ssl.objectives import SCHEMAS
 
 QUIET = {"log.every": 1, "log.trackers": [], "eval.online_every": 0}
 CLOCKED = ("images_per_s", "data_wait", "max_mem")  # metrics that tell of the machine, not of the run
@@ -91,7 +91,7 @@ def first_minutes(cfg: PretrainConfig, minutes: float, sizes: Sizes) -> tuple[st
     speed, warm = rate(told), told[1:] or told
     waiting = sum(line["data_wait"] for line in warm) / len(warm)
     gpu = max(line.get("max_mem", 0.0) for line in told)
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     memory = f"{gpu:.1f} GiB of GPU memory" if gpu else f"{rss:.1f} GiB of memory"
     hours = sizes.total_steps * sizes.global_batch / speed / sizes.world / 3600
     those = "one process" if sizes.world == 1 else f"{sizes.world} processes"
@@ -113,8 +113,11 @@ def verify_resume(cfg: PretrainConfig) -> None:
         process = start(changed(cfg, {**steps, "out": str(cut)}), cut)
         while process.poll() is None and not (cut / f"checkpoints/step_{STEPS // 2:08d}").exists():
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        else:
+            finish(process)  # which tells why it ended by itself
         done = len(list_checkpoints(cut))
         finish(start(changed(cfg, {**steps, "out": str(cut)}), cut))
         if different := differences(whole, cut):
@@ -182,6 +185,8 @@ def replay(argv: list[str]) -> None:
         )
     first = next(iter(incident["steps"]), None)
     say(f"replay: the run stopped: {incident['reason']}")
+    if not told:
+        raise UserError(f"replay: step {incident['step']} was the run's last: none follows that could be run again")
     say(
         f"replay: step {incident['step'] + 1} again: "
         + ", ".join(f"{k} {'not finite' if v is None else f'{v:.6g}'}" for k, v in told[-1].items() if k != "step")
@@ -201,8 +206,7 @@ def run_again(copy: Path, argv: list[str]) -> None:
     yaml = copy / "config.yaml"
     try:
         if "objective" in read_yaml(yaml):
-            schemas = {name: schema for name, (_, schema) in OBJECTIVES.items()}
-            pretrain(load_config(PretrainConfig, [str(yaml), *argv], schemas))
+            pretrain(load_config(PretrainConfig, [str(yaml), *argv], SCHEMAS))
         else:
             cfg = load_config(FinetuneConfig, [str(yaml), *argv])
             spec = json.loads((copy / "env.json").read_text())["facts"]["backbone"]

@@ -146,7 +146,7 @@ def _raw(cfg: DataConfig, root: Path, split: str, opener: Callable[[], "datasets
     feature = table.features[label]
     values = table.select_columns([label])[:][label]
     if isinstance(feature, datasets.ClassLabel):
-        return Raw(rows, [-1 if v is None else v for v in values], list(feature.names))
+        return Raw(rows, values, list(feature.names))
     return Raw(rows, values, None)
 
 
@@ -187,10 +187,12 @@ def _by_split(files: list[Path], cfg: DataConfig) -> dict[str, list[Path]]:
     known = [n for n in (cfg.train_split, cfg.val_split, *TRAIN_NAMES, *TEST_NAMES) if n]
     groups: dict[str, list[Path]] = {}
     for file in files:
-        words = re.split(r"[-_.]", file.stem)
-        name = next((k for k in known if k == file.stem or k in words or k == file.parent.name), None)
+        names = {file.stem.lower(), file.parent.name.lower(), *re.split(r"[-_.]", file.stem.lower())}
+        name = next((k for k in known if k.lower() in names), None)
         groups.setdefault(name or SHARD.sub("", file.stem) or "train", []).append(file)
     if not any(name in known for name in groups):
+        if len(groups) > 1:
+            say(f"data: no table of {cfg.path} names a split: {', '.join(groups)} are joined as train")
         return {"train": files}
     return groups
 

@@ -230,21 +230,24 @@ def read_saved(path: Path, encoder: str | None) -> Saved:
         state, info = read_backbone(path)
         held = info.get("encoder")
         if encoder in (None, held):
-            return _described(state, info, path / "backbone.json")
+            return saved_as_described(state, info, path / "backbone.json")
         if not (path / "checkpoints").is_dir():
             raise UserError(f"{path}: holds the {held} encoder, encoder={encoder} was asked for")
     if (path / "config.json").is_file():
         exported = read_json(path / "config.json").get("gcssl")
         if exported is None:
             return read_weights_file(path / "model.safetensors")
-        return _described(read_state(path), exported, path / "config.json")
+        return saved_as_described(read_state(path), exported, path / "config.json")
     return read_run(path, encoder)
 
 
-def _described(state: State, info: Any, where: Path) -> Saved:
+def saved_as_described(state: State, info: Any, where: Path) -> Saved:
     if not isinstance(info, dict) or not info.get("name") or not isinstance(info.get("model_args"), dict):
         raise UserError(f"{where}: does not say which model the weights are of (name and model_args)")
-    return Saved(state, info["name"], info["model_args"], info)
+    args = {**info["model_args"]}
+    if isinstance(args.get("img_size"), int):
+        args["img_size"] = [args["img_size"]] * 2
+    return Saved(state, info["name"], args, info)
 
 
 def read_weights_file(path: Path) -> Saved:
@@ -253,16 +256,18 @@ def read_weights_file(path: Path) -> Saved:
     state = read_state(path)
     described = read_json(beside) if beside.is_file() else {}
     if "model_args" in described:
-        return _described(state, described, beside)
+        return saved_as_described(state, described, beside)
     nvlabs = is_nvlabs(state)
     state = from_nvlabs(state) if nvlabs else state
     args = describe(state)
     if args is None:
         return Saved(state, None, {}, {})
-    if args["img_size"] is None:
-        args["img_size"] = [224, 224]
     name = recognise(args)
     info: dict[str, Any] = {"crop_pct": 0.875, "interpolation": "bicubic"}
+    if args["img_size"] is None:  # windows that are not square tell neither size nor ratio
+        args["img_size"] = [224, 224]
+    else:
+        info["model_args"] = args
     if nvlabs:
         large = min(args["img_size"]) >= 384
         info["crop_pct"] = 1.0 if large or name in FULL_CROP else 0.875

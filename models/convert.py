@@ -87,9 +87,8 @@ def read_state(source: str | Path | Mapping[str, Any]) -> State:
     state = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, Mapping) else {}
     if not state:
         raise UserError(f"{where}: holds no weights; expected tensors by name, bare or under state_dict")
-    for prefix in ("module.", "_orig_mod."):
-        if all(k.startswith(prefix) for k in state):
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
+    while prefix := next((p for p in ("module.", "_orig_mod.") if all(k.startswith(p) for k in state)), ""):
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state
 
 
@@ -256,10 +255,10 @@ def _fit_tables(model: GCViT, state: State, size: Sequence[int] | None, where: s
             continue
         stage = int(name.split(".")[1])
         ratio, new = model.window_ratio[stage], model.windows[stage]
-        side = table_side(state[name].shape[0])
-        old = (size[0] // ratio, size[1] // ratio) if size else new if state[name].shape == own.shape else None
-        if old is None or (2 * old[0] - 1) * (2 * old[1] - 1) != state[name].shape[0]:
-            old = (side, side) if side else None
+        rows = state[name].shape[0]
+        side = table_side(rows) or 0
+        windows = [(size[0] // ratio, size[1] // ratio)] if size else []
+        old = next((w for w in (*windows, new, (side, side)) if (2 * w[0] - 1) * (2 * w[1] - 1) == rows), None)
         if old is None:
             raise UserError(f"{where}: bias tables of windows that are not square; state the image size they are for")
         state[name] = resize_table(state[name], old, new, mode).to(own.dtype).contiguous()
@@ -274,8 +273,11 @@ def _same_architecture(model: GCViT, state: State, where: str, size: Sequence[in
         first = ", ".join(list(state)[:3])
         raise UserError(f"{where}: not a GC ViT (its first keys: {first}); the model is {model.name}")
     args = model.model_args
-    keys = ("embed_dim", "depths", "num_heads", "mlp_ratio", "in_chans")
+    keys = ("embed_dim", "depths", "num_heads", "in_chans")
     differ = [f"{k} {found[k]} (the model has {args[k]})" for k in keys if found[k] != args[k]]
+    hidden, own = (int(args["embed_dim"] * ratio + 1e-6) for ratio in (found["mlp_ratio"], args["mlp_ratio"]))
+    if hidden != own:
+        differ.append(f"mlp_ratio {found['mlp_ratio']} (the model has {args['mlp_ratio']})")
     if (found["layer_scale"] is None) != (args["layer_scale"] is None):
         has, lacks = ("the file", "the model") if args["layer_scale"] is None else ("the model", "the file")
         differ.append(f"layer scale in {has}, none in {lacks}")

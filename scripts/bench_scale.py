@@ -26,7 +26,7 @@ from gcssl.models.build import build_backbone
 from gcssl.patient import DoctorConfig, examine
 from gcssl.plan import saved_mib
 from gcssl.runtime import entry, keep_freed_memory
-from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.ssl.objectives import SCHEMAS
 from scripts.learning import SETTINGS
 from scripts.timing import Step, alternate, device, markdown, ratios, write
 
@@ -47,9 +47,8 @@ BATCH = 8
 
 def objective_step(objective: str, keys: list[str], batch: int) -> tuple[Step, torch.nn.Module]:
     """Forward and backward on `batch` generated images, and the objective."""
-    schemas = {name: schema for name, (_, schema) in OBJECTIVES.items()}
     yaml = ROOT / f"configs/pretrain/{objective}_gcvit_nano.yaml"
-    patient = examine(load_config(DoctorConfig, [str(yaml), *SMALL, *keys], schemas))
+    patient = examine(load_config(DoctorConfig, [str(yaml), *SMALL, *keys], SCHEMAS))
     model, images = patient.objective.to(device()).train(), patient.batch(batch)
     images["views"] = [view.to(device()) for view in images["views"]]
     images["masks"] = [mask if mask is None else mask.to(device()) for mask in images["masks"]]
@@ -114,13 +113,12 @@ def checkpointing(rounds: int, batch: int = 2) -> list[dict[str, Any]]:
 def processes(rounds: int, steps: int = 40, batch: int = 32) -> list[dict[str, Any]]:
     """The real program, by torchrun, on one and on two processes in turn."""
     rates: dict[int, list[float]] = {1: [], 2: []}
-    schemas = {name: schema for name, (_, schema) in OBJECTIVES.items()}
     keys = [f"train.batch_size={batch}", f"train.steps={steps}", "data.shapes_n=1000", "data.workers=0", "log.every=1"]
     yaml = str(ROOT / "configs/pretrain/joint_gcvit_nano.yaml")
     for _ in range(rounds):
         for world in rates:
             with tempfile.TemporaryDirectory() as folder:
-                cfg = load_config(PretrainConfig, [yaml, *keys, "eval.online_every=0", f"out={folder}/run"], schemas)
+                cfg = load_config(PretrainConfig, [yaml, *keys, "eval.online_every=0", f"out={folder}/run"], SCHEMAS)
                 (Path(folder) / "x.yaml").write_text(to_yaml(config_dict(cfg)))
                 argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
                 argv += ["-m", "gcssl.pretrain", f"{folder}/x.yaml"]

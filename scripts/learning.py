@@ -7,18 +7,19 @@ prints a row, and writes docs/results/learning/<objective>.json. `make test-lear
 """
 
 import json
-import os
 import shutil
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from gcssl.config import PretrainConfig, load_config
 from gcssl.errors import UserError
 from gcssl.eval import knn, linear_probe
 from gcssl.pretrain import pretrain
 from gcssl.runtime import entry, make_accelerator
-from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.ssl.objectives import SCHEMAS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs/results/learning"
@@ -66,9 +67,8 @@ LINES: dict[str, dict[str, float]] = {
 def learn(name: str, out: Path) -> dict[str, Any]:
     """Pretrain by `name` in `out`, evaluate: {"knn/top1@20": ..., "untrained": {...}, ...}."""
     shutil.rmtree(out, ignore_errors=True)
-    schemas = {key: schema for key, (_, schema) in OBJECTIVES.items()}
     argv = [str(ROOT / f"configs/pretrain/{name}_gcvit_nano.yaml"), *COMMON, *SETTINGS[name], f"out={out}"]
-    cfg = load_config(PretrainConfig, argv, schemas)
+    cfg = load_config(PretrainConfig, argv, SCHEMAS)
     start = time.perf_counter()
     pretrain(cfg)
     took = time.perf_counter() - start
@@ -95,6 +95,7 @@ def main(argv: list[str]) -> None:
     names = argv or list(SETTINGS)
     if unknown := [name for name in names if name not in SETTINGS]:
         raise UserError(f"{unknown[0]}: no such objective; one of {', '.join(SETTINGS)}")
+    torch.set_num_threads(2)
     RESULTS.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in names:
@@ -106,5 +107,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "2")
     entry(main)

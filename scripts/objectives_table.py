@@ -8,10 +8,11 @@ an objective that stands there is left alone, `none` is the untrained backbone. 
 """
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
+
+import torch
 
 from gcssl.config import PretrainConfig, load_config
 from gcssl.errors import UserError
@@ -20,7 +21,7 @@ from gcssl.eval.compare import compare
 from gcssl.plan import PlanConfig, count, patient_of, si
 from gcssl.pretrain import pretrain
 from gcssl.runtime import entry, make_accelerator
-from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.ssl.objectives import SCHEMAS
 from scripts.learning import ROOT, SETTINGS
 from scripts.timing import markdown
 
@@ -43,7 +44,6 @@ def study(name: str, data: str, out: Path) -> None:
         source = ["backbone=random", f"out={out}", *UNTRAINED, *where]
     else:
         source = [f"backbone={out}"]
-        schemas = {key: schema for key, (_, schema) in OBJECTIVES.items()}
         argv = [
             str(ROOT / f"configs/pretrain/{name}_gcvit_nano.yaml"),
             *SETTINGS[name],
@@ -51,8 +51,8 @@ def study(name: str, data: str, out: Path) -> None:
             *where,
             f"out={out}",
         ]
-        cfg = load_config(PretrainConfig, argv, schemas)
-        counted = count(patient_of(load_config(PlanConfig, argv, schemas)))
+        cfg = load_config(PretrainConfig, argv, SCHEMAS)
+        counted = count(patient_of(load_config(PlanConfig, argv, SCHEMAS)))
         pretrain(cfg)
         memory = (counted.fixed_mib + cfg.train.batch_size * counted.image_mib) / 1024
         (out / "cost.json").write_text(json.dumps({"flops_an_image": counted.flops, "gib": memory}) + "\n")
@@ -91,6 +91,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{unknown[0]}: no such objective; one of none, {', '.join(SETTINGS)}")
     if options.keys() != {"data"}:
         raise UserError("expected data=<a folder that gcssl opens> and names of objectives")
+    torch.set_num_threads(1)
     for name in names:
         if not (RESULTS / name).exists():
             study(name, options["data"], ROOT / f"runs/objectives/{name}")
@@ -103,5 +104,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     entry(main)

@@ -12,3 +12,5 @@ OBJECTIVES: dict[str, tuple[type, type]] = {
     "ibot": (IBOT, IBOTConfig),
     "joint": (Joint, JointConfig),
 }
+
+SCHEMAS: dict[str, type] = {name: schema for name, (_, schema) in OBJECTIVES.items()}  # what load_config takes

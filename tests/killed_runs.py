@@ -25,7 +25,7 @@ from gcssl.config import PretrainConfig, load_config  # noqa: E402
 from gcssl.eval import finetune  # noqa: E402
 from gcssl.pretrain import pretrain  # noqa: E402
 from gcssl.runtime import make_accelerator, quiet_libraries  # noqa: E402
-from gcssl.ssl.objectives import OBJECTIVES  # noqa: E402
+from gcssl.ssl.objectives import SCHEMAS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, EPOCH = 9, 3
@@ -44,8 +44,7 @@ def train(name: str, out: Path, workers: int) -> None:
         finetune.finetune(cfg, make_accelerator(cfg.train, cfg.runtime), out, "none")
     else:
         yaml = str(ROOT / f"configs/pretrain/{name}_gcvit_nano.yaml")
-        schemas = {key: schema for key, (_, schema) in OBJECTIVES.items()}
-        pretrain(load_config(PretrainConfig, [yaml, *argv, f"out={out}", "eval.online_every=1"], schemas))
+        pretrain(load_config(PretrainConfig, [yaml, *argv, f"out={out}", "eval.online_every=1"], SCHEMAS))
 
 
 def start(name: str, out: Path, workers: int) -> int:

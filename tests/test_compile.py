@@ -11,11 +11,10 @@ from gcssl.config import PretrainConfig, load_config
 from gcssl.patient import DoctorConfig, examine
 from gcssl.pretrain import pretrain
 from gcssl.runtime import seed_torch
-from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 
 YAML = Path(__file__).parent.parent / "configs/pretrain"
 SMALL = ["data.shapes_n=16", "data.workers=0", "train.batch_size=4", "eval.online_every=0", "model.drop_path=0.1"]
-SCHEMAS = {name: schema for name, (_, schema) in OBJECTIVES.items()}
 
 
 def step(objective: Any, batch: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:

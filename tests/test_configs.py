@@ -17,7 +17,7 @@ from gcssl.eval.linear_probe import LinearProbeConfig
 from gcssl.loader import ViewMaker, batch_to_device, collate, run_sizes
 from gcssl.models.build import BACKBONES, from_config
 from gcssl.optim import make_optimizer, param_groups, set_lr
-from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs/pretrain").glob("*.yaml"))
@@ -28,7 +28,7 @@ IMAGES = {"shapes": 10_000, "/data/imagenet": 1_281_167, "/data/cifar10": 50_000
 
 
 def load(path: Path, *argv: str) -> PretrainConfig:
-    return load_config(PretrainConfig, [str(path), *argv], {name: schema for name, (_, schema) in OBJECTIVES.items()})
+    return load_config(PretrainConfig, [str(path), *argv], SCHEMAS)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

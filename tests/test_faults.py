@@ -19,7 +19,7 @@ from gcssl.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint,
 from gcssl.config import PretrainConfig, load_config
 from gcssl.errors import Preempted, UserError
 from gcssl.pretrain import pretrain
-from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = [
@@ -30,9 +30,8 @@ pytestmark = pytest.mark.slow
 
 
 def config(out: Path, *more: str) -> PretrainConfig:
-    schemas = {name: schema for name, (_, schema) in OBJECTIVES.items()}
     argv = [str(ROOT / "configs/pretrain/simmim_gcvit_nano.yaml"), *KEYS, f"out={out}", *more]
-    return load_config(PretrainConfig, argv, schemas)
+    return load_config(PretrainConfig, argv, SCHEMAS)
 
 
 def lines(path: Path) -> list[dict]:

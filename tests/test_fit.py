@@ -14,7 +14,7 @@ from gcssl.config import PretrainConfig, load_config
 from gcssl.errors import Preempted
 from gcssl.models.build import backbone_info, build_backbone, load_backbone
 from gcssl.pretrain import pretrain
-from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 
 YAML = Path(__file__).resolve().parent.parent / "configs/pretrain"
 TINY = [
@@ -24,9 +24,8 @@ TINY = [
 
 
 def config(objective: str, out: Path, *more: str) -> PretrainConfig:
-    schemas = {name: schema for name, (_, schema) in OBJECTIVES.items()}
     argv = [str(YAML / f"{objective}_gcvit_nano.yaml"), *TINY, f"out={out}", *more]
-    return load_config(PretrainConfig, argv, schemas)
+    return load_config(PretrainConfig, argv, SCHEMAS)
 
 
 def test_each_update_gets_its_lr_weight_decay_and_clipped_gradient(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from gcssl.config import PretrainConfig, load_config
 from gcssl.errors import Preempted
 from gcssl.pretrain import pretrain
-from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
@@ -22,8 +22,7 @@ def config(objective: str, out: Path, *more: str) -> PretrainConfig:
     yaml = str(ROOT / f"configs/pretrain/{objective}_gcvit_nano.yaml")
     argv = ["data.shapes_n=64", "data.workers=2", "train.batch_size=32", "train.steps=4", "train.warmup_epochs=1"]
     argv += ["train.deterministic=true", "model.drop_path=0.2", "eval.online_every=1", "log.every=1", *more]
-    schemas = {name: schema for name, (_, schema) in OBJECTIVES.items()}
-    return load_config(PretrainConfig, [yaml, f"out={out}", *argv], schemas)
+    return load_config(PretrainConfig, [yaml, f"out={out}", *argv], SCHEMAS)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])

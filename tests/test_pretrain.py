@@ -22,7 +22,7 @@ from gcssl.config import PretrainConfig, load_config
 from gcssl.errors import Preempted, UserError
 from gcssl.eval.online import OnlineProbe
 from gcssl.pretrain import build_pretrain_backbone, pretrain
-from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 from gcssl.ssl.simmim import SimMIM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,8 +34,7 @@ SMALL = [
 
 def config(objective: str, out: Path, *more: str) -> PretrainConfig:
     yaml = str(ROOT / f"configs/pretrain/{objective}_gcvit_nano.yaml")
-    schemas = {name: schema for name, (_, schema) in OBJECTIVES.items()}
-    return load_config(PretrainConfig, [yaml, *SMALL, f"out={out}", *more], schemas)
+    return load_config(PretrainConfig, [yaml, *SMALL, f"out={out}", *more], SCHEMAS)
 
 
 def command(objective: str, out: Path, *more: str) -> list[str]:

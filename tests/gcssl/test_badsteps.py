@@ -18,7 +18,7 @@ from gcssl.config import PretrainConfig, RuntimeConfig, TrainConfig, load_config
 from gcssl.errors import NumericStop
 from gcssl.pretrain import pretrain
 from gcssl.runtime import make_accelerator
-from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 
 YAML = Path(__file__).parents[2] / "configs/pretrain"
 TINY = [
@@ -85,9 +85,8 @@ def test_what_is_not_finite_is_bad_and_measures_nothing(tmp_path: Path, loss: fl
 
 
 def config(objective: str, out: Path, *more: str) -> PretrainConfig:
-    schemas = {name: schema for name, (_, schema) in OBJECTIVES.items()}
     argv = [str(YAML / f"{objective}_gcvit_nano.yaml"), *TINY, f"out={out}", *more]
-    return load_config(PretrainConfig, argv, schemas)
+    return load_config(PretrainConfig, argv, SCHEMAS)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, objective: str, bad: Callable[[int], bool]) -> None:

@@ -15,7 +15,7 @@ from gcssl.errors import NumericStop, Preempted
 from gcssl.models.gcvit import GCViT
 from gcssl.pretrain import pretrain
 from gcssl.ssl.joint import VIEW
-from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 
 ROOT = Path(__file__).parents[2]
 HEALTHY = {"feature_std": 0.04, "feature_rank": 7.0, "loss": 2.0, "teacher_entropy": 3.0, "prediction_std": 0.002}
@@ -59,11 +59,10 @@ def test_two_signs_of_one_step_are_both_told() -> None:
 
 
 def config(out: Path, *more: str) -> PretrainConfig:
-    schemas = {name: schema for name, (_, schema) in OBJECTIVES.items()}
     argv = ["data.shapes_n=48", "data.workers=0", "train.batch_size=16", "train.warmup_epochs=0", "train.steps=30"]
     argv += ["eval.online_every=0", "objective.out_dim=32", "objective.hidden_dim=32", "objective.local_crops=0"]
     argv += ["checkpoint.every=1", f"out={out}", *more]
-    return load_config(PretrainConfig, [str(ROOT / "configs/pretrain/dino_gcvit_nano.yaml"), *argv], schemas)
+    return load_config(PretrainConfig, [str(ROOT / "configs/pretrain/dino_gcvit_nano.yaml"), *argv], SCHEMAS)
 
 
 @pytest.mark.fault(
@@ -93,8 +92,8 @@ def test_a_masked_run_with_one_prediction_for_all_is_stopped(tmp_path: Path, mon
     monkeypatch.setattr(collapse, "PATIENCE", 5)
     argv = ["data.shapes_n=48", "data.workers=0", "train.batch_size=16", "train.steps=60", "train.warmup_epochs=0"]
     argv += ["eval.online_every=0", "train.clip_grad=null", "train.on_collapse=stop", "train.max_bad_steps=100"]
-    recipe, schemas = ROOT / "configs/pretrain/simmim_gcvit_nano.yaml", {"simmim": OBJECTIVES["simmim"][1]}
-    cfg = load_config(PretrainConfig, [str(recipe), *argv, "train.blr=5", f"out={tmp_path}"], schemas)
+    recipe, SCHEMAS = ROOT / "configs/pretrain/simmim_gcvit_nano.yaml", {"simmim": OBJECTIVES["simmim"][1]}
+    cfg = load_config(PretrainConfig, [str(recipe), *argv, "train.blr=5", f"out={tmp_path}"], SCHEMAS)
     with pytest.raises(NumericStop, match=r"step \d+: collapse\? for 5 steps prediction_std .*: all images get one"):
         pretrain(cfg)
 

@@ -271,6 +271,20 @@ def test_a_label_beyond_the_class_names_is_refused(tmp_path: Path) -> None:
     assert "data.label_column: label 3 in split train of 3 classes" in refused(tmp_path)
 
 
+def test_splits_in_the_names_of_tables_whatever_their_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table(4).to_parquet(tmp_path / "Train-00000-of-00001.parquet")
+    table(3).to_parquet(tmp_path / "TEST.parquet")
+    for keys in ({}, {"train_split": "Train"}, {"train_split": "train"}):
+        data = opened(tmp_path, **keys)
+        assert (len(data.train), len(data.test)) == (4, 3)
+    assert "joined" not in capsys.readouterr().out
+    (tmp_path / "more").mkdir()
+    table(2).to_parquet(tmp_path / "more" / "cats.parquet")
+    table(2).to_parquet(tmp_path / "more" / "dogs-1.parquet")
+    assert len(opened(tmp_path / "more").train) == 4
+    assert "more names a split: cats, dogs are joined as train" in capsys.readouterr().out
+
+
 def test_one_parquet_file_and_shards_without_a_split(tmp_path: Path) -> None:
     table(3).to_parquet(tmp_path / "samples-00000-of-00002.parquet")
     table(3).to_parquet(tmp_path / "samples-00001-of-00002.parquet")

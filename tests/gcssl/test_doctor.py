@@ -21,7 +21,7 @@ from gcssl.errors import NumericStop, UserError
 from gcssl.patient import DoctorConfig, Patient, examine
 from gcssl.pretrain import pretrain
 from gcssl.rehearsal import differences, duration, replay, verify_resume
-from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.ssl.objectives import SCHEMAS
 from gcssl.ssl.simmim import SimMIM
 
 YAML = Path(__file__).parents[2] / "configs/pretrain"
@@ -29,8 +29,7 @@ SMALL = ["data.shapes_n=256", "data.workers=0", "train.batch_size=16", "train.wa
 
 
 def config(objective: str, *more: str) -> DoctorConfig:
-    schemas = {name: schema for name, (_, schema) in OBJECTIVES.items()}
-    return load_config(DoctorConfig, [str(YAML / f"{objective}_gcvit_nano.yaml"), *SMALL, *more], schemas)
+    return load_config(DoctorConfig, [str(YAML / f"{objective}_gcvit_nano.yaml"), *SMALL, *more], SCHEMAS)
 
 
 def verdicts(patient: Patient) -> dict[str, str]:
@@ -196,10 +195,9 @@ def test_a_failed_check_is_exit_2(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def run(out: Path, *more: str) -> Path:
-    schemas = {name: schema for name, (_, schema) in OBJECTIVES.items()}
     keys = ["data.shapes_n=16", "data.workers=0", "train.batch_size=8", "train.warmup_epochs=1", "log.every=1"]
     keys += ["log.trackers=[]", "eval.online_every=0", "train.steps=4", f"out={out}", *more]
-    return pretrain(load_config(PretrainConfig, [str(YAML / "simmim_gcvit_nano.yaml"), *keys], schemas))
+    return pretrain(load_config(PretrainConfig, [str(YAML / "simmim_gcvit_nano.yaml"), *keys], SCHEMAS))
 
 
 def test_differences_of_two_runs_are_named(tmp_path: Path) -> None:
@@ -236,6 +234,18 @@ def test_an_incident_is_replayed(
         replay([str(tmp_path)])
 
 
+def test_a_collapse_at_the_last_step_has_no_step_to_replay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gcssl.collapse.PATIENCE", 2)
+    monkeypatch.setattr("gcssl.collapse.LEAST_PREDICTION_STD", 1e9)  # a sign that stays
+    with pytest.raises(NumericStop, match="step 3: collapse"):
+        run(tmp_path, "train.steps=3", "train.warmup_epochs=0.5", "train.on_collapse=stop")
+    with pytest.raises(UserError, match="step 3 was the run's last: none follows"):
+        replay([str(tmp_path / "incidents/after_step_3")])
+    assert "replay: the run stopped: step 3: collapse" in capsys.readouterr().out
+
+
 def test_a_resume_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """With programs that train nothing in place of the runs; the second one is killed."""
     seconds = iter(["0", "60", "0"] * 2)
@@ -252,6 +262,19 @@ def test_a_resume_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch, capsy
     assert "equal bit for bit" not in capsys.readouterr().out
     verify_resume(config("simmim"))
     assert "equal bit for bit" in capsys.readouterr().out
+
+
+def test_a_run_that_ends_before_it_is_killed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = iter(["exit 0", "echo gcssl: the disk is full >&2; exit 2"])
+
+    def start(_: PretrainConfig, out: Path) -> subprocess.Popen[str]:
+        del out
+        argv = ["sh", "-c", next(programs)]
+        return subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    monkeypatch.setattr("gcssl.rehearsal.start", start)
+    with pytest.raises(UserError, match="the run itself failed: gcssl: the disk is full"):
+        verify_resume(config("simmim"))
 
 
 @pytest.mark.slow

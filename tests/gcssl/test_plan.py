@@ -10,15 +10,14 @@ from gcssl.config import load_config
 from gcssl.errors import UserError
 from gcssl.patient import Patient
 from gcssl.plan import PlanConfig, count, main, patient_of, rows, saved_mib, si
-from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 
 YAML = Path(__file__).parents[2] / "configs/pretrain"
 SMALL = ["data.shapes_n=256", "data.workers=0", "train.batch_size=16", "plan.images_per_s=100"]
 
 
 def config(objective: str, *more: str) -> PlanConfig:
-    schemas = {name: schema for name, (_, schema) in OBJECTIVES.items()}
-    return load_config(PlanConfig, [str(YAML / f"{objective}_gcvit_nano.yaml"), *SMALL, *more], schemas)
+    return load_config(PlanConfig, [str(YAML / f"{objective}_gcvit_nano.yaml"), *SMALL, *more], SCHEMAS)
 
 
 def patient(objective: str, *more: str) -> Patient:

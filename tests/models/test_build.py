@@ -147,6 +147,19 @@ def test_a_new_run_pools_its_queries_as_its_weights_did(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"window_ratio \[32, 32, 16, 32\], \[32, 32, 32, 32\] pools"):
         load_backbone(str(tmp_path), ModelConfig(window_ratio=[32, 32, 32, 32]), exact=True)
     load_backbone(str(tmp_path), ModelConfig(img_size=96, window_ratio=[32, 32, 16, 32]), exact=True)
+    torch.save(backbone.state_dict(), tmp_path / "bare.pth")  # its tables alone tell the ratio
+    with pytest.raises(UserError, match=r"bare.pth has window_ratio \[32, 32, 16, 32\], \[32, 32, 32, 32\] pools"):
+        load_backbone(str(tmp_path / "bare.pth"), ModelConfig(window_ratio=[32, 32, 32, 32]), exact=True)
+    wide = nano(img_size=(64, 96), window_ratio=[32, 32, 32, 32])
+    torch.save(wide.state_dict(), tmp_path / "wide.pth")  # whose tables do not
+    load_backbone(str(tmp_path / "wide.pth"), ModelConfig(img_size=[64, 96], window_ratio=[32, 32, 32, 32]), exact=True)
+
+
+def test_a_description_may_give_one_side(tmp_path: Path) -> None:
+    backbone = nano(img_size=96)
+    info = backbone_info(backbone)
+    write_backbone(tmp_path, backbone.state_dict(), {**info, "model_args": {**info["model_args"], "img_size": 96}})
+    assert load_backbone(str(tmp_path))[0].img_size == (96, 96)
 
 
 def test_unfinished_runs_and_single_checkpoints(tmp_path: Path) -> None:
@@ -293,6 +306,7 @@ def test_weights_that_timm_publishes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert same(backbone.state_dict(), theirs.state_dict())
     assert (info["name"], info["crop_pct"], info["source"]) == ("gcvit_xxtiny", 0.875, "timm:gcvit_xxtiny")
     assert backbone.drop_path == 0.2 and backbone.num_classes == 1000 and backbone.img_size == (224, 224)
+    assert backbone.crop_pct == 0.875 == theirs.pretrained_cfg["crop_pct"]
     smaller, _ = load_backbone("timm:gcvit_xxtiny", AskedModel(img_size=96))
     assert smaller.img_size == (96, 96)
     new, _ = load_backbone("timm:gcvit_xxtiny", ModelConfig("gcvit_xxtiny", 96), exact=True)

@@ -84,7 +84,9 @@ def test_the_layout_of_june_2022_is_refused(to_nvlabs) -> None:
         load_weights(nano(), old)
 
 
-@pytest.mark.parametrize("wrap", ["bare", "state_dict", "model", "module.", "ema", "Namespace", "safetensors"])
+@pytest.mark.parametrize(
+    "wrap", ["bare", "state_dict", "model", "module.", "compiled", "ema", "Namespace", "safetensors"]
+)
 def test_wrappers_and_files(wrap: str, tmp_path: Path) -> None:
     source, other, target = nano().state_dict(), nano(1).state_dict(), nano(2)
     path = tmp_path / "weights.pth.tar"
@@ -92,6 +94,7 @@ def test_wrappers_and_files(wrap: str, tmp_path: Path) -> None:
     content = {
         "bare": source, "state_dict": {"state_dict": source, "epoch": 3}, "model": {"model": source},
         "module.": {"state_dict": prefixed}, "ema": {"state_dict": other, "state_dict_ema": source},
+        "compiled": {f"_orig_mod.{k}": v for k, v in prefixed.items()},
         "Namespace": {"state_dict": prefixed, "args": argparse.Namespace(lr=0.1, data="x"), "optimizer": {}},
     }  # fmt: skip
     if wrap == "safetensors":
@@ -101,6 +104,14 @@ def test_wrappers_and_files(wrap: str, tmp_path: Path) -> None:
         torch.save(content[wrap], path)
     assert load_weights(target, path) == []
     assert same(target.state_dict(), source)
+
+
+def test_a_ratio_that_the_hidden_width_rounds_is_its_own() -> None:
+    source, target = nano(mlp_ratio=2.7), nano(1, mlp_ratio=2.7)
+    load_weights(target, source.state_dict())
+    assert same(target.state_dict(), source.state_dict())
+    with pytest.raises(UserError, match="mlp_ratio 2.6875 .the model has 3.0."):
+        load_weights(nano(), source.state_dict())
 
 
 # ---- what is said about a state dict

@@ -41,6 +41,9 @@ EXPORTS = {
 }
 
 
+MEAN, STD = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+
+
 def make_run(folder: Path, name: str, **kw: object) -> torch.nn.Module:
     torch.manual_seed(0)
     model = build_backbone(name, **kw).eval()
@@ -48,6 +51,7 @@ def make_run(folder: Path, name: str, **kw: object) -> torch.nn.Module:
         p.data += 0.02 * torch.randn_like(p)
     classes = [f"class {i}" for i in range(model.num_classes)] or None
     info = backbone_info(model, step=7, objective="simmim", encoder="student", class_names=classes)
+    info |= {"mean": MEAN, "std": STD}  # of a run that was given weights with their own
     write_backbone(folder, model.state_dict(), info)
     return model
 
@@ -67,6 +71,7 @@ def test_timm_loads_exports_without_gcssl(tmp_path: Path) -> None:
         config = json.loads((tmp_path / key / "config.json").read_text())
         assert config["num_classes"] == model.num_classes
         assert config.get("label_names") == ([f"class {i}" for i in range(model.num_classes)] or None)
+        assert (config["pretrained_cfg"]["mean"], config["pretrained_cfg"]["std"]) == (MEAN, STD)
         if key in ("head", "ratio"):  # timm's registry has it: its own transforms follow too
             assert read["crop_pct"] == 1.0 and read["input_size"] == (3, *model.img_size)
 
@@ -82,6 +87,16 @@ def test_exports_load_again_here(kind: str, name: str, tmp_path: Path) -> None:
         assert backbone.name == name and info["step"] == 7 and info["class_names"][2] == "class 2"
         for key, value in model.state_dict().items():
             assert torch.equal(backbone.state_dict()[key], value), key
+    for file in [path, path.with_suffix(".json")] if kind == "torch" else path.iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes()  # where it came from is nobody's business
+
+
+def test_class_names_without_a_head_of_as_many_are_left_out(tmp_path: Path) -> None:
+    """Those of a pretraining's images: timm would take them for the outputs'."""
+    model = build_backbone("gcvit_nano", img_size=64)
+    write_backbone(tmp_path / "run", model.state_dict(), backbone_info(model, class_names=["a", "b"]))
+    export(ExportConfig(str(tmp_path / "run"), "timm", str(tmp_path / "out")))
+    assert "label_names" not in json.loads((tmp_path / "out/config.json").read_text())
 
 
 def test_onnx_runtime_gives_the_same_for_any_number_of_images(tmp_path: Path) -> None:
@@ -97,7 +112,8 @@ def test_onnx_runtime_gives_the_same_for_any_number_of_images(tmp_path: Path) ->
         assert (torch.from_numpy(read) - want).abs().max() <= 2e-5 * want.abs().max()
     told = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
     assert told["step"] == 7 and told["class_names"] == [f"class {i}" for i in range(3)] and len(told["mean"]) == 3
-    assert str(Path(__file__).parents[2]).encode() not in path.read_bytes()  # no paths of the machine that wrote it
+    for folder in (tmp_path, Path(__file__).parents[2]):  # no paths of the machine that wrote it
+        assert str(folder).encode() not in path.read_bytes()
 
 
 def test_onnx_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,18 +126,22 @@ def test_onnx_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: pytest.
 def test_nothing_is_written_over(tmp_path: Path) -> None:
     make_run(tmp_path / "run", "gcvit_nano", img_size=64)
     (tmp_path / "out").mkdir()
-    (tmp_path / "a.json").write_text("mine")
-    for kind, out in (("timm", "out"), ("torch", "a.pt")):
+    for name in ("a.json", "a.onnx"):
+        (tmp_path / name).write_text("mine")
+    for kind, out in (("timm", "out"), ("torch", "a.pt"), ("onnx", "a.onnx")):
         with pytest.raises(UserError, match="already there"):
             export(ExportConfig(str(tmp_path / "run"), kind, str(tmp_path / out)))
     for cfg, reason in (
         (ExportConfig("random", "torch", "x"), "ends in .pt"),
         (ExportConfig("random", "onnx", "x.pt"), "ends in .onnx"),
         (ExportConfig("", "timm", "x"), "expected backbone="),
+        (ExportConfig(str(tmp_path / "run"), "timm", str(tmp_path / "a.json/x")), "a.json is a file"),
     ):
         with pytest.raises(UserError, match=reason):
             export(cfg)
-    assert (tmp_path / "a.json").read_text() == "mine" and not (tmp_path / "a.pt").exists()
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "a.onnx").read_text() == "mine" and not (
+        tmp_path / "a.pt"
+    ).exists()
 
 
 def test_a_difference_stops_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

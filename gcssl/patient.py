@@ -88,10 +88,10 @@ class Patient:
     seen: "dict[str, Scan]"
 
     def batch(self, count: int = SAMPLES) -> dict[str, Any]:
-        """The first images of the training set as the objective gets them."""
+        """The first images of the training set as the objective gets them, again where there are fewer."""
         maker = ViewMaker(self.objective.draw, self.backbone.img_size, self.cfg.augment)
         dataset = TrainSet(self.data.train, maker, self.cfg.train.seed)
-        items = [dataset[(0, i, i)] for i in range(min(count, len(dataset)))]
+        items = [dataset[(0, i % len(dataset), i)] for i in range(count)]
         return batch_to_device(collate(items), "cpu", self.backbone.mean, self.backbone.std, self.cfg.augment)
 
 

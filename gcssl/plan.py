@@ -112,6 +112,7 @@ def patient_of(cfg: PlanConfig) -> Patient:
 
 def si(number: float) -> str:
     """3.2e13 -> 32 T."""
+    number = float(f"{number:.3g}")
     powers = min(int(math.log10(max(number, 1)) // 3), 6)
     return f"{number / 1000**powers:.3g} {' kMGTPE'[powers]}"
 

@@ -1,4 +1,4 @@
-"""The functions of GC ViT that hold no parameters; gcvit.py explains the layouts."""
+"""Functions that hold no parameters, of GC ViT above all; gcvit.py explains the layouts."""
 
 import math
 
@@ -49,3 +49,8 @@ def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
     b, h, w, c = x.shape
     (wh, ww), rows, cols = window, h // window[0], w // window[1]
     return x.reshape(b, rows, wh, cols, ww, c).transpose(2, 3).reshape(b, rows * cols, wh * ww, c)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in fp32 when it is narrower, unchanged otherwise (float64 stays, for tests and gradient checks)."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

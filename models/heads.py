@@ -9,12 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gcssl.models.functional import at_least_fp32
+
 Reduce = Callable[[Tensor], Tensor]  # sums a tensor over the processes, with gradient, on any backend
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """x in fp32 when it is narrower, unchanged otherwise (float64 stays, for tests and gradient checks)."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class BatchNorm(nn.Module):

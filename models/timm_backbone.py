@@ -101,15 +101,6 @@ class TimmBackbone(nn.Module):
         self.levels = list(compress(self.levels, tiles))  # without PiT's first map, of patches that overlap
         self.strides, self.channels = tuple(compress(self.strides, tiles)), tuple(compress(self.channels, tiles))
 
-    @property
-    def drop_path(self) -> float:
-        return self.model_args["drop_path"]
-
-    def set_drop_path(self, rate: float) -> None:
-        """Only the rate it was built with: timm has no general way to change it."""
-        if rate != self.drop_path:
-            raise ValueError(f"{self.name} was built with drop_path={self.drop_path}, not {rate}: build it anew")
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.model_args["grad_checkpointing"] = enable
         self.model.set_grad_checkpointing(enable)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gcssl.errors import UserError
-from gcssl.models.heads import at_least_fp32
+from gcssl.models.functional import at_least_fp32
 
 STRIDES = (4, 8, 16, 32)
 _CONSTANTS: dict[tuple[Any, ...], Tensor] = {}  # index and resize matrices; functions of their key alone

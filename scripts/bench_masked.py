@@ -29,7 +29,7 @@ from gcssl.models.visible import count_visible
 from gcssl.plan import saved_mib
 from gcssl.runtime import entry
 from gcssl.ssl.masking import draw_mask, hide_pixels
-from scripts.timing import Step, alternate, device, ratios, write
+from scripts.timing import Step, alternate, device, markdown, ratios, write
 
 
 def masks(n: int, side: int, ratio: float) -> Tensor:
@@ -55,7 +55,9 @@ def training_step(model: nn.Module, forward: Callable[[], Tensor], bf16: bool) -
     return run
 
 
-def ways(encoder: GCViT, swin: Backbone, x: Tensor, ratios: list[float], bf16: bool) -> dict[Way, tuple[Any, Step]]:
+def ways(
+    encoder: GCViT, swin: Backbone, x: Tensor, hidden_shares: list[float], bf16: bool
+) -> dict[Way, tuple[Any, Step]]:
     """The model and a training step of each way at each ratio, "plain" first."""
     token = nn.Parameter(torch.zeros(encoder.channels[0], device=x.device))
 
@@ -63,7 +65,7 @@ def ways(encoder: GCViT, swin: Backbone, x: Tensor, ratios: list[float], bf16: b
         return model, training_step(model, forward, bf16)
 
     steps: dict[Way, tuple[Any, Step]] = {}
-    for ratio in ratios:
+    for ratio in hidden_shares:
         mask = masks(len(x), x.shape[-1], ratio).to(x.device)
         n = count_visible(mask)
         steps["plain", ratio] = step(lambda m=mask: encoder.forward_features(hide_pixels(x, m), m, token))
@@ -89,17 +91,11 @@ def measure(steps: dict[Way, tuple[Any, Step]], rounds: int, batch: int) -> list
     return rows
 
 
-def table(rows: list[dict[str, object]]) -> str:
-    lines = [
-        "| way | ratio | s per step | speed-up (min-max) | activations MiB/image | share |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += [
-        "| {way} | {ratio} | {seconds:.3f} | {speedup:.2f} ({speedup_min:.2f}-{speedup_max:.2f}) | {mib_per_image:.1f} "
-        "| {mib_share:.2f} |".format(**row)
-        for row in rows
-    ]
-    return "\n".join(lines) + "\n"
+COLUMNS = {
+    "way": "{way}", "ratio": "{ratio}", "s per step": "{seconds:.3f}",
+    "speed-up (min-max)": "{speedup:.2f} ({speedup_min:.2f}-{speedup_max:.2f})",
+    "activations MiB/image": "{mib_per_image:.1f}", "share": "{mib_share:.2f}",
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
@@ -120,9 +116,8 @@ def main(argv: list[str]) -> None:
     x = torch.randn(args.batch, 3, args.size, args.size, device=device())
     swin = build_backbone("swin_tiny_patch4_window7_224", img_size=args.size).train().to(device())
     rows = measure(ways(encoder, swin, x, args.ratio, args.bf16), args.rounds, args.batch)
-    sys.stdout.write(
-        f"{args.variant}, {args.size} px, batch {args.batch}, {device()}, {args.rounds} rounds\n{table(rows)}"
-    )
+    print(f"{args.variant}, {args.size} px, batch {args.batch}, {device()}, {args.rounds} rounds")
+    sys.stdout.write(markdown(rows, COLUMNS))
     write(args.out, vars(args), rows)
 
 

@@ -127,12 +127,12 @@ def profile(name: str, step: Step) -> None:
         for _ in range(3):
             step()
         seconds(step)
-    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    averages = sorted(found.key_averages(), key=lambda e: -getattr(e, key.replace("cuda", "device")))
-    total = sum(getattr(e, key.replace("cuda", "device")) for e in averages)
+    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    averages = sorted(found.key_averages(), key=lambda e: -getattr(e, key))
+    total = sum(getattr(e, key) for e in averages)
     print(f"{name}: {total / 4e3:.1f} ms a step")
     for event in averages[:28]:
-        own = getattr(event, key.replace("cuda", "device"))
+        own = getattr(event, key)
         print(f"  {100 * own / total:5.1f} % {own / 4e3:8.2f} ms {event.count // 4:5d} x {event.key[:130]}")
 
 
@@ -150,7 +150,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch", type=int, default=64 if torch.cuda.is_available() else 4)
     parser.add_argument("--compile", action="store_true", help="both under torch.compile as well")
     parser.add_argument("--bf16", action="store_true", help="autocast on a CPU too")
-    parser.add_argument("--kinds", nargs="+", default=["train", "inference"])
+    parser.add_argument("--kinds", nargs="+", choices=("train", "inference"), default=["train", "inference"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--times", type=int, default=10 if torch.cuda.is_available() else 1, help="calls a measurement")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a training step")

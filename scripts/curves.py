@@ -26,6 +26,8 @@ def epochs(lines: list[dict[str, Any]], run: Path) -> list[float]:  # noqa: ARG0
 
 def minutes(lines: list[dict[str, Any]], run: Path) -> list[float]:
     """Of every line: what its steps, and all before them, took at the speed recorded."""
+    if not (run / "env.json").exists():
+        raise UserError(f"{run}: no env.json there, which tells the batch; x=epochs does without")
     batch = json.loads((run / "env.json").read_text())["facts"]["global_batch"]
     timed = [line for line in lines if line.get("images_per_s")]
     steps = np.array([0, *(line["step"] for line in timed)])
@@ -42,6 +44,9 @@ def read(run: Path, metric: str, x: str) -> tuple[list[float], list[float]]:
     if not path.exists():
         raise UserError(f"{run}: no metrics.jsonl there; expected a run folder")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
+    if not any(metric in line for line in lines):
+        known = ", ".join(sorted({key for line in lines for key in line} - {"step", "time"}))
+        raise UserError(f"{run}: no {metric} in its metrics; one of {known}")
     points = [(at, line[metric]) for at, line in zip(AXES[x](lines, run), lines, strict=True) if metric in line]
     return [at for at, _ in points], [value for _, value in points]
 

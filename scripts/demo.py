@@ -13,18 +13,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gcssl.errors import UserError
+from gcssl.runfolder import check_writable
+from gcssl.runtime import entry
+
 ROOT = Path(__file__).resolve().parent.parent
 MARK = ".demo"  # in a folder that a demo made
 LAUNCH = ["accelerate", "launch", "-q", "--config_file", "configs/accelerate/one.yaml"]
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="the main job end to end on generated images")
     parser.add_argument("--out", default="runs/demo", help="run folder; what an earlier demo left there is removed")
     parser.add_argument(
         "--quick", action="store_true", help="few steps: shows that every part works, not what it learns"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     os.chdir(ROOT)
     out, started = Path(args.out), time.perf_counter()
     clear(out)
@@ -51,9 +55,10 @@ def main() -> None:
 
 def clear(out: Path) -> None:
     """Remove an earlier demo, and nothing else; leaves the mark by which the next demo knows this one."""
+    check_writable(str(out))
     if out.exists() and any(out.iterdir()):
         if not (out / MARK).is_file():
-            sys.exit(f"gcssl: --out {out}: holds something else than a demo; give another folder, or remove it")
+            raise UserError(f"--out {out}: holds something else than a demo; give another folder, or remove it")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / MARK).touch()
@@ -143,4 +148,4 @@ def print_table(results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry(main)

@@ -41,7 +41,10 @@ def noticed(mutant: Mutant, copy: Path) -> bool:
     path = copy / mutant.file
     sound = path.read_text()
     assert mutant.old in sound, f"{mutant.guard}: {mutant.file} no longer has {mutant.old!r}"
-    path.write_text(sound.replace(mutant.old, mutant.new, 1))
+    broken = sound.replace(mutant.old, mutant.new, 1)
+    if path.suffix == ".py":
+        compile(broken, mutant.file, "exec")  # else every test would notice
+    path.write_text(broken)
     passed = passes(mutant.test, copy)
     path.write_text(sound)
     return not passed

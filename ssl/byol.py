@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gcssl.config import AugmentConfig
-from gcssl.models.heads import at_least_fp32, mlp
+from gcssl.models.functional import at_least_fp32
+from gcssl.models.heads import mlp
 from gcssl.ssl.ema import MomentumObjective, momentum_copy
 from gcssl.ssl.gather import all_gather_no_grad
 from gcssl.ssl.views import check_at_least, check_share, norm, pair_draw, run_views, signs

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gcssl.config import AugmentConfig
-from gcssl.models.heads import DINOHead, at_least_fp32
+from gcssl.models.functional import at_least_fp32
+from gcssl.models.heads import DINOHead
 from gcssl.ssl.ema import momentum_copy
 from gcssl.ssl.prototypes import (
     Center,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gcssl.models.heads import at_least_fp32
+from gcssl.models.functional import at_least_fp32
 from gcssl.ssl.ema import MomentumObjective
 from gcssl.ssl.gather import all_gather_no_grad, all_gather_with_grad, all_reduce_mean
 from gcssl.ssl.views import MultiCropConfig, check_above_zero, check_at_least, check_share, signs

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from gcssl.augment import SIMCLR
 from gcssl.config import AugmentConfig
-from gcssl.models.heads import BatchNorm, at_least_fp32, mlp
+from gcssl.models.functional import at_least_fp32
+from gcssl.models.heads import BatchNorm, mlp
 from gcssl.ssl.gather import all_gather_no_grad, all_gather_with_grad, rank, reducer
 from gcssl.ssl.views import check_above_zero, check_at_least, pair_draw, run_views, signs
 

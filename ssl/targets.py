@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gcssl.errors import UserError
 from gcssl.models.decoders import PixelHead
-from gcssl.models.heads import at_least_fp32
+from gcssl.models.functional import at_least_fp32
 from gcssl.ssl.masking import upsample_mask
 
 TARGETS = ("pixels", "norm_pixels", "hog")

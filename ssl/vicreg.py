@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gcssl.config import AugmentConfig
-from gcssl.models.heads import at_least_fp32, mlp
+from gcssl.models.functional import at_least_fp32
+from gcssl.models.heads import mlp
 from gcssl.ssl.gather import all_gather_no_grad, all_gather_with_grad
 from gcssl.ssl.views import check_at_least, norm, pair_draw, run_views, signs
 

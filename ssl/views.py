@@ -14,8 +14,9 @@ from gcssl.augment import BYOL_1, BYOL_2, View, ViewSpec, draw_view, override
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.log import say
+from gcssl.models.functional import at_least_fp32
 from gcssl.models.gcvit import GCViT
-from gcssl.models.heads import BatchNorm, at_least_fp32
+from gcssl.models.heads import BatchNorm
 from gcssl.ssl.gather import reducer
 
 

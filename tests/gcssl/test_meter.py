@@ -1,6 +1,8 @@
 """One step's scalars over micro-batches, and the list of bad files, also across a resume."""
 
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,18 @@ def test_means_over_micro_batches_and_flags(accelerator) -> None:
     values = meter.reduce(torch.tensor(2.0), stop=False)
     expected = {"loss": 2.0, "accuracy": 0.5, "grad_norm": 2.0, "finite": True, "stop": False, "bad": False}
     assert values == expected and meter.micro == 0
+
+
+def test_waiting_is_measured_but_for_the_first_batch(accelerator) -> None:
+    def loader() -> Iterator[int]:
+        for i in range(3):
+            time.sleep(0.05)
+            yield i
+
+    meter, waits = Meter(accelerator), []
+    for _ in meter.waiting(loader()):
+        waits.append(meter.take_wait())
+    assert waits[0] == 0.0 and min(waits[1:]) >= 0.049  # a sleep of 0.05 is never shorter
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (1.0, float("inf"))])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from gcssl.config import load_config
@@ -43,6 +44,26 @@ def test_the_memory_of_a_batch_is_foreseen(objective: str) -> None:
     assert found.image_mib * 6 + found.fixed_mib == pytest.approx(kept + static, rel=0.05)
 
 
+def test_parameters_do_not_count_as_kept() -> None:
+    layer, x = torch.nn.Linear(64, 64, bias=False), torch.randn(1, 64, requires_grad=True)
+    assert saved_mib(lambda: layer(x), layer) == 64 * 4 / 2**20  # the weight, which it needs too, has 16 KiB
+
+
+def test_fewer_images_than_are_counted_with(tmp_path: Path) -> None:
+    for i in range(3):
+        Image.new("RGB", (64, 64), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    keys = ["train.batch_size=2", "eval.online_every=0"]
+    few = count(patient("simmim", f"data.path={tmp_path}", *keys))
+    many = count(patient("simmim", *keys))
+    assert few.flops == many.flops and few.image_mib == pytest.approx(many.image_mib, rel=1e-3)
+
+
+def test_the_memory_of_the_whole_batch_is_told() -> None:
+    one = config("simmim", "train.batch_size=128")
+    found, told = count(patient_of(one)), dict(row[:2] for row in rows(one))["memory"]
+    assert float(told.split()[0]) == pytest.approx((found.fixed_mib + 128 * found.image_mib) / 1024, abs=0.01)
+
+
 def test_half_precision_keeps_less() -> None:
     full, half = (count(patient("simmim", f"train.precision={name}")).image_mib for name in ("fp32", "bf16"))
     assert 0.4 * full < half < 0.8 * full
@@ -79,6 +100,9 @@ def test_what_cannot_be_is_refused(keys: list[str], told: str) -> None:
         rows(config("simclr", *keys))
 
 
-@pytest.mark.parametrize(("number", "text"), [(3.2e13, "32 T"), (0.5, "0.5 "), (1e21, "1e+03 E"), (12_345, "12.3 k")])
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(3.2e13, "32 T"), (0.5, "0.5 "), (1e21, "1e+03 E"), (12_345, "12.3 k"), (999_600, "1 M"), (999.4, "999 ")],
+)
 def test_large_numbers(number: float, text: str) -> None:
     assert si(number) == text.rstrip() + ("" if text[-1] != " " else "  ")

@@ -1,5 +1,6 @@
 """Backbones by name, timm's behind the same interface, and back from files and run folders."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ WRAPPED = {
 def test_timm_models_have_the_same_interface(name: str) -> None:
     size, stride, channels = WRAPPED[name]
     model = build_backbone(name, img_size=size, drop_path=0.1).eval()
-    assert isinstance(model, TimmBackbone) and model.n_noise == 0 and model.drop_path == 0.1
+    assert isinstance(model, TimmBackbone) and model.n_noise == 0 and model.model_args["drop_path"] == 0.1
     assert (model.stride, model.channels) == (stride, channels)
     x = torch.randn(2, 3, size, size)
     with torch.no_grad():
@@ -295,6 +296,19 @@ def test_raw_checkpoints_say_what_they_are(tmp_path: Path, to_nvlabs) -> None:
         load_backbone(str(tmp_path / "resnet.pth"))
 
 
+def test_what_timm_says_of_its_weights_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two weights of one model differ in it, here in a copy of timm's own entry."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    told = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "crop_pct": 0.9, "interpolation": "bilinear"}
+    own = dataclasses.replace(timm.get_pretrained_cfg("gcvit_xxtiny"), **told)
+    monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, own.architecture, own)
+    monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, f"{own.architecture}.{own.tag}", own)
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(timm.create_model("gcvit_xxtiny").state_dict(), tmp_path / "hub/checkpoints" / Path(own.url).name)
+    backbone, info = load_backbone("timm:gcvit_xxtiny")
+    assert {key: info[key] for key in told} == told and backbone.mean == told["mean"]
+
+
 def test_weights_that_timm_publishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found in torch's cache, as after a download: by every program, resized, and for a new run."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -306,7 +320,6 @@ def test_weights_that_timm_publishes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert same(backbone.state_dict(), theirs.state_dict())
     assert (info["name"], info["crop_pct"], info["source"]) == ("gcvit_xxtiny", 0.875, "timm:gcvit_xxtiny")
     assert backbone.drop_path == 0.2 and backbone.num_classes == 1000 and backbone.img_size == (224, 224)
-    assert backbone.crop_pct == 0.875 == theirs.pretrained_cfg["crop_pct"]
     smaller, _ = load_backbone("timm:gcvit_xxtiny", AskedModel(img_size=96))
     assert smaller.img_size == (96, 96)
     new, _ = load_backbone("timm:gcvit_xxtiny", ModelConfig("gcvit_xxtiny", 96), exact=True)

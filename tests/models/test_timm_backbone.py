@@ -149,6 +149,14 @@ def test_saved_weights_serve_at_another_image_size(name: str, tmp_path: Path) ->
     assert info["notes"] == [] and torch.equal(again.eval()(x[..., :64, :64]), saved(x[..., :64, :64]))
 
 
+def test_positions_of_images_that_are_not_square_are_not_resized(tmp_path: Path) -> None:
+    """timm's rule takes them for a square of as many."""
+    saved = build_backbone("test_vit", img_size=(64, 256)).eval()
+    write_backbone(tmp_path, saved.state_dict(), backbone_info(saved))
+    with pytest.raises(UserError, match=r"1 of other shape \(model.pos_embed"):
+        load_backbone(str(tmp_path), AskedModel(img_size=64))
+
+
 def test_tables_that_no_rule_resizes_are_refused(tmp_path: Path) -> None:
     saved = wrapped("convit_tiny")
     write_backbone(tmp_path, saved.state_dict(), backbone_info(saved))

@@ -1,0 +1,23 @@
+"""What scripts/curves.py draws: places and values; a picture needs matplotlib."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gcssl.errors import UserError
+from scripts.curves import read
+
+
+def test_points_of_a_metric_over_epochs_and_minutes(tmp_path: Path) -> None:
+    lines = [{"step": s, "epoch": s / 5, "loss": 9.0 - s, "images_per_s": speed} for s, speed in ((5, 4.0), (10, 8.0))]
+    lines.insert(1, {"step": 5, "probe": 30.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read(tmp_path, "loss", "epochs") == ([1.0, 2.0], [4.0, -1.0])
+    assert read(tmp_path, "probe", "epochs") == ([1.0], [30.0])
+    with pytest.raises(UserError, match="no env.json there, which tells the batch"):
+        read(tmp_path, "loss", "minutes")
+    (tmp_path / "env.json").write_text(json.dumps({"facts": {"global_batch": 48}}))
+    assert read(tmp_path, "loss", "minutes") == ([1.0, 1.5], [4.0, -1.0])  # 5 steps of 48 at 4, then at 8 images/s
+    with pytest.raises(UserError, match="no los in its metrics; one of epoch, images_per_s, loss, probe"):
+        read(tmp_path, "los", "epochs")

@@ -31,7 +31,7 @@ from gcssl.config import AugmentConfig
 from gcssl.data import decode
 from gcssl.loader import Drawn, ViewMaker, batch_to_device, collate
 from gcssl.runtime import entry, keep_freed_memory, rng
-from scripts.timing import alternate, markdown, ratios, write
+from scripts.timing import alternate, device, markdown, ratios, write
 
 SIZE = (224, 224)
 LOCAL = replace(BYOL_1, size=(96, 96), scale=(0.05, 0.4), blur_p=0.5)
@@ -92,7 +92,7 @@ def by_gcssl(specs: list[ViewSpec], files: list[bytes]) -> dict[str, Callable[[]
         return collate([maker(decode(file), None, (0, i)) for i, file in enumerate(files)])
 
     def in_batches(colour: str) -> Callable[[], object]:
-        return lambda: batch_to_device(batch, "cpu", IMAGENET_MEAN, IMAGENET_STD, AugmentConfig(colour=colour))
+        return lambda: batch_to_device(batch, device(), IMAGENET_MEAN, IMAGENET_STD, AugmentConfig(colour=colour))
 
     batch = work()
     return {"gcssl, worker": work, "gcssl, batched": in_batches("exact"), "gcssl, batched, fast": in_batches("fast")}

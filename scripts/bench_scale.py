@@ -33,7 +33,7 @@ from scripts.timing import Step, alternate, device, markdown, ratios, write
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["data.shapes_n=64", "data.workers=0", "doctor.scan=1", "eval.online_every=0", "train.batch_size=32"]
 WINDOWS = "model.window_ratio=[32,32,16,32]"
-# what grows: (objective, what stays, key, values, batch); batch is a key of its own
+# what grows: (objective, what stays, key, values); batch is a key of its own
 GROWTH: dict[str, tuple[str, list[str], str, list[Any]]] = {
     "image side": ("simmim", [WINDOWS, "objective.mask_unit=32"], "model.img_size", [64, 96, 128, 160, 192, 224]),
     "batch": ("simmim", [], "batch", [1, 2, 4, 8, 16, 32]),

@@ -5,9 +5,10 @@
 #   DATA=cifar10_12k bash scripts/cifar_study.sh final joint 20 light 1.0e-3 0.1   # epochs, augment, lr, drop path
 # The grid is judged on the held-out slice of train; only `final` reads the test images.
 set -euo pipefail
+data=$(realpath "${DATA:?the folder with train-*.parquet and test-*.parquet}")
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-python=${PYTHON:-.venv/bin/python} data=${DATA:?the folder with train-*.parquet and test-*.parquet} out=${OUT:-runs/cifar}
+python=${PYTHON:-.venv/bin/python} out=${OUT:-runs/cifar}
 step=$1 start=$2
 declare -A epochs=([mocov3]=24 [joint]=15 [simmim]=36)  # equal time, not equal epochs
 

@@ -1,4 +1,4 @@
-"""python -m scripts.export backbone=... format=timm|torch out=...: the same as python -m gcssl.export."""
+"""python -m scripts.export backbone=... format=timm|torch|onnx out=...: the same as python -m gcssl.export."""
 
 from gcssl.export import main
 from gcssl.runtime import entry

@@ -23,6 +23,7 @@ setup(
         "omegaconf>=2.3",
         "safetensors>=0.5",
         "pillow>=11,<13",  # 13 refuses to posterize to 0 bits, which timm's RandAugment asks for
+        "simplejpeg>=1.8",
         "numpy>=2.0",
         "tensorboard>=2.18",
         "tqdm>=4.66",

@@ -105,9 +105,9 @@ class Sizes:
     def describe(self, train: TrainConfig) -> str:
         epochs, warmup = self.total_steps / self.steps_per_epoch, train.warmup_epochs
         rises = f"; train.warmup_epochs={warmup:g} is longer than the run's {epochs:.3g} epochs: the lr only rises"
+        rule = "as given" if train.lr_rule == "none" else f"{train.lr_rule} rule, base {train.lr_base}"
         return (
-            f"global batch {self.layout()}; lr {scaled_lr(train, self.global_batch):.3g} ({train.lr_rule} rule,"
-            f" base {train.lr_base});"
+            f"global batch {self.layout()}; lr {scaled_lr(train, self.global_batch):.3g} ({rule});"
             f" {self.total_steps} steps, {self.steps_per_epoch} an epoch{rises if warmup > epochs else ''}"
         )
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from gcssl.data import BadImage, decode
+from gcssl.data import BadImage, _jpeg, decode
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -88,6 +88,56 @@ def test_exif_turns_and_gifs_show_their_first_frame() -> None:
     for kind in ("gif", "mpo"):
         shown = first(saved(frames[0], kind, save_all=True, append_images=frames[1:]))
         assert np.abs(np.array(shown) - (200, 0, 0)).max() < 8
+
+
+def jpegs() -> list[bytes]:
+    """Of all subsamplings, baseline and progressive, with and without restart markers, of odd sizes; grey and CMYK."""
+    found = []
+    for i in range(12):
+        pixels = np.random.default_rng(i).integers(0, 256, (7, 9, 3), np.uint8)
+        image = Image.fromarray(pixels).resize((61 + i, 43 + i % 5), Image.Resampling.BICUBIC)
+        options = {"quality": (50, 75, 95)[i % 3], "subsampling": i % 3, "progressive": i % 2 == 1}
+        found.append(saved(image, "jpeg", restart_marker_blocks=3 * (i // 6), **options))
+    found.append(saved(image, "jpeg", keep_rgb=True))
+    return [*found, *(saved(image.convert(mode), "jpeg") for mode in ("L", "CMYK"))]
+
+
+def by_pillow(encoded: bytes) -> np.ndarray | None:
+    try:
+        return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    except Exception:  # a dozen types
+        return None
+
+
+def test_jpegs_have_pillows_pixels_and_faults() -> None:
+    """Sound ones by the fast decoder, and 2,000 with bytes changed, cut out or put in: equal, or bad for both."""
+    sound, rng = jpegs(), np.random.default_rng(0)
+    cases = list(sound)
+    for i in range(2000):
+        data, place = sound[i % len(sound)], int(rng.integers(len(sound[i % len(sound)])))
+        more = rng.integers(0, 256, 1 + i % 5, np.uint8).tobytes()
+        cases.append([data[:place], data[:place] + more + data[place + i % 3 * len(more) :]][i % 8 > 0])
+    fast = 0
+    for case in cases:
+        wanted = by_pillow(case)
+        try:
+            found = np.asarray(decode(case))
+            fast += _jpeg(case, Image.open(io.BytesIO(case))) is not None
+        except BadImage:
+            found = None
+        assert (wanted is None) == (found is None) and (found is None or np.array_equal(found, wanted))
+    assert [_jpeg(case, Image.open(io.BytesIO(case))) is not None for case in sound] == [True] * 13 + [False] * 2
+    assert 300 < fast < 1700 and any(by_pillow(case) is None for case in cases)
+
+
+def test_a_jpeg_is_turned_as_its_exif_says(tmp_path: Path) -> None:
+    image = Image.new("RGB", (16, 8), (0, 0, 255))
+    image.paste((255, 0, 0), (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    (tmp_path / "a.jpg").write_bytes(saved(image, "jpeg", exif=exif))
+    turned = decode(tmp_path / "a.jpg")
+    assert turned.size == (8, 16) and turned.getpixel((4, 2))[0] > 200
 
 
 def bomb() -> bytes:

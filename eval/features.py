@@ -51,15 +51,15 @@ class Crop:
     seed: int = 0
     epoch: int = 0
 
-    def __call__(self, image: Image.Image, index: int) -> np.ndarray:
-        """uint8 3 H W of a decoded RGB image; index: its place in its split."""
+    def __call__(self, image: np.ndarray, index: int) -> np.ndarray:
+        """uint8 H W 3 -> uint8 3 H W; index: the image's place in its split."""
         if self.random is not None:
             spec = dataclasses.replace(self.random, size=self.size)
             return crop_resize(pixels_of(image), draw_view(rng(self.seed, AUGMENT, self.epoch, index), spec), spec)
         if not self.squash:
             return resize_center_crop(image, self.size, self.crop_pct, self.interpolation)
         height, width = self.size
-        squashed = image.resize((width, height), INTERPOLATIONS[self.interpolation])
+        squashed = Image.fromarray(image).resize((width, height), INTERPOLATIONS[self.interpolation])
         return np.ascontiguousarray(np.asarray(squashed).transpose(2, 0, 1))
 
 

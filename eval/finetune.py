@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from PIL.Image import Image
+from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -156,9 +156,9 @@ class TransformMaker:
                 " expected one of its policies, such as rand-m9-mstd0.5-inc1"
             ) from None
 
-    def __call__(self, image: Image, label: int | None, key: tuple[int, ...]) -> dict[str, Tensor]:  # noqa: ARG002
+    def __call__(self, image: np.ndarray, label: int | None, key: tuple[int, ...]) -> dict[str, Tensor]:  # noqa: ARG002
         seed_torch(*key)
-        return {"image": self.transform(image)}
+        return {"image": self.transform(Image.fromarray(image))}
 
 
 def run(cfg: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any]:

@@ -159,9 +159,9 @@ def crop_box(view: View, spec: ViewSpec, height: int, width: int) -> tuple[int, 
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def pixels_of(image: Image.Image) -> Tensor:
-    """An RGB image for `crop_resize`: uint8 1 3 H W, its channels last in memory, as torch resizes fastest."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+def pixels_of(image: np.ndarray) -> Tensor:
+    """uint8 H W 3 -> the same memory as uint8 1 3 H W, for `crop_resize`: what torch resizes fastest."""
+    return torch.from_numpy(image).permute(2, 0, 1)[None]
 
 
 def crop_resize(pixels: Tensor, view: View, spec: ViewSpec) -> np.ndarray:
@@ -180,19 +180,19 @@ def crop_resize(pixels: Tensor, view: View, spec: ViewSpec) -> np.ndarray:
     return np.ascontiguousarray(out[:, :, ::-1] if view.flip else out)
 
 
-def resize_center_crop(image: Image.Image, size: tuple[int, int], crop_pct: float, interpolation: str) -> np.ndarray:
-    """The evaluation crop: shorter side to size / crop_pct, then the centre: uint8 3 H W.
+def resize_center_crop(image: np.ndarray, size: tuple[int, int], crop_pct: float, interpolation: str) -> np.ndarray:
+    """The evaluation crop of uint8 H W 3: shorter side to size / crop_pct, then the centre: uint8 3 H W.
 
     Equals torchvision's Resize + CenterCrop for square sizes; a non-square size is covered likewise.
     """
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation {interpolation!r}: expected one of {', '.join(INTERPOLATIONS)}")
     height, width = (math.floor(side / crop_pct) for side in size)
-    if width * image.height >= height * image.width:  # the width decides
-        height = max(height, int(width * image.height / image.width))
+    if width * image.shape[0] >= height * image.shape[1]:  # the width decides
+        height = max(height, int(width * image.shape[0] / image.shape[1]))
     else:
-        width = max(width, int(height * image.width / image.height))
-    out = image.resize((width, height), INTERPOLATIONS[interpolation])
+        width = max(width, int(height * image.shape[1] / image.shape[0]))
+    out = Image.fromarray(image).resize((width, height), INTERPOLATIONS[interpolation])
     top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
     out = out.crop((left, top, left + size[1], top + size[0]))
     return np.ascontiguousarray(np.asarray(out).transpose(2, 0, 1))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from gcssl.config import DataConfig
 from gcssl.errors import UserError, one_line
@@ -54,13 +54,13 @@ class Images:
     def __len__(self) -> int:
         return len(self.reader)
 
-    def load(self, i: int) -> Image.Image:
-        """Image i as RGB; raises BadImage."""
+    def load(self, i: int) -> np.ndarray:
+        """Image i in RGB: uint8 H W 3; raises BadImage."""
         try:
             source = self.reader.read(int(i))
         except Exception as error:  # a corrupt page of a table
             raise BadImage(one_line(error)) from error
-        return source if isinstance(source, Image.Image) else decode(source)
+        return source if isinstance(source, np.ndarray) else decode(source)
 
     def describe(self) -> str:
         """One line: what was found."""
@@ -87,7 +87,7 @@ class _Selected:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, i: int) -> bytes | Path | Image.Image:
+    def read(self, i: int) -> bytes | Path | np.ndarray:
         return self.reader.read(int(self.indices[i]))
 
     def where(self, i: int) -> str:
@@ -269,8 +269,8 @@ def _fingerprint(images: Images) -> str:
     return digest.hexdigest()
 
 
-def decode(source: bytes | Path | str) -> Image.Image:
-    """Encoded bytes or a file -> RGB in true colours, turned as EXIF says; any failure is a BadImage.
+def decode(source: bytes | Path | str) -> np.ndarray:
+    """Encoded bytes or a file -> RGB in true colours, uint8 H W 3, turned as EXIF says; any failure is a BadImage.
 
     16-bit grey is divided by 257 (Pillow's own conversion saturates), float grey is read as 0..1, 0..255 or
     0..65535 by its maximum, transparency is laid on white, of an animation the first frame is taken. ICC
@@ -278,13 +278,14 @@ def decode(source: bytes | Path | str) -> Image.Image:
     """
     try:
         encoded = source if isinstance(source, bytes) else Path(source).read_bytes()
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise BadImage(f"{opened.width}x{opened.height} pixels, more than {MAX_PIXELS}: refused")
-            image = _jpeg(encoded, opened) or opened
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImage(f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}: refused")
+            if (pixels := _jpeg(encoded, image)) is not None:
+                return pixels
             image.load()
             _turn_upright(image)
-            return _true_rgb(image)
+            return np.array(_true_rgb(image))
     except BadImage:
         raise
     except UnidentifiedImageError as error:  # its message is the file's name
@@ -293,16 +294,17 @@ def decode(source: bytes | Path | str) -> Image.Image:
         raise BadImage(one_line(error)) from error
 
 
-def _jpeg(encoded: bytes, opened: Image.Image) -> Image.Image | None:
-    """A sound RGB JPEG by libjpeg-turbo itself: Pillow's pixels in two thirds of its time; None: Pillow decides."""
-    if opened.format != "JPEG" or opened.mode != "RGB":
+def _jpeg(encoded: bytes, image: Image.Image) -> np.ndarray | None:
+    """A sound upright RGB JPEG by libjpeg-turbo itself: Pillow's pixels in two thirds of its time; None: by Pillow."""
+    if image.format != "JPEG" or image.mode != "RGB":
         return None
+    with contextlib.suppress(Exception):  # as in _turn_upright
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            return None
     try:
-        image = Image.fromarray(simplejpeg.decode_jpeg(encoded))
+        return simplejpeg.decode_jpeg(encoded)
     except ValueError:  # its warnings too
         return None
-    image.info = opened.info
-    return image
 
 
 def _turn_upright(image: Image.Image) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -32,8 +31,8 @@ REPLACEMENTS = 20  # bad images in a row before the set is called broken
 Key = tuple[int, int, int]  # epoch, image, position in the global batch
 Drawn = tuple[list[tuple[ViewSpec, View]], list[np.ndarray | None]]
 Draw = Callable[[np.random.Generator, tuple[int, int]], Drawn]
-Make = Callable[[Image.Image, int | None, tuple[int, ...]], dict[str, Any]]
-Pixels = Callable[[Image.Image, int], np.ndarray]  # decoded image, its index -> uint8 3 H W
+Make = Callable[[np.ndarray, int | None, tuple[int, ...]], dict[str, Any]]
+Pixels = Callable[[np.ndarray, int], np.ndarray]  # uint8 H W 3, its index -> uint8 3 H W
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -143,7 +142,7 @@ class _Told(Dataset[dict[str, Any]]):
         self.images = images
         self.reading: Any = None  # what each worker reads now, -1 for none: shared memory, set by _Loader
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int) -> np.ndarray:
         self._tell(index)
         try:
             return self.images.load(index)
@@ -180,7 +179,7 @@ class TrainSet(_Told):
         label = -1 if label is None else label
         return item | {"index": used, "position": position, "label": label, "bad": bad}
 
-    def _load(self, index: int) -> tuple[Image.Image, int, list[tuple[int, str, str]]]:
+    def _load(self, index: int) -> tuple[np.ndarray, int, list[tuple[int, str, str]]]:
         """(image, its index, what was bad on the way)."""
         bad: list[tuple[int, str, str]] = []
         used = index
@@ -202,7 +201,7 @@ class ViewMaker:
     img_size: tuple[int, int]
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
-    def __call__(self, image: Image.Image, _label: int | None, key: tuple[int, ...]) -> dict[str, Any]:
+    def __call__(self, image: np.ndarray, _label: int | None, key: tuple[int, ...]) -> dict[str, Any]:
         drawn, masks = self.draw(rng(*key), self.img_size)
         pixels = pixels_of(image)
         views = [crop_resize(pixels, view, spec) for spec, view in drawn]

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -60,8 +61,9 @@ class _Look(Dataset[Any]):
             image = self.images.load(index)
         except BadImage as error:
             return index, self.images.where(index), str(error)
-        small = np.asarray(image.convert("L").resize((THUMBNAIL, THUMBNAIL)), np.float32).ravel()
-        return index, image.size, hashlib.sha256(image.tobytes()).hexdigest(), small - small.mean()
+        grey = Image.fromarray(image).convert("L")
+        small = np.asarray(grey.resize((THUMBNAIL, THUMBNAIL)), np.float32).ravel()
+        return index, grey.size, hashlib.sha256(image.tobytes()).hexdigest(), small - small.mean()
 
 
 def scan(images: Images, cfg: DoctorConfig) -> Scan:

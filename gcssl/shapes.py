@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from gcssl.errors import UserError
 from gcssl.sources import Raw
@@ -112,8 +111,8 @@ class Shapes:
     def __len__(self) -> int:
         return self.n
 
-    def read(self, i: int) -> Image.Image:
-        return Image.fromarray(draw(SPLITS[self.split], i, label_of(i), self.size))
+    def read(self, i: int) -> np.ndarray:
+        return draw(SPLITS[self.split], i, label_of(i), self.size)
 
     def where(self, i: int) -> str:
         return f"shapes {self.split} {i}"

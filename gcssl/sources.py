@@ -7,7 +7,6 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("validation", "valid", "val", "dev", "test", "testing")  # in order of preference
@@ -18,7 +17,7 @@ class Reader(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, i: int) -> bytes | Path | Image.Image: ...
+    def read(self, i: int) -> bytes | Path | np.ndarray: ...
 
     def where(self, i: int) -> str: ...
 

@@ -371,6 +371,16 @@ def test_a_training_folder_with_classes_beside_another_is_a_split_only_if_asked_
     assert opened(tmp_path, train_split="train").train.classes == ["ant", "cat", "dog"]
 
 
+def test_folders_without_images_are_no_classes_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path)
+    assert opened(tmp_path).train.classes == ["ant", "cat", "dog"] and "no classes" not in capsys.readouterr().out
+    for name in ("bee", "notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notes/readme.txt").write_text("nothing")
+    assert opened(tmp_path).train.classes == ["ant", "cat", "dog"]
+    assert f"data: {tmp_path}: 2 folders without images are no classes: bee, notes\n" in capsys.readouterr().out
+
+
 def test_a_link_to_itself_is_no_folder(tmp_path: Path) -> None:
     write_tree(tmp_path)
     (tmp_path / "loop").symlink_to("loop")

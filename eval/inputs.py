@@ -27,6 +27,7 @@ from gcssl.models.build import (
     load_backbone,
 )
 from gcssl.models.windows import pair
+from gcssl.runfolder import check_writable
 from gcssl.runtime import main_process_first, make_accelerator
 from gcssl.sources import Files
 
@@ -188,6 +189,7 @@ def result_path(cfg: Any, task: str, run: dict[str, Any] | None) -> Path:
     if cfg.name is not None and (not cfg.name or Path(cfg.name).name != cfg.name or cfg.name in (".", "..")):
         raise UserError(f"name: {cfg.name!r} given, expected one word (it names a folder)")
     folder = Path(cfg.out) if cfg.out else Path(cfg.backbone) / "eval"
+    check_writable(str(folder))
     return folder / cfg.name / f"{task}.json" if cfg.name else folder / f"{task}.json"
 
 

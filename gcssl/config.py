@@ -44,7 +44,7 @@ class DataConfig:
     label_column: str | None = None  # null: found by type and name; pretraining needs none
     val_labels: str | None = None  # label file of a flat ImageNet val/ folder
     workers: int = 4  # of each process
-    max_bad: float = 0.01  # share of undecodable images above which the run stops
+    max_bad: float = 0.01  # share of undecodable images above which training stops; kNN and probes leave them out
     timeout: int = 300  # seconds a loader worker may take for one batch
     cache_dir: str | None = None  # for what must be converted or unpacked; null: that of datasets
     shapes_n: int = 10_000  # training images of the generated set; its test split has a fifth of it

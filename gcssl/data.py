@@ -221,6 +221,8 @@ def _class_ids(raw: Raw, name: str, train_classes: list[str] | None) -> tuple[np
             f"data.path: class {foreign[0]} of split {name} is none of the {len(train_classes)} training "
             f"classes ({', '.join(train_classes[:3])}, ...); expected the same names in both"
         )
+    if len(held := np.unique(ids)) < len(train_classes):
+        say(f"data: split {name} has images of {len(held)} of the {len(train_classes)} training classes")
     table = np.array([known.get(c, -1) for c in classes], np.int64)
     return table[ids], train_classes
 

@@ -56,7 +56,7 @@ def find_tables(cfg: DataConfig, root: Path) -> Found:
         return _from_disk(cfg, root)
     found = table_files(root)
     for suffix, opener in ((".parquet", _parquet), (".arrow", _arrow), (".tar", _webdataset)):
-        files = [file for file in found if file.suffix == suffix]
+        files = [file for file in found if file.suffix.lower() == suffix]
         if files:
             shards = _by_split(files, cfg)
             for split, paths in shards.items():
@@ -68,7 +68,7 @@ def find_tables(cfg: DataConfig, root: Path) -> Found:
 def table_files(root: Path) -> list[Path]:
     """Tables in a folder or one below it, or the one file that root is; sorted."""
     below = [root] if root.is_file() else [f for pattern in ("*", "[!.]*/*") for f in root.glob(pattern)]
-    return sorted(f for f in below if f.suffix in (".parquet", ".arrow", ".tar"))
+    return sorted(f for f in below if f.suffix.lower() in (".parquet", ".arrow", ".tar"))
 
 
 def find_hub(cfg: DataConfig) -> Found:
@@ -166,6 +166,9 @@ def pick_columns(features: dict[str, Any], cfg: DataConfig) -> tuple[str, str | 
     if image is None:
         what = "several image columns" if images else "no image column"
         raise UserError(f"data.image_column: {what} in {cfg.path}, expected one of the columns {columns}")
+    dtype = getattr(features[image], "dtype", "dict")  # images; bytes or a path; or a struct of the two
+    if not isinstance(features[image], datasets.Image) and dtype not in ("dict", "binary", "large_binary", "string"):
+        raise UserError(f"data.image_column: {image} of {cfg.path} holds {dtype}, expected images, as bytes or paths")
     label = cfg.label_column or next((c for c in LABEL_NAMES if _is_label(features.get(c))), None)
     if label is None:
         labels = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel)]
@@ -194,6 +197,9 @@ def _by_split(files: list[Path], cfg: DataConfig) -> dict[str, list[Path]]:
         if len(groups) > 1:
             say(f"data: no table of {cfg.path} names a split: {', '.join(groups)} are joined as train")
         return {"train": files}
+    if cfg.train_split is None and (others := [name for name in groups if name not in known]):
+        used = [name for name in groups if name in known]
+        say(f"data: {cfg.path} has the splits {', '.join(used)}; not used beside them: {', '.join(others)}")
     return groups
 
 

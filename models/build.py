@@ -163,6 +163,8 @@ def load_backbone(
     """
     if spec in FRESH:
         model = model or ModelConfig()
+        if not model.name:
+            raise UserError(f"backbone={spec}: of which model? pass model.name=<a GC ViT or a model of timm>")
         if spec == "none":
             backbone = from_config(model)
         else:

@@ -67,8 +67,10 @@ def refusal(error: Exception) -> str:
     found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class|operand)[:\s]+`?([A-Za-z_][\w.]*)", text)
     if found:
         name = next(g for g in found.groups() if g)
-        return f"refused: it pickles {name}; only tensors, plain containers and argparse.Namespace are read"
-    return f"not a readable checkpoint ({one_line(error)}); expected .safetensors or torch weights"
+        kinds = "only tensors, plain containers and argparse.Namespace are read; save model.state_dict()"
+        return f"refused: it pickles {name}; {kinds}"
+    told = "no weights of torch, or cut short" if "Weights only load failed" in text else one_line(error)
+    return f"not a readable checkpoint ({told}); expected .safetensors or torch weights"
 
 
 def read_state(source: str | Path | Mapping[str, Any]) -> State:
@@ -286,9 +288,10 @@ def _same_architecture(model: GCViT, state: State, where: str, size: Sequence[in
     pools = [max(1, n) for n in query_levels(model.window_ratio)]
     held = [max(_ints(state, rf"stages\.{i}\.global_block\.blocks\.conv(\d+)\.conv_pw")) for i in range(4)]
     if pools != held:
+        fits = {"[3, 2, 1, 1]": "null", "[2, 1, 1, 1]": "[16,16,16,32]"}.get(str(held), "its own")
         raise UserError(
             f"{where}: query generators of {held} blocks, {pools} for window_ratio "
-            f"{list(model.window_ratio)}: it was trained with another; set model.window_ratio to its own"
+            f"{list(model.window_ratio)}: it was trained with another; set model.window_ratio={fits}"
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gcssl.errors import UserError
+from gcssl.runfolder import check_writable
 from gcssl.runtime import entry
 
 METRICS = "loss,online_knn/top1@20"
@@ -54,25 +55,29 @@ def read(run: Path, metric: str, x: str) -> tuple[list[float], list[float]]:
 def main(argv: list[str]) -> None:
     options = dict(word.split("=", 1) for word in argv if "=" in word)
     runs = [Path(word) for word in argv if "=" not in word]
-    x = options.get("x", "epochs")
-    if not runs or not options.keys() <= {"out", "metrics", "x"} or "out" not in options or x not in AXES:
-        told = f"expected run folders, out=<file>.png and x={' or '.join(AXES)}"
+    x, out = options.get("x", "epochs"), Path(options.get("out", ""))
+    if not runs or not options.keys() <= {"out", "metrics", "x"} or x not in AXES:
+        told = f"expected run folders, out=<file>.png, x={' or '.join(AXES)} and metrics=loss,..."
         raise UserError(f"given {' '.join(argv) or 'nothing'}, {told}")
+    if out.suffix != ".png":
+        raise UserError(f"out={out if out.name else ''}: expected the name of a .png, written over if it is there")
+    check_writable(str(out.parent))
+    metrics = options.get("metrics", METRICS).split(",")
+    lines = {metric: [read(run, metric, x) for run in runs] for metric in metrics}
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("matplotlib is missing; pip install matplotlib") from None
-    metrics = options.get("metrics", METRICS).split(",")
     figure = Figure(figsize=(5.5 * len(metrics), 4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
-        for run in runs:
-            places, values = read(run, metric, x)
+        for run, (places, values) in zip(runs, lines[metric], strict=True):
             axes.plot(places, values, marker="o" if len(places) < 50 else "", label=run.name)
         axes.set(xlabel=x, ylabel=metric)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(options["out"], dpi=100)
-    sys.stdout.write(f"{options['out']}\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=100)
+    sys.stdout.write(f"{out}\n")
 
 
 if __name__ == "__main__":

@@ -183,6 +183,10 @@ def test_table_without_an_image_column(tmp_path: Path, refused) -> None:
     datasets.Dataset.from_dict({"text": ["a", "b"], "number": [1, 2]}).to_parquet(tmp_path / "train-0.parquet")
     line = refused(pretrain, YAML, *TINY, f"out={tmp_path / 'run'}", f"data.path={tmp_path}")
     assert "data.image_column" in line and "text" in line and "number" in line
+    line = refused(
+        pretrain, YAML, *TINY, f"out={tmp_path / 'run'}", f"data.path={tmp_path}", "data.image_column=number"
+    )
+    assert "data.image_column: number" in line and "holds int64, expected images" in line
 
 
 def test_used_run_folder_with_another_config_is_left_alone(tmp_path: Path, refused) -> None:
@@ -259,6 +263,7 @@ def test_evaluations_refuse(module, tmp_path: Path, refused) -> None:
         ([], ["backbone", "run folder"]),
         (["backbone=no/such/run"], ["no/such/run"]),
         (["backbone=random", f"out={tmp_path}"], ["data.path"]),
+        (["backbone=random", "data.path=shapes", f"out={__file__}"], [f"{__file__} is a file"]),
         (["backbone=random", "data.path=shapes"], ["out"]),
         (["bakbone=random"], ["did you mean backbone?"]),
     ):

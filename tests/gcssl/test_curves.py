@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gcssl.errors import UserError
-from scripts.curves import read
+from scripts.curves import main, read
 
 
 def test_points_of_a_metric_over_epochs_and_minutes(tmp_path: Path) -> None:
@@ -21,3 +21,19 @@ def test_points_of_a_metric_over_epochs_and_minutes(tmp_path: Path) -> None:
     assert read(tmp_path, "loss", "minutes") == ([1.0, 1.5], [4.0, -1.0])  # 5 steps of 48 at 4, then at 8 images/s
     with pytest.raises(UserError, match="no los in its metrics; one of epoch, images_per_s, loss, probe"):
         read(tmp_path, "los", "epochs")
+
+
+def test_what_is_not_a_picture_is_not_written_over(tmp_path: Path) -> None:
+    photo = tmp_path / "a.jpg"
+    photo.write_bytes(b"mine")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    for out in (str(photo), "", str(tmp_path)):
+        with pytest.raises(UserError, match="expected the name of a .png"):
+            main([str(tmp_path), f"out={out}"])
+    with pytest.raises(UserError, match="a.jpg is a file"):
+        main([str(tmp_path), f"out={photo}/x.png"])
+    with pytest.raises(UserError, match="no online_knn/top1@20 in its metrics; one of loss"):
+        main([str(tmp_path), f"out={tmp_path}/x.png"])
+    with pytest.raises(UserError, match="expected run folders, out=<file>.png, x=epochs or minutes"):
+        main([str(tmp_path), "x=steps"])
+    assert photo.read_bytes() == b"mine"

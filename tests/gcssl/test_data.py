@@ -283,6 +283,9 @@ def test_splits_in_the_names_of_tables_whatever_their_case(tmp_path: Path, capsy
     table(2).to_parquet(tmp_path / "more" / "dogs-1.parquet")
     assert len(opened(tmp_path / "more").train) == 4
     assert "more names a split: cats, dogs are joined as train" in capsys.readouterr().out
+    table(2).to_parquet(tmp_path / "extra.PARQUET")
+    assert len(opened(tmp_path).train) == 4
+    assert "has the splits test, train; not used beside them: extra" in capsys.readouterr().out
 
 
 def test_one_parquet_file_and_shards_without_a_split(tmp_path: Path) -> None:
@@ -369,6 +372,16 @@ def test_a_training_folder_with_classes_beside_another_is_a_split_only_if_asked_
     with pytest.raises(UserError, match=r"train may be a split or a class; say data.train_split=train"):
         opened(tmp_path)
     assert opened(tmp_path, train_split="train").train.classes == ["ant", "cat", "dog"]
+
+
+def test_classes_that_a_test_split_lacks_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        write_tree(tmp_path / split)
+    assert opened(tmp_path).test.classes == ["ant", "cat", "dog"] and "images of" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "val/cat")
+    data = opened(tmp_path)
+    assert data.test.classes == ["ant", "cat", "dog"] and set(data.test.labels.tolist()) == {0, 2}
+    assert "data: split val has images of 2 of the 3 training classes\n" in capsys.readouterr().out
 
 
 def test_folders_without_images_are_no_classes_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,6 +151,13 @@ def test_a_new_run_pools_its_queries_as_its_weights_did(tmp_path: Path) -> None:
     torch.save(backbone.state_dict(), tmp_path / "bare.pth")  # its tables alone tell the ratio
     with pytest.raises(UserError, match=r"bare.pth has window_ratio \[32, 32, 16, 32\], \[32, 32, 32, 32\] pools"):
         load_backbone(str(tmp_path / "bare.pth"), ModelConfig(window_ratio=[32, 32, 32, 32]), exact=True)
+    for own, other, told in (
+        (None, [16, 16, 16, 32], "set model.window_ratio=null$"),
+        ([16, 16, 16, 32], [32, 32, 16, 32], r"set model.window_ratio=\[16,16,16,32\]$"),
+    ):
+        torch.save(nano(window_ratio=own).state_dict(), tmp_path / "bare.pth")
+        with pytest.raises(UserError, match=told):
+            load_backbone(str(tmp_path / "bare.pth"), ModelConfig(window_ratio=other), exact=True)
     wide = nano(img_size=(64, 96), window_ratio=[32, 32, 32, 32])
     torch.save(wide.state_dict(), tmp_path / "wide.pth")  # whose tables do not
     load_backbone(str(tmp_path / "wide.pth"), ModelConfig(img_size=[64, 96], window_ratio=[32, 32, 32, 32]), exact=True)

@@ -46,7 +46,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
     """Run or resume the pretraining that `cfg` describes; returns its run folder."""
     if not cfg.out:
         raise UserError("out: no run folder given; say out=runs/<name>")
-    check_writable(cfg.out)
+    check_writable(cfg.out, cfg.data.path)
     accelerator = make_accelerator(cfg.train, cfg.runtime)
     couples = check_objective(cfg)
     backbone = build_pretrain_backbone(cfg)

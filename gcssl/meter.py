@@ -118,6 +118,6 @@ class BadSamples:
         self.seen |= set(new)
         if len(self.seen) > self.max_bad * self.n_images:
             raise UserError(
-                f"data.max_bad={self.max_bad}: {len(self.seen)} of {self.n_images} images cannot be decoded, listed in"
-                f" {self.path}; raise data.max_bad to go on, or mend them and begin again in another folder"
+                f"data.max_bad={self.max_bad}: {len(self.seen)} of {self.n_images} images cannot be decoded so far,"
+                f" listed in {self.path}; raise data.max_bad to go on, or mend them and begin again in another folder"
             )

@@ -17,6 +17,7 @@ from gcssl.eval.online import probe_parts
 from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, collate
 from gcssl.log import say
 from gcssl.pretrain import build_pretrain_backbone, check_objective, pretrain_sizes
+from gcssl.runfolder import check_writable
 from gcssl.runtime import rng
 from gcssl.shard import check_shard
 from gcssl.ssl.objectives import OBJECTIVES
@@ -98,6 +99,8 @@ class Patient:
 
 
 def examine(cfg: DoctorConfig) -> Patient:
+    if cfg.out:
+        check_writable(cfg.out, cfg.data.path)
     couples = check_objective(cfg)
     backbone = build_pretrain_backbone(cfg)
     data = open_data(cfg.data, backbone.img_size)

@@ -74,9 +74,11 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-def check_writable(out: str) -> None:
-    """UserError where the folder `out` cannot be made or written to: said before anything is opened."""
+def check_writable(out: str, data: str = "") -> None:
+    """UserError where the folder `out` cannot be made or written to, or is `data`: said before anything is opened."""
     path = Path(out).absolute()
+    if data and path.resolve() == Path(data).absolute().resolve():
+        raise UserError(f"out: given {out}, the folder of the images; give another folder")
     nearest = next(p for p in (path, *path.parents) if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         why = "may not be written to" if nearest.is_dir() else "is a file"

@@ -79,6 +79,7 @@ def folder(path: Path) -> dict[str, str]:
         ("log.every=0", ["log.every", "0", "at least 1"]),
         ("encoder=teacher", ["encoder=teacher", "simmim has no teacher"]),
         ("out=/dev/null/run data.path=no/such/folder", ["out: given /dev/null/run", "/dev/null is a file"]),
+        ("out=gcssl/ data.path=gcssl", ["out: given gcssl/, the folder of the images"]),
         ("objective.mask_unit=12 data.path=no/such/folder", ["mask_unit=12"]),  # before any image is listed
     ],
 )

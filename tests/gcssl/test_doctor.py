@@ -172,6 +172,8 @@ def test_what_pretraining_refuses_is_refused_or_a_failed_check(tmp_path: Path) -
     with pytest.raises(UserError, match="simclr compares the images of a batch"):
         examine(config("simclr", "train.accumulate=2"))
     examine(config("simclr", "train.global_batch=32", "train.batch_size=16", "doctor.processes=2"))
+    with pytest.raises(UserError, match="is a file; give another folder"):
+        examine(config("simmim", f"out={__file__}"))
     single = folder(tmp_path / "single", 2, 2)  # one image a class
     with pytest.raises(UserError, match="eval.online_every: with one image a class"):
         examine(config("simmim", f"data.path={single}", "train.batch_size=2"))

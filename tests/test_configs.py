@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 from gcssl.config import PretrainConfig, load_config
 from gcssl.eval.finetune import FinetuneConfig
@@ -51,7 +50,7 @@ def test_a_recipe_loads_builds_and_fits_its_processes(path: Path) -> None:
     objective = objective_class(cfg.objective, encoder, cfg.augment, (64, 64), 4, 2)
     assert not (objective.couples_batch and sizes.accumulate > 1), sizes
     make = ViewMaker(objective.draw, (64, 64), cfg.augment)
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8))
+    noise = np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8)
     optimizer = make_optimizer(param_groups(objective.named_parameters(), cfg.train.weight_decay), cfg.train)
     start = [p.detach().clone() for p in encoder.parameters()]
     for step in range(2):

@@ -143,16 +143,14 @@ def _tree(root: Path) -> tuple[list[str], list[int], list[str]]:
     names: list[str] = []
     labels: list[int] = []
     classes: list[str] = []
-    empty: list[str] = []
-    for folder in _folders(root):
+    folders = _folders(root)
+    for folder in folders:
         files = _below(root / folder)
         if files:
             names += [f"{folder}/{file}" for file in files]
             labels += [len(classes)] * len(files)
             classes.append(folder)
-        else:
-            empty.append(folder)
-    if classes and empty:
+    if classes and (empty := [folder for folder in folders if folder not in classes]):
         say(f"data: {root}: {len(empty)} folders without images are no classes: {', '.join(empty[:3])}")
     return names, labels, classes
 

@@ -289,11 +289,8 @@ def test_crops_of_odd_images_stay_inside(size: tuple[int, int]) -> None:
         view = draw_view(rng(0, i), spec)
         top, left, h, w = crop_box(view, spec, height, width)
         assert 0 <= top and 0 <= left and h > 0 and w > 0 and top + h <= height and left + w <= width
-        assert crop_resize(pixels_of(np.full((height, width, 3), (9, 80, 200), np.uint8)), view, spec).shape == (
-            3,
-            32,
-            64,
-        )
+        image = np.full((height, width, 3), (9, 80, 200), np.uint8)
+        assert crop_resize(pixels_of(image), view, spec).shape == (3, 32, 64)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "nearest"])

@@ -116,7 +116,7 @@ def test_jpegs_have_pillows_pixels_and_faults() -> None:
     for i in range(2000):
         data, place = sound[i % len(sound)], int(rng.integers(len(sound[i % len(sound)])))
         more = rng.integers(0, 256, 1 + i % 5, np.uint8).tobytes()
-        cases.append([data[:place], data[:place] + more + data[place + i % 3 * len(more) :]][i % 8 > 0])
+        cases.append(data[:place] + more + data[place + i % 3 * len(more) :] if i % 8 else data[:place])
     fast = 0
     for case in cases:
         wanted = by_pillow(case)

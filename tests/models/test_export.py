@@ -140,9 +140,8 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=reason):
             export(cfg)
-    assert (tmp_path / "a.json").read_text() == (tmp_path / "a.onnx").read_text() == "mine" and not (
-        tmp_path / "a.pt"
-    ).exists()
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "a.onnx").read_text() == "mine"
+    assert not (tmp_path / "a.pt").exists()
 
 
 def test_a_difference_stops_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

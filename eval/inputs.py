@@ -183,7 +183,7 @@ def check_specs(backbone: str, compare: str | None) -> None:
 
 
 def result_path(cfg: Any, task: str, run: dict[str, Any] | None) -> Path:
-    """<run>/eval/[<name>/]<task>.json, or <out>/[<name>/]<task>.json where out is given."""
+    """<run>/eval/[<name>/]<task>.json, or <out>/[<name>/]<task>.json where out is given; UserError if not writable."""
     if not cfg.out and run is None:
         raise UserError(f"out: needed because backbone={cfg.backbone} is no run folder; pass out=<folder>")
     if cfg.name is not None and (not cfg.name or Path(cfg.name).name != cfg.name or cfg.name in (".", "..")):

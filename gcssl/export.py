@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gcssl.checkpoint import write_tensors
 from gcssl.config import ModelConfig, load_config
-from gcssl.errors import UserError, one_line
+from gcssl.errors import UserError
 from gcssl.log import say
 from gcssl.models.build import AskedModel, Backbone, Saved, backbone_info, load_backbone, rebuild, recognise
 from gcssl.models.convert import load_weights
@@ -64,10 +64,7 @@ def export(cfg: ExportConfig) -> Path:
     backbone, info = load_backbone(cfg.backbone, cfg.model, cfg.encoder)
     backbone.eval()
     info = {key: value for key, value in info.items() if key not in ("source", "notes")}  # paths of this machine
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # a read-only mount
-        raise UserError(f"out={cfg.out}: {out.parent} cannot be made ({one_line(error)}); choose another") from None
+    out.parent.mkdir(parents=True, exist_ok=True)
     difference = {"timm": export_timm, "torch": export_torch, "onnx": export_onnx}[cfg.format](backbone, info, out)
     parameters = sum(p.numel() for p in backbone.parameters())
     say(f"{out}: {backbone.name}, {parameters:,} parameters; outputs read back differ by {difference:.1e}")

@@ -150,7 +150,7 @@ def _tree(root: Path) -> tuple[list[str], list[int], list[str]]:
             names += [f"{folder}/{file}" for file in files]
             labels += [len(classes)] * len(files)
             classes.append(folder)
-    if classes and (empty := [folder for folder in folders if folder not in classes]):
+    if classes and (empty := sorted(set(folders) - set(classes))):
         say(f"data: {root}: {len(empty)} folders without images are no classes: {', '.join(empty[:3])}")
     return names, labels, classes
 

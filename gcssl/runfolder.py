@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -80,9 +81,13 @@ def check_writable(out: str, data: str = "") -> None:
     if data and path.resolve() == Path(data).absolute().resolve():
         raise UserError(f"out: given {out}, the folder of the images; give another folder")
     nearest = next(p for p in (path, *path.parents) if p.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        why = "may not be written to" if nearest.is_dir() else "is a file"
-        raise UserError(f"out: given {out}, but {nearest} {why}; give another folder")
+    if not nearest.is_dir():
+        raise UserError(f"out: given {out}, but {nearest} is a file; give another folder")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".gcssl-", dir=nearest))  # tried: what os.access grants, /proc still refuses
+    except OSError as error:
+        told = f"{nearest} may not be written to ({error.strerror})"
+        raise UserError(f"out: given {out}, but {told}; give another folder") from None
 
 
 class RunFolder:

@@ -258,6 +258,9 @@ def test_names_stay_in_the_folder(tmp_path: Path, refused) -> None:
     assert "name: '../../../x' given" in line and sorted(tmp_path.rglob("*")) == before
 
 
+PROC = sys.platform == "linux"  # where root too may not write
+
+
 @pytest.mark.parametrize("module", [knn, linear_probe, finetune])
 def test_evaluations_refuse(module, tmp_path: Path, refused) -> None:
     for argv, words in (
@@ -265,6 +268,7 @@ def test_evaluations_refuse(module, tmp_path: Path, refused) -> None:
         (["backbone=no/such/run"], ["no/such/run"]),
         (["backbone=random", f"out={tmp_path}"], ["data.path"]),
         (["backbone=random", "data.path=shapes", f"out={__file__}"], [f"{__file__} is a file"]),
+        *([(["backbone=random", "data.path=shapes", "out=/proc/run"], ["/proc may not be written to"])] * PROC),
         (["backbone=random", "data.path=shapes"], ["out"]),
         (["bakbone=random"], ["did you mean backbone?"]),
     ):

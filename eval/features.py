@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from gcssl.augment import INTERPOLATIONS, ViewSpec, crop_resize, draw_view, normalize, pixels_of, resize_center_crop
+from gcssl.augment import INTERPOLATIONS, ViewSpec, crop_resize, draw_view, normalize, resize_center_crop
 from gcssl.errors import NotFinite, UserError
 from gcssl.loader import eval_loader
 from gcssl.log import say
@@ -55,7 +55,7 @@ class Crop:
         """uint8 H W 3 -> uint8 3 H W; index: the image's place in its split."""
         if self.random is not None:
             spec = dataclasses.replace(self.random, size=self.size)
-            return crop_resize(pixels_of(image), draw_view(rng(self.seed, AUGMENT, self.epoch, index), spec), spec)
+            return crop_resize(image, draw_view(rng(self.seed, AUGMENT, self.epoch, index), spec), spec)
         if not self.squash:
             return resize_center_crop(image, self.size, self.crop_pct, self.interpolation)
         height, width = self.size

@@ -9,6 +9,7 @@ BYOL's).
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 BLUR_RADIUS = 6  # 13 taps: three sigmas of the largest published sigma, 2
 MAX_SIGMA = BLUR_RADIUS / 3
 YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])  # NTSC, 1953
+LEAST = torch.tensor([3.0, 5.0, 1.0]).view(3, 1, 1)  # the hue that has least of red, of green, of blue, in sixths
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
@@ -62,7 +64,7 @@ BYOL_2 = replace(BYOL_1, blur_p=0.1, solarize_p=0.2)
 class View:
     """One drawn view: numpy fields of fixed shape, so that a batch of them stacks."""
 
-    crop: np.ndarray  # 10 4 float64: area share, log ratio, and where the box lies (down, right) in [0, 1)
+    crop: np.ndarray  # 10 4 float64 in [0, 1): area, ratio, and where the box lies (down, right)
     flip: np.bool_
     jitter: np.bool_
     factors: np.ndarray  # 4 float32: brightness, contrast, saturation factors and hue shift in turns
@@ -120,23 +122,20 @@ def _checked(spec: ViewSpec) -> ViewSpec:
 
 def draw_view(rng: np.random.Generator, spec: ViewSpec) -> View:
     """Draw one view. The count of numbers drawn is fixed, so that a probability does not move the crops."""
-    u = rng.random((CROP_ATTEMPTS, 4))
-    low, high = math.log(spec.ratio[0]), math.log(spec.ratio[1])
-    area = spec.scale[0] + u[:, 0] * (spec.scale[1] - spec.scale[0])
-    crop = np.stack([area, low + u[:, 1] * (high - low), u[:, 2], u[:, 3]], axis=1)
-    flip, jitter, gray, blur, solarize, sigma = rng.random(6)
-    shifts = rng.random(4) * 2 - 1
-    order = np.argsort(rng.random(4))
-    strength = np.array(spec.jitter)
-    lowest = np.maximum(1 - strength[:HUE], 0)  # a factor is uniform in [max(0, 1 - s), 1 + s]
-    factors = lowest + (shifts[:HUE] + 1) / 2 * (1 + strength[:HUE] - lowest)
+    crop, rest = np.split(rng.random(4 * CROP_ATTEMPTS + 14), [4 * CROP_ATTEMPTS])
+    flip, jitter, gray, blur, solarize, sigma, *shifts = rest[:10].tolist()
+    factors = []
+    for u, strength in zip(shifts, spec.jitter, strict=True):
+        lowest = max(1 - strength, 0)  # a factor is uniform in [max(0, 1 - s), 1 + s]
+        factors.append(lowest + u * (1 + strength - lowest))
+    factors[HUE] = (2 * shifts[HUE] - 1) * spec.jitter[HUE]
     width = spec.blur_sigma[1] - spec.blur_sigma[0]
     return View(
-        crop=crop,
+        crop=crop.reshape(CROP_ATTEMPTS, 4),
         flip=np.bool_(flip < spec.flip_p),
         jitter=np.bool_(jitter < spec.jitter_p),
-        factors=np.append(factors, shifts[HUE] * strength[HUE]).astype(np.float32),
-        order=order.astype(np.int64),
+        factors=np.array(factors, np.float32),
+        order=np.argsort(rest[10:]),
         gray=np.bool_(gray < spec.gray_p),
         sigma=np.float32((spec.blur_sigma[0] + sigma * width) * (blur < spec.blur_p)),
         solarize=np.bool_(solarize < spec.solarize_p),
@@ -148,8 +147,10 @@ def crop_box(view: View, spec: ViewSpec, height: int, width: int) -> tuple[int, 
 
     The rule of torchvision's RandomResizedCrop, with the random numbers taken from `view`.
     """
-    for area, log_ratio, down, right in view.crop:
-        target, ratio = area * height * width, math.exp(log_ratio)
+    low, high = math.log(spec.ratio[0]), math.log(spec.ratio[1])
+    for area, slope, down, right in view.crop.tolist():
+        target = (spec.scale[0] + area * (spec.scale[1] - spec.scale[0])) * height * width
+        ratio = math.exp(low + slope * (high - low))
         w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
@@ -159,24 +160,20 @@ def crop_box(view: View, spec: ViewSpec, height: int, width: int) -> tuple[int, 
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def pixels_of(image: np.ndarray) -> Tensor:
-    """uint8 H W 3 -> the same memory as uint8 1 3 H W, for `crop_resize`: what torch resizes fastest."""
-    return torch.from_numpy(image).permute(2, 0, 1)[None]
-
-
-def crop_resize(pixels: Tensor, view: View, spec: ViewSpec) -> np.ndarray:
-    """The view's box of `pixels_of` an image at spec.size, flipped if drawn: uint8 3 H W.
+def crop_resize(image: np.ndarray, view: View, spec: ViewSpec) -> np.ndarray:
+    """The view's box of uint8 H W 3 at spec.size, flipped if drawn: uint8 3 H W.
 
     torch's antialiased resizing of bytes: in whole numbers, so the same on every machine, within two levels of Pillow's
     (torchvision's RandomResizedCrop) and two to three times as fast where there is AVX2.
     """
-    top, left, h, w = crop_box(view, spec, *pixels.shape[2:])
-    box = pixels[..., top : top + h, left : left + w]
+    top, left, h, w = crop_box(view, spec, *image.shape[:2])
+    box = np.ascontiguousarray(image[top : top + h, left : left + w])  # torch is slower on a part of an image
     if spec.interpolation in ("bilinear", "bicubic"):
-        out = F.interpolate(box, spec.size, mode=spec.interpolation, antialias=True)[0].numpy()  # 3 H W
+        pixels = torch.from_numpy(box).view(1, h, w, 3).permute(0, 3, 1, 2)
+        out = F.interpolate(pixels, spec.size, mode=spec.interpolation, antialias=True)[0].numpy()  # 3 H W
     else:  # Pillow's alone
-        crop = Image.fromarray(box[0].permute(1, 2, 0).numpy())
-        out = np.asarray(crop.resize(spec.size[::-1], INTERPOLATIONS[spec.interpolation])).transpose(2, 0, 1)
+        crop = Image.fromarray(box).resize(spec.size[::-1], INTERPOLATIONS[spec.interpolation])
+        out = np.asarray(crop).transpose(2, 0, 1)
     return np.ascontiguousarray(out[:, :, ::-1] if view.flip else out)
 
 
@@ -198,30 +195,42 @@ def resize_center_crop(image: np.ndarray, size: tuple[int, int], crop_pct: float
     return np.ascontiguousarray(np.asarray(out).transpose(2, 0, 1))
 
 
-def colour(x: Tensor, params: dict[str, Tensor], fast: bool = False) -> Tensor:
-    """Jitter, grey, blur, solarise, in this order: uint8 B 3 H W -> float32 B 3 H W in 0..1.
+def colour(
+    x: Tensor,
+    params: dict[str, Tensor] | None,
+    fast: bool = False,
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0),
+    std: tuple[float, ...] = (1.0, 1.0, 1.0),
+) -> Tensor:
+    """Jitter, grey, blur, solarise, in this order, and normalise: uint8 B 3 H W -> float32 B 3 H W.
 
-    `params` holds `View.params()` stacked: jitter B, factors B 4, order B 4, gray B, sigma B, solarize B.
-    They are read on the host: leave them there while x is on a device, so that nothing waits for the device.
-    fast: jitter and grey are one matrix an image (`_mix`), near torchvision's and not equal to them.
+    `params` holds `View.params()` stacked: jitter B, factors B 4, order B 4, gray B, sigma B, solarize B; None: only
+    normalise. They are read on the host: leave them there while x is on a device, so that nothing waits for the device.
+    fast: jitter and grey are one matrix an image (`_mixed`), near torchvision's and not equal to them.
     """
-    x = x.float().div_(255)
-    params = {name: value.cpu() for name, value in params.items()}
-    if fast:
-        _mix(x, params)
-        params |= {name: torch.zeros_like(params[name]) for name in ("jitter", "gray")}
-    if x.device.type == "cpu":
-        for i in range(len(x)):
-            _colour_alone(x[i : i + 1], {name: value[i] for name, value in params.items()})
-    else:
-        _colour_together(x, params)
-    return x
+    if params is not None:
+        params = {name: value.cpu() for name, value in params.items()}
+        params = _mixed(params) if fast else params
+    shift, scale = _shift_and_scale(x, mean, std)
+    if x.device.type != "cpu":
+        x = x.float().mul_(1 / 255)
+        if params is not None:
+            _colour_together(x, params)
+        return x.sub_(shift).mul_(scale)
+    out = torch.empty(x.shape)
+    numbers = {name: value.tolist() for name, value in (params or {}).items()}
+    for i, image in enumerate(out.split(1)):  # one after the other: a CPU's cache holds one
+        image.copy_(x[i]).mul_(1 / 255)
+        if params is not None:
+            _colour_alone(image, {name: value[i] for name, value in numbers.items()})
+        image.sub_(shift).mul_(scale)
+    return out
 
 
-def _mix(x: Tensor, params: dict[str, Tensor]) -> None:
-    """Jitter and grey of B 3 H W in place, in YIQ: hue turns the chroma IQ, saturation scales it, grey removes it,
-    contrast scales all about the mean of Y, brightness scales all. Values are clamped once, at the end: until then the
-    four commute, so the drawn order does not matter.
+def _mixed(params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters whose jitter and grey are a matrix B 3 3 in YIQ and a `lift` B of the mean of Y: hue turns the chroma
+    IQ, saturation scales it, grey removes it, contrast scales all about the mean of Y, brightness scales all. Values
+    are clamped once, at the end: until then the four commute, so the drawn order does not matter.
     """
     still = torch.tensor([1.0, 1.0, 1.0, 0.0])
     brightness, contrast, saturation, shift = torch.where(params["jitter"][:, None], params["factors"], still).T
@@ -229,21 +238,24 @@ def _mix(x: Tensor, params: dict[str, Tensor]) -> None:
     sin, cos = kept * turn.sin(), kept * turn.cos()
     chroma = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
     matrix = YIQ.inverse()[:, :1] @ YIQ[:1] + YIQ.inverse()[:, 1:] @ chroma @ YIQ[1:]  # B 3 3
-    matrix, lift = _on((brightness * contrast).view(-1, 1, 1) * matrix, x), _on(brightness * (1 - contrast), x)
-    lift = lift.view(-1, 1, 1)
-    # a CPU's cache holds one image, and those that are neither jittered nor grey are left alone
-    alone = [slice(i, i + 1) for i in (params["jitter"] | params["gray"]).nonzero().flatten().tolist()]
-    for rows in alone if x.device.type == "cpu" else [slice(None)]:
-        pixels = x[rows].flatten(2)
-        offset = lift[rows] * _gray(x[rows]).mean((1, 2, 3)).view(-1, 1, 1)
-        pixels.copy_(torch.baddbmm(offset, matrix[rows], pixels).clamp_(0, 1))
+    mixed = {"mix": params["jitter"] | params["gray"], "lift": brightness * (1 - contrast)}
+    mixed["matrix"] = (brightness * contrast).view(-1, 1, 1) * matrix
+    return {**params, **mixed, **{name: torch.zeros_like(params[name]) for name in ("jitter", "gray")}}
 
 
-def _colour_alone(x: Tensor, params: dict[str, Tensor]) -> None:
-    """One image 1 3 H W after the other, in place: a CPU's cache holds it."""
+def _mix(x: Tensor, matrix: Tensor, lift: float | Tensor) -> None:
+    """B 3 H W in place by matrix B 3 3 and lift, a number or B 1 1."""
+    offset = _gray(x).mean((2, 3)).view(-1, 1, 1) * lift
+    x.copy_(torch.baddbmm(offset, matrix, x.flatten(2)).clamp_(0, 1).view_as(x))
+
+
+def _colour_alone(x: Tensor, params: dict[str, Any]) -> None:
+    """One image 1 3 H W in place; its parameters are numbers."""
+    if params.get("mix"):
+        _mix(x, torch.tensor(params["matrix"])[None], params["lift"])
     if params["jitter"]:
-        for op in params["order"].tolist():
-            _JITTER[op](x, params["factors"][op].view(1, 1, 1))
+        for op in params["order"]:
+            _JITTER[op](x, params["factors"][op])
     if params["gray"]:
         x.copy_(_gray(x))
     if params["sigma"] > 0:
@@ -254,13 +266,15 @@ def _colour_alone(x: Tensor, params: dict[str, Tensor]) -> None:
 
 def _colour_together(x: Tensor, params: dict[str, Tensor]) -> None:
     """The same for B 3 H W: samples that share an operation run together, so that a GPU has few kernels to start."""
+    if "mix" in params:
+        _mix(x, _on(params["matrix"], x), _on(params["lift"].view(-1, 1, 1), x))
     for place in range(4):
         for op in range(4):
             rows = (params["jitter"] & (params["order"][:, place] == op)).nonzero().squeeze(1)
             if len(rows):
                 on = _on(rows, x)
                 part = x[on]
-                _JITTER[op](part, _on(params["factors"][rows, op], x).view(-1, 1, 1))
+                _JITTER[op](part, _on(params["factors"][rows, op], x).view(-1, 1, 1, 1))
                 x[on] = part
     if len(rows := params["gray"].nonzero().squeeze(1)):
         x[_on(rows, x)] = _gray(x[_on(rows, x)]).expand(-1, 3, -1, -1)
@@ -273,13 +287,18 @@ def _colour_together(x: Tensor, params: dict[str, Tensor]) -> None:
 
 def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """(x - mean) / std per channel; x float B 3 H W in 0..1."""
-    shift = torch.tensor(mean, dtype=x.dtype).to(x.device, non_blocking=True).view(-1, 1, 1)
-    scale = torch.tensor(std, dtype=x.dtype).to(x.device, non_blocking=True).view(-1, 1, 1)
-    return (x - shift).div_(scale)
+    shift, scale = _shift_and_scale(x, mean, std)
+    return (x - shift).mul_(scale)
 
 
-def _on(rows: Tensor, x: Tensor) -> Tensor:
-    return rows.to(x.device, non_blocking=True)
+def _shift_and_scale(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """What to subtract and what to multiply by then, 3 1 1 each: dividing is slower."""
+    shift, scale = torch.tensor(mean), torch.tensor([1 / s for s in std])
+    return _on(shift.view(-1, 1, 1), x), _on(scale.view(-1, 1, 1), x)
+
+
+def _on(values: Tensor, x: Tensor) -> Tensor:
+    return values.to(x.device, non_blocking=True)
 
 
 def _gray(x: Tensor) -> Tensor:
@@ -288,64 +307,62 @@ def _gray(x: Tensor) -> Tensor:
     return (r * 0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114).unsqueeze(1)
 
 
-# The four work in place on B 3 H W in 0..1, with a factor B 1 1 a sample.
+# The four work in place on B 3 H W in 0..1; the factor is a number or one a sample, B 1 1 1.
 
 
-def _brightness(x: Tensor, factor: Tensor) -> None:
-    x.mul_(factor[:, None]).clamp_(0, 1)
+def _brightness(x: Tensor, factor: float | Tensor) -> None:
+    x.mul_(factor).clamp_(0, 1)
 
 
-def _contrast(x: Tensor, factor: Tensor) -> None:
-    mean = _gray(x).mean((1, 2, 3), keepdim=True)  # B 1 1 1
-    x.mul_(factor[:, None]).add_(mean.mul_(1 - factor[:, None])).clamp_(0, 1)
+def _contrast(x: Tensor, factor: float | Tensor) -> None:
+    x.lerp_(_gray(x).mean((1, 2, 3), keepdim=True), 1 - factor).clamp_(0, 1)
 
 
-def _saturation(x: Tensor, factor: Tensor) -> None:
-    gray = _gray(x).mul_(1 - factor[:, None])
-    x.mul_(factor[:, None]).add_(gray).clamp_(0, 1)
+def _saturation(x: Tensor, factor: float | Tensor) -> None:
+    x.lerp_(_gray(x), 1 - factor).clamp_(0, 1)
 
 
-def _hue(x: Tensor, shift: Tensor) -> None:
+def _hue(x: Tensor, shift: float | Tensor) -> None:
     """Turn the hue by `shift` turns; value and saturation stay (HSV of Smith, 1978).
 
-    A channel is value - chroma * clamp(2 - 6 d, 0, 1), d its distance on the circle of hues, in turns, from the hue
-    that has least of it: cyan for red, magenta for green, yellow for blue.
+    With hues in sixths of a turn from red, a channel is value - chroma * clamp(2 - d, 0, 1), d its distance on the
+    circle from the hue that has least of it: cyan (3) for red, magenta (5) for green, yellow (1) for blue. That is
+    value + chroma - | |turn| - 3 chroma | between the least channel and the value, turn the way from there, of up to
+    six sixths, times chroma. All is kept times chroma: nothing is divided.
     """
-    r, g, b = x.unbind(1)  # B H W
-    value, low = torch.maximum(r, g).maximum(b), torch.minimum(r, g).minimum(b)
+    r, g, b = x.split(1, 1)  # B 1 H W
+    value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     chroma = value - low
-    # The hue in sixths of a turn, times chroma: by r where r is the value, else by g, else by b. Differences
-    # times 1e30, clamped, are 0 or 1: many times faster than torch.where on a CPU.
-    not_g, not_r = ((value - one).mul_(1e30).clamp_(max=1) for one in (g, r))
-    sixths = torch.lerp((b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4), not_g)
-    sixths = torch.lerp(g - b, sixths, not_r)
-    turns = sixths.div_(low.copy_(chroma).mul_(6).clamp_(min=1e-7)).add_(shift)
-    d, nearest = torch.empty_like(turns), torch.empty_like(turns)
-    for i, least in enumerate((1 / 2, 5 / 6, 1 / 6)):
-        torch.sub(turns, least, out=d)
-        d.sub_(torch.round(d, out=nearest)).abs_().mul_(-6).add_(2).clamp_(0, 1)
-        torch.addcmul(value, chroma, d, value=-1, out=x[:, i])
+    # -3..3 from red: to yellow (1) green - blue grows, to green (2) red falls, to cyan (3) green - blue falls
+    side, fall = g - b, value - r
+    away = side.abs()
+    hue = torch.minimum(fall, chroma - away).mul_(2).add_(fall).add_(away).copysign_(side)
+    way = (6 * shift - _on(LEAST, x) + 3) % 6 - 3  # B 3 1 1 in -3..3
+    torch.mul(chroma, way, out=x)
+    x.add_(hue).abs_().sub_(chroma, alpha=3).abs_()
+    torch.sub(value + chroma, x, out=x)
+    torch.clamp(x, low, value, out=x)
 
 
-def _gaussian(sigma: Tensor) -> Tensor:
-    """B 13 weights of sigma B in pixels, at most 2."""
-    taps = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, dtype=torch.float32)
-    return torch.softmax(-0.5 * (taps / sigma[:, None]) ** 2, dim=1)
+def _gaussian(sigma: float) -> list[float]:
+    """13 weights of sigma in pixels, at most 2."""
+    weights = [math.exp(-0.5 * (tap / sigma) ** 2) for tap in range(-BLUR_RADIUS, BLUR_RADIUS + 1)]
+    return [weight / sum(weights) for weight in weights]
 
 
 def _blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur by 13 taps per axis with reflected borders; sigma B on the host."""
     b, c, h, w = x.shape
-    kernel = _on(_gaussian(sigma), x).repeat_interleave(c, 0)  # BC 13
+    kernel = _on(torch.tensor([_gaussian(s) for s in sigma.tolist()]), x).repeat_interleave(c, 0)  # BC 13
     x = F.pad(x, [BLUR_RADIUS] * 4, mode="reflect").view(1, b * c, h + 2 * BLUR_RADIUS, w + 2 * BLUR_RADIUS)
     x = F.conv2d(x, kernel[:, None, None, :], groups=b * c)
     x = F.conv2d(x, kernel[:, None, :, None], groups=b * c)
     return x.view(b, c, h, w)
 
 
-def _blur_alone(x: Tensor, sigma: Tensor) -> None:
+def _blur_alone(x: Tensor, sigma: float) -> None:
     """The same for one image, in place, as a sum of shifted images: convolutions with one filter a channel are slow."""
-    weights = _gaussian(sigma[None])[0, BLUR_RADIUS:].tolist()
+    weights = _gaussian(sigma)[BLUR_RADIUS:]
     for dim, border in ((2, [0, 0, BLUR_RADIUS, BLUR_RADIUS]), (3, [BLUR_RADIUS, BLUR_RADIUS, 0, 0])):
         padded, n = F.pad(x, border, mode="reflect"), x.shape[dim]
         x.mul_(weights[0])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from gcssl.augment import View, ViewSpec, colour, crop_resize, normalize, pixels_of
+from gcssl.augment import View, ViewSpec, colour, crop_resize
 from gcssl.config import AugmentConfig, TrainConfig
 from gcssl.data import BadImage, Images
 from gcssl.errors import UserError
@@ -203,8 +203,7 @@ class ViewMaker:
 
     def __call__(self, image: np.ndarray, _label: int | None, key: tuple[int, ...]) -> dict[str, Any]:
         drawn, masks = self.draw(rng(*key), self.img_size)
-        pixels = pixels_of(image)
-        views = [crop_resize(pixels, view, spec) for spec, view in drawn]
+        views = [crop_resize(image, view, spec) for spec, view in drawn]
         params = [view.params() for _, view in drawn]
         if self.augment.where == "worker":
             views = [_colour_one(x, p, self.augment.colour == "fast") for x, p in zip(views, params, strict=True)]
@@ -375,9 +374,7 @@ def batch_to_device(
     out["masks"] = [m if m is None else m.to(device, non_blocking=True) for m in batch.get("masks", [])]
     views = []
     for i, x in enumerate(batch.get("views", [])):
-        x = x.to(device, non_blocking=True)
-        here = augment.where == "device"
-        x = colour(x, batch["params"][i], augment.colour == "fast") if here else x.float().div_(255)
-        views.append(normalize(x, mean, std))
+        params = batch["params"][i] if augment.where == "device" else None
+        views.append(colour(x.to(device, non_blocking=True), params, augment.colour == "fast", mean, std))
     out["views"] = views
     return out

@@ -25,13 +25,13 @@ from gcssl.augment import (
     SIMMIM,
     ViewSpec,
     _colour_together,
+    _mixed,
     colour,
     crop_box,
     crop_resize,
     draw_view,
     normalize,
     override,
-    pixels_of,
     resize_center_crop,
 )
 from gcssl.config import AugmentConfig
@@ -143,7 +143,7 @@ def test_colour_is_the_same_alone_and_in_a_batch_and_leaves_its_input() -> None:
 
 def test_nothing_drawn_changes_nothing() -> None:
     x = images(4)
-    assert torch.equal(colour(x, params(4)), x.float() / 255)
+    torch.testing.assert_close(colour(x, params(4)), x.float() / 255)
     assert (colour(x, params(4), fast=True) - x / 255).abs().max() <= 1e-5
 
 
@@ -212,12 +212,23 @@ def test_fast_views_stay_near_torchvisions(spec: ViewSpec) -> None:
     assert difference <= 0.06, difference  # of 1; two draws of one image differ by several times that
     alone = torch.cat([colour(x[i : i + 1], {k: v[i : i + 1] for k, v in p.items()}, True) for i in range(48)])
     assert torch.equal(fast, alone)
+    together = x.float() / 255
+    _colour_together(together, _mixed(p))  # as on a GPU
+    assert (together - fast).abs().max() <= 1e-5
 
 
 def test_normalize_inverts() -> None:
     x = images(2).float() / 255
     mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
     torch.testing.assert_close(normalize(x, IMAGENET_MEAN, IMAGENET_STD) * std + mean, x)
+
+
+def test_colours_are_normalised_with_and_without_parameters() -> None:
+    x, how = images(3), {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    torch.testing.assert_close(colour(x, None, **how), normalize(x.float() / 255, **how))
+    torch.testing.assert_close(
+        colour(x, params(3, gray=[True] * 3), **how), normalize(colour(x, params(3, gray=[True] * 3)), **how)
+    )
 
 
 def test_published_parameters() -> None:
@@ -274,10 +285,11 @@ def test_crops_are_distributed_as_torchvisions() -> None:
 
 def test_a_crop_reaches_both_ends_and_the_first_attempt_that_fits_counts() -> None:
     view = draw_view(rng(0), SIMMIM)
-    wide = [1.0, np.log(4 / 3), 0.5, 0.5]  # 12 x 9 of 10 x 10: does not fit
+    spec = replace(SIMMIM, scale=(0.81, 1.0))
+    wide = [1.0, 1.0, 0.5, 0.5]  # 12 x 9 of 10 x 10: does not fit
     for place, expected in ((0.0, 0), (0.49, 0), (0.51, 1), (0.999, 1)):
-        crop = np.array([wide, [0.81, 0.0, place, 1 - place - 1e-6]] + [wide] * 8)
-        top, left, h, w = crop_box(replace(view, crop=crop), SIMMIM, 10, 10)
+        crop = np.array([wide, [0.0, 0.5, place, 1 - place - 1e-6]] + [wide] * 8)
+        top, left, h, w = crop_box(replace(view, crop=crop), spec, 10, 10)
         assert (top, left, h, w) == (expected, 1 - expected, 9, 9)
 
 
@@ -290,7 +302,7 @@ def test_crops_of_odd_images_stay_inside(size: tuple[int, int]) -> None:
         top, left, h, w = crop_box(view, spec, height, width)
         assert 0 <= top and 0 <= left and h > 0 and w > 0 and top + h <= height and left + w <= width
         image = np.full((height, width, 3), (9, 80, 200), np.uint8)
-        assert crop_resize(pixels_of(image), view, spec).shape == (3, 32, 64)
+        assert crop_resize(image, view, spec).shape == (3, 32, 64)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "nearest"])
@@ -300,7 +312,7 @@ def test_crop_resize_equals_torchvision(interpolation: str) -> None:
         view = draw_view(rng(0, i), spec)
         box = crop_box(view, spec, image.height, image.width)
         expected = tvf.resized_crop(image, *box, [32, 48], InterpolationMode(interpolation))
-        ours = crop_resize(pixels_of(np.array(image)), view, spec).astype(int)
+        ours = crop_resize(np.array(image), view, spec).astype(int)
         assert np.abs(ours - np.asarray(expected).transpose(2, 0, 1)).max() <= 2
 
 
@@ -314,7 +326,7 @@ def test_crops_are_the_same_with_and_without_vector_instructions() -> None:
         "for spec in (SIMMIM, SIMCLR):\n"
         "    for i in range(20):\n"
         "        spec = replace(spec, size=(32 + 32 * (i % 4), 96))\n"
-        "        digest.update(crop_resize(pixels_of(image), draw_view(rng(0, i), spec), spec).tobytes())\n"
+        "        digest.update(crop_resize(image, draw_view(rng(0, i), spec), spec).tobytes())\n"
         "print(digest.hexdigest())\n"
     )
     digests = {
@@ -329,8 +341,8 @@ def test_crops_are_the_same_with_and_without_vector_instructions() -> None:
 
 def test_flip_mirrors_the_crop() -> None:
     image, spec = np.array(photo()), replace(SIMMIM, size=(32, 32), flip_p=0.0)
-    plain = crop_resize(pixels_of(image), draw_view(rng(4), spec), spec)
-    flipped = crop_resize(pixels_of(image), draw_view(rng(4), replace(spec, flip_p=1.0)), spec)
+    plain = crop_resize(image, draw_view(rng(4), spec), spec)
+    flipped = crop_resize(image, draw_view(rng(4), replace(spec, flip_p=1.0)), spec)
     assert np.array_equal(flipped, plain[:, :, ::-1]) and not np.array_equal(flipped, plain)
 
 

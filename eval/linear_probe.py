@@ -77,7 +77,7 @@ class Standardise:
     def __call__(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """{kind: B D} -> the same, on x's device."""
         return {
-            kind: (value - self.mean[kind].to(value.device)) / self.std[kind].to(value.device)
+            kind: (value - self.mean[kind].to(value.device)).div_(self.std[kind].to(value.device))
             for kind, value in x.items()
         }
 
@@ -102,18 +102,17 @@ class HeadGrid:
 
     def logits(self, kind: str, x: Tensor) -> Tensor:
         """x B D -> B G C."""
-        return torch.einsum("bd,dgc->bgc", x, self.weight[kind][0]) + self.bias[kind][0]
+        return torch.einsum("bd,dgc->bgc", x, self.weight[kind][0]).add_(self.bias[kind][0])
 
     def step(self, x: dict[str, Tensor], y: Tensor, factor: float) -> None:
         """One update on a batch; x {kind: B D}, y B; factor scales every lr (batch rule and cosine)."""
         for kind, value in x.items():
             error = self.logits(kind, value).softmax(2)  # B G C
             error[torch.arange(len(y), device=y.device), :, y] -= 1
-            error /= len(y)
             weight, bias, rate = self.weight[kind], self.bias[kind], factor * self.lr[kind]
-            gradient = torch.einsum("bd,bgc->dgc", value, error)
-            weight[1].mul_(MOMENTUM).add_(gradient).addcmul_(weight[0], self.wd[kind])
-            bias[1].mul_(MOMENTUM).add_(error.sum(0))
+            weight[1].flatten(1).addmm_(value.T, error.flatten(1), beta=MOMENTUM, alpha=1 / len(y))
+            weight[1].addcmul_(weight[0], self.wd[kind])
+            bias[1].mul_(MOMENTUM).add_(error.sum(0), alpha=1 / len(y))
             weight[0].addcmul_(weight[1], rate, value=-1)
             bias[0].addcmul_(bias[1], rate, value=-1)
 
@@ -156,7 +155,7 @@ def train_epoch(
         take = order[step * size : (step + 1) * size]
         done = (epoch * steps + step) / (plan.epochs * steps)
         factor = size / LR_BASE * 0.5 * (1 + math.cos(math.pi * done))
-        batch = norm({kind: x[kind][take].to(grid.device) for kind in grid.settings})
+        batch = norm({kind: x[kind].index_select(0, take).to(grid.device) for kind in grid.settings})
         grid.step(batch, y[take].to(grid.device), factor)
 
 

@@ -114,7 +114,7 @@ class TimmBackbone(nn.Module):
         self.num_classes = self.model_args["num_classes"] = num_classes
         self.model.reset_classifier(num_classes)
 
-    def _run(self, call: Callable[[], Tensor | list[Tensor]], x: Tensor) -> Any:
+    def _run(self, call: Callable[[], Any], x: Tensor) -> Any:
         """call(), for images x; UserError where x has a size that timm's model, built for another, does not take."""
         size = (x.shape[-2], x.shape[-1])
         check_size(size, self.stride)
@@ -139,7 +139,10 @@ class TimmBackbone(nn.Module):
         """B 3 H W -> the maps B C h w of `levels`, the last level being one of them."""
         if not self.widened:
             return self.model.forward_intermediates(x, indices=levels, norm=self.normed, intermediates_only=True)
-        last, maps = self.model.forward_intermediates(x, indices=levels, norm=self.normed)
+        return self._widen(*self.model.forward_intermediates(x, indices=levels, norm=self.normed))
+
+    def _widen(self, last: Tensor, maps: list[Tensor]) -> list[Tensor]:
+        """`maps`, the last one after the layers by which timm's head widens it, from what goes into that head."""
         if isinstance(last, list):
             raise ValueError("its head pools several maps")
         channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"  # MambaOut
@@ -186,11 +189,16 @@ class TimmBackbone(nn.Module):
 
     def pooled(self, x: Tensor) -> dict[str, Tensor]:
         """Probe features: last B C (timm's own pooling); stages34 B (C3 + C4) where the model has stages."""
-        last = self._run(lambda: self.model.forward_head(self.model.forward_features(x), pre_logits=True), x)  # B C
+        return self._run(lambda: self._pooled(x), x)
+
+    def _pooled(self, x: Tensor) -> dict[str, Tensor]:
         if self.no_map or len(self.levels) < 2:
-            return {"last": last}
-        maps = self._checked_maps(x, self.levels[-2:])
-        return {"last": last, "stages34": torch.cat([m.mean((2, 3)) for m in maps], 1)}
+            return {"last": self.model.forward_head(self.model.forward_features(x), pre_logits=True)}
+        last, maps = self.model.forward_intermediates(x, indices=self.levels[-2:], norm=self.normed)
+        if self.widened:
+            maps = self._widen(last, maps)
+        pooled = self.model.forward_head(last, pre_logits=True)  # B C
+        return {"last": pooled, "stages34": torch.cat([m.mean((2, 3)) for m in maps], 1)}
 
     def freeze_unused(self) -> list[str]:
         """Freezes, and names, what forward_features leaves without a gradient (the norm and layers of a head).

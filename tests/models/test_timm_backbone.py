@@ -39,6 +39,23 @@ def test_a_head_that_widens_the_features_is_run_at_every_position(name: str) -> 
     assert model.freeze_unused() == []
 
 
+@pytest.mark.parametrize(
+    "name", ["fastvit_t8", "hiera_tiny_224", "pit_ti_224", "swin_tiny_patch4_window7_224", "resnet18"]
+)
+def test_pooled_features_are_those_of_timms_head_and_of_the_maps(name: str) -> None:
+    model, x = wrapped(name), torch.randn(2, 3, 64, 64)
+    runs: list[int] = []
+    next(model.model.children()).register_forward_hook(lambda *_: runs.append(1))
+    with torch.no_grad():
+        features = model.pooled(x)
+        assert len(runs) == 1  # the images went through once
+        torch.testing.assert_close(
+            features["last"], model.model.forward_head(model.model.forward_features(x), pre_logits=True)
+        )
+        means = [m.mean((2, 3)) for m in model.forward_pyramid(x)[-2:]]
+        torch.testing.assert_close(features["stages34"], torch.cat(means, 1))
+
+
 def test_maps_that_do_not_tile_the_image_are_left_out() -> None:
     model = wrapped("pit_ti_224")
     assert [level["reduction"] for level in model.model.feature_info] == [8, 16, 32]  # of 7 x 7, 4 x 4 and 2 x 2

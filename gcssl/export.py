@@ -57,6 +57,8 @@ def export(cfg: ExportConfig) -> Path:
     out = Path(cfg.out)
     if out.suffix not in SUFFIXES.get(cfg.format, (out.suffix,)):
         raise UserError(f"out={cfg.out}: expected a file name that ends in {SUFFIXES[cfg.format][0]}")
+    if cfg.format == "timm" and out.suffix in (".safetensors", *sum(SUFFIXES.values(), ())):
+        raise UserError(f"out={cfg.out}: format=timm writes a folder; expected a name without {out.suffix}")
     for path in (out, out.with_suffix(".json")) if cfg.format == "torch" else (out,):
         if path.exists():
             raise UserError(f"out={cfg.out}: {path} is already there; choose a new name or remove it")

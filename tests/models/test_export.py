@@ -164,3 +164,13 @@ def test_a_wrong_weight_is_seen() -> None:
     other.stem.conv1.weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="differ"):
         largest_difference(model, other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "why"),
+    [("timm", "x.pth", "writes a folder"), ("torch", "x.onnx", "ends in .pt"), ("onnx", "folder", "ends in .onnx")],
+)
+def test_a_name_of_another_format_is_refused(tmp_path: Path, kind: str, name: str, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        export(ExportConfig("random", kind, str(tmp_path / name)))
+    assert not any(tmp_path.iterdir())

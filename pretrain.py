@@ -162,7 +162,8 @@ def fit(
         cut_after(bad_steps.path, step)
     with StopSignal(train.max_hours) as stop, RunLog(*logged) as log, Beats(accelerator) as beats:
         if probe and probe.due(step) and not broadcast(log.holds(step, "online_rankme")):
-            measure(probe, objective, step, log, stop)  # a signal ended it
+            with log.pause():
+                measure(probe, objective, step, log, stop)  # a signal ended it
         for batch in meter.waiting(loader):
             batch = to_device(batch, step)
             meter.note(batch)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gcssl.errors import UserError
+from gcssl.errors import CannotWrite, UserError
 from gcssl.files import atomic_write, fsync_folder, umask_mode
 from gcssl.log import say
 
@@ -53,7 +53,7 @@ def save_checkpoint(
     """Write checkpoints/step_<step> in the run folder, then prune; main process only.
 
     keep: how many of the newest stay, at least 2 (a damaged newest one must leave another). keep_every_steps:
-    steps divisible by it always stay. Raises UserError, with the last good checkpoint untouched, when the
+    steps divisible by it always stay. Raises CannotWrite, with the last good checkpoint untouched, when the
     disk is full.
     """
     if keep < 2:
@@ -302,11 +302,11 @@ def _temporary(root: Path, name: str) -> Path:
     return root / f"{TEMPORARY}{os.getpid()}-{name}-{socket.gethostname()}"
 
 
-def _cannot_write(root: Path, tensors: dict[str, dict[str, Tensor]], error: Exception) -> UserError:
+def _cannot_write(root: Path, tensors: dict[str, dict[str, Tensor]], error: Exception) -> CannotWrite:
     needed = sum(one.numel() * one.element_size() for group in tensors.values() for one in group.values())
     free = shutil.disk_usage(root).free if root.exists() else 0
     reason = " ".join(str(error).split())
-    return UserError(
+    return CannotWrite(
         f"{root}: cannot be written: {reason}; it takes {needed / 1e6:.0f} MB and the disk has "
         f"{free / 1e6:.0f} MB free; make room and run the same command again"
     )

@@ -113,6 +113,9 @@ def open_data(cfg: DataConfig, img_size: tuple[int, int] = (64, 64), only_test: 
     The generated set is drawn at img_size (H, W).
     """
     if cfg.path == "shapes":
+        for key, only in (("train_split", "train"), ("val_split", "test")):
+            if getattr(cfg, key) not in (None, only):
+                raise UserError(f"data.{key}: given {getattr(cfg, key)}, shapes has {only}; leave it out")
         train = _images(shapes_split("train", cfg.shapes_n, img_size), "train", None)
         n_test = max(len(CLASSES), cfg.shapes_n // 5)
         test = _images(shapes_split("test", n_test, img_size), "test", train.classes)
@@ -120,6 +123,8 @@ def open_data(cfg: DataConfig, img_size: tuple[int, int] = (64, 64), only_test: 
     found = _find(cfg)
     if cfg.val_split is not None and cfg.val_split not in found:
         raise UserError(f"data.val_split: given {cfg.val_split}, expected one of {', '.join(found)}")
+    if cfg.val_split is not None and not only_test and cfg.val_split == _train_name(cfg, found):
+        raise UserError(f"data.val_split: given {cfg.val_split}, which is trained on; expected another split")
     if only_test:
         alone = _test(cfg, found, None)
         if alone is None:

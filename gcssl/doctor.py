@@ -82,7 +82,8 @@ def check_duplicates(patient: Patient) -> Finding:
     same = set(train.hashes) & set(val.hashes)
     similarity, nearest = search(train.thumbnails, val.thumbnails, 1, patient.cfg.eval.backend)
     alike = (similarity[:, 0] > ALIKE).nonzero().flatten().tolist()
-    told = f"of {len(val.index)} test images {len(same)} are in train pixel by pixel, {len(alike)} nearly so"
+    told = f"of {len(val.index)} test images {len(same)} are pixel by pixel among {len(train.index)} of the "
+    told += f"{len(patient.data.train)} training images, {len(alike)} nearly so"
     if not alike and not same:
         return Finding("ok", told)
     images = patient.data.test
@@ -241,7 +242,7 @@ def main(argv: list[str]) -> None:
     asked = bool(argv) and argv[0] == "verify-resume"
     cfg = load_config(DoctorConfig, argv[1:] if asked else argv, SCHEMAS)
     if asked:
-        verify_resume(cfg)
+        verify_resume(cfg, cfg.doctor.processes)
         return
     patient = examine(cfg)
     say(patient.data.train.describe())

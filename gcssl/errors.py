@@ -15,7 +15,7 @@ class NotFinite(UserError):
     """A backbone's outputs are not numbers: in an evaluation bad usage, in the online probe a NumericStop."""
 
 
-class Preempted(Exception):
+class Preempted(BaseException):  # like KeyboardInterrupt, so that no `except Exception` takes it for a fault of its own
     """Stopped by a signal or by train.max_hours, in the loop after a checkpoint: the same command goes on. Exit 75."""
 
     agreed = True  # all processes stop at this step
@@ -23,6 +23,10 @@ class Preempted(Exception):
 
 class NumericStop(Exception):
     """Stopped on a number that is not finite, or on a collapse. Exit 78."""
+
+
+class CannotWrite(UserError):
+    """A disk takes no checkpoint. Exit 1, in one line."""
 
 
 class LostProcess(Exception):
@@ -39,6 +43,8 @@ def outcome(error: BaseException | None) -> tuple[str, int, str]:
     if error is None or (isinstance(error, SystemExit) and not error.code):
         return "finished", 0, ""
     text = " ".join(str(error).split())
+    if isinstance(error, CannotWrite):
+        return "failed", 1, text
     if isinstance(error, UserError):
         return "refused", 2, text
     if isinstance(error, Preempted):

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import multiprocessing
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from gcssl.augment import View, ViewSpec, colour, crop_resize
 from gcssl.config import AugmentConfig, TrainConfig
 from gcssl.data import BadImage, Images
-from gcssl.errors import UserError
+from gcssl.errors import UserError, one_line
 from gcssl.optim import scaled_lr
 from gcssl.runtime import batch_layout, rng
 from gcssl.streams import AUGMENT, ORDER, REPLACE
@@ -261,9 +262,7 @@ class _Loader(DataLoader[Any]):
             dataset.reading = multiprocessing.get_context("fork" if _can_fork() else "spawn").Array(
                 "q", [-1] * self.num_workers, lock=False
             )
-        iterator: Any = super().__iter__()
-        if self.num_workers:
-            atexit.register(_end_workers, iterator._workers)  # last in, first out: before those who would wait for them
+        iterator: Any = self._started() if self.num_workers else super().__iter__()
         while True:
             try:
                 batch = next(iterator)
@@ -278,6 +277,19 @@ class _Loader(DataLoader[Any]):
                 raise UserError(self._what_died(error)) from error
             yield batch
 
+    def _started(self) -> Any:
+        """The iterator, its workers known to `_end_workers`; one that the system does not start ends with one line."""
+        others = set(multiprocessing.active_children())
+        try:
+            iterator: Any = super().__iter__()
+        except OSError as error:
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
+            given = f"data.workers={self.num_workers}: a worker cannot be started ({one_line(error)})"
+            raise UserError(f"{given}; lower it, or raise the limits on open files and processes") from None
+        _WORKERS.update(iterator._workers)
+        return iterator
+
     def _what_died(self, error: RuntimeError) -> str:
         reason = " ".join(str(error).split())
         dataset = self.dataset
@@ -288,10 +300,14 @@ class _Loader(DataLoader[Any]):
         return f"{reason[:200]}; {doing} (data.workers={self.num_workers}, data.timeout={self.timeout:g} s)"
 
 
-def _end_workers(workers: list[Any]) -> None:
+_WORKERS: weakref.WeakSet[Any] = weakref.WeakSet()  # weak: a process that is held keeps its file descriptors
+
+
+@atexit.register  # after multiprocessing's own, so called before it
+def _end_workers() -> None:
     """At exit: a worker whose batches nobody will ask for ignores SIGTERM, and would be waited for without end."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker is killed
-    for worker in workers:
+    for worker in list(_WORKERS):
         with contextlib.suppress(ValueError):  # closed already
             worker.kill()
 

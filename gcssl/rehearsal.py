@@ -27,7 +27,7 @@ from gcssl.eval.finetune import FinetuneConfig, finetune
 from gcssl.loader import Sizes
 from gcssl.log import say
 from gcssl.pretrain import pretrain
-from gcssl.runtime import make_accelerator
+from gcssl.runtime import batch_layout, make_accelerator
 from gcssl.ssl.objectives import SCHEMAS
 
 QUIET = {"log.every": 1, "log.trackers": [], "eval.online_every": 0}
@@ -63,10 +63,15 @@ def first_steps(cfg: PretrainConfig, minutes: float, sizes: Sizes) -> list[dict[
     """The metrics of training for real, by one process, for so long."""
     with elsewhere() as folder:
         keys = {**QUIET, "out": str(folder), "train.max_hours": minutes / 60, "checkpoint.every": 1e9}
-        keys |= {"train.global_batch": None, "train.accumulate": sizes.accumulate}  # the part of one process
+        keys |= part_of_one(sizes.accumulate)
         with suppress(Preempted), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             pretrain(changed(cfg, keys))
         return metrics(folder)
+
+
+def part_of_one(accumulate: int) -> dict[str, Any]:
+    """Of a run of many processes that accumulate so often: the keys by which one process does its part."""
+    return {"train.global_batch": None, "train.accumulate": accumulate}
 
 
 def rate(told: list[dict[str, Any]]) -> float:
@@ -102,9 +107,13 @@ def first_minutes(cfg: PretrainConfig, minutes: float, sizes: Sizes) -> tuple[st
     return "ok", text
 
 
-def verify_resume(cfg: PretrainConfig) -> None:
-    """Train six steps twice, once with a kill -9 after the third, and compare every bit; NumericStop if one differs."""
+def verify_resume(cfg: PretrainConfig, processes: int = 1) -> None:
+    """Train six steps twice, once with a kill -9 after the third, and compare every bit; NumericStop if one differs.
+
+    By one process, whose part of the run of so many it is.
+    """
     steps = {**QUIET, "train.steps": STEPS, "checkpoint.every": 1e-9, "checkpoint.keep": STEPS}
+    steps |= part_of_one(batch_layout(cfg.train, processes)[0])
     with elsewhere() as folder:
         whole, cut = folder / "whole", folder / "cut"
         say(f"verify-resume: {STEPS} steps without a break")

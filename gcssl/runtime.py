@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from gcssl.errors import LostProcess, Preempted, UserError, is_full_disk, is_main_process, outcome
+from gcssl.errors import CannotWrite, LostProcess, Preempted, UserError, is_full_disk, is_main_process, outcome
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,7 +39,7 @@ def entry(main: Callable[[list[str]], None]) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, _stop_here)
         main(sys.argv[1:])
-    except (Exception, KeyboardInterrupt) as raised:
+    except (Exception, KeyboardInterrupt, Preempted) as raised:
         error = raised
     _, code, reason = outcome(error)
     if code in (0, 75, 78) and getattr(error, "agreed", True):  # by all processes: nobody waits for a dead one
@@ -74,12 +74,13 @@ def follow_launcher() -> None:
 
 def _report(error: BaseException, code: int, reason: str) -> None:
     """One line on stderr, from the main process; from another one where the main one did not end the job."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # the exit code is known; what follows takes no more time
+        signal.signal(number, signal.SIG_IGN if is_main_process() else signal.SIG_DFL)
     who = ""
     if not is_main_process():
         time.sleep(8)  # an error that all have is told by the main process; the launcher then ends this one
         who = f" (process {os.environ['RANK']})"
-    if code == 1 and not isinstance(error, KeyboardInterrupt | LostProcess) and not is_full_disk(error):
+    if code == 1 and not isinstance(error, KeyboardInterrupt | LostProcess | CannotWrite) and not is_full_disk(error):
         traceback.print_exception(error)
     else:
         print(f"gcssl: {reason}{who}", file=sys.stderr, flush=True)
@@ -210,8 +211,8 @@ def make_accelerator(train: "TrainConfig", runtime: "RuntimeConfig") -> "Acceler
 
 @contextmanager
 def main_process_first(accelerator: "Accelerator") -> Iterator[None]:
-    """The main process runs the block before the others do, however long it takes: copying a set takes hours, and
-    runtime.timeout is for processes that compute."""
+    """The main process runs the block before the others do, and all leave it together, however long it takes: copying
+    or listing a set takes hours, and runtime.timeout is for processes that compute."""
     if accelerator.num_processes == 1:
         yield
         return
@@ -225,6 +226,7 @@ def main_process_first(accelerator: "Accelerator") -> Iterator[None]:
     finally:
         if accelerator.is_main_process:
             distributed.barrier(group)
+        distributed.barrier(group)
         distributed.destroy_process_group(group)
 
 

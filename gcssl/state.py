@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gcssl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 from gcssl.config import CheckpointConfig
-from gcssl.errors import NumericStop, UserError
+from gcssl.errors import CannotWrite, NumericStop, UserError
 from gcssl.files import atomic_write
 from gcssl.loader import Sizes
 from gcssl.log import say
@@ -86,7 +86,8 @@ class RunState:
         keep_every = (cfg.keep_every or 0) * steps_per_epoch or None
         try:
             path = save_checkpoint(self.run.path, step, *parts, cfg.keep, keep_every)
-        except UserError as error:
+            self.run.progress(step)
+        except (CannotWrite, OSError) as error:
             if cfg.on_error == "stop":
                 raise
             say(f"{error}; this one is left out, training goes on (checkpoint.on_error=warn)")
@@ -95,7 +96,6 @@ class RunState:
             size = sum(file.stat().st_size for file in path.iterdir())
             say(f"checkpoint: {path.name}, {size / 1e6:.1f} MB in {1000 * (time.perf_counter() - begun):.0f} ms")
         self.saved = True
-        self.run.progress(step)
 
     def give_up(self, step: int, reason: str, faults: list[dict[str, Any]]) -> None:
         """Stop on a number, and leave what leads into the step after `step` done ones in incidents/.

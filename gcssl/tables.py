@@ -186,12 +186,14 @@ def _is_label(feature: Any) -> bool:
 
 
 def _by_split(files: list[Path], cfg: DataConfig) -> dict[str, list[Path]]:
-    """Shards grouped by the split that their file (or its folder) names; with no such name all are train."""
+    """Shards grouped by the split that their file names, else its folder in data.path; with no such name all are
+    train."""
     known = [n for n in (cfg.train_split, cfg.val_split, *TRAIN_NAMES, *TEST_NAMES) if n]
     groups: dict[str, list[Path]] = {}
     for file in files:
-        names = {file.stem.lower(), file.parent.name.lower(), *re.split(r"[-_.]", file.stem.lower())}
-        name = next((k for k in known if k.lower() in names), None)
+        names = [{file.stem.lower(), *re.split(r"[-_.]", file.stem.lower())}]
+        names += [{file.parent.name.lower()}] if file.parent != Path(cfg.path) else []
+        name = next((k for words in names for k in known if k.lower() in words), None)
         groups.setdefault(name or SHARD.sub("", file.stem) or "train", []).append(file)
     if not any(name in known for name in groups):
         if len(groups) > 1:

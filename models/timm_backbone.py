@@ -13,6 +13,7 @@ from timm.models import PretrainedCfg, is_model, register_model
 from timm.models._manipulate import group_parameters
 from timm.models.gcvit import _create_gcvit
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gcssl.errors import UserError
 from gcssl.models.windows import check_size, pair
@@ -102,6 +103,11 @@ class TimmBackbone(nn.Module):
         self.strides, self.channels = tuple(compress(self.strides, tiles)), tuple(compress(self.channels, tiles))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        if enable and any(isinstance(module, _BatchNorm) for module in self.model.modules()):
+            raise UserError(
+                f"model.grad_checkpointing=true: {self.name} has batch norm, whose statistics the second pass would "
+                "update once more; leave it out"
+            )
         self.model_args["grad_checkpointing"] = enable
         self.model.set_grad_checkpointing(enable)
 

@@ -4,8 +4,9 @@ python -m scripts.timm_matrix [family ...]
 
 With families only their rows are made anew. Every model is built at a small image size; then each objective does one
 forward and backward pass on two images, as DistributedDataParallel asks it (every trainable parameter must get a
-gradient), and moves its teacher, if any. Those of many crops get two local ones of half the size where the model takes
-these. A model that fails otherwise than by a UserError is left out, and the program ends with its traceback.
+gradient, and none an immense one), and moves its teacher, if any. Those of many crops get two local ones of half the
+size where the model takes these. A model that fails otherwise than by a UserError is left out, and the program ends
+with its traceback.
 """
 
 import dataclasses
@@ -43,6 +44,7 @@ COLUMNS = {  # title -> the objectives it speaks of; tried in this order, as tho
 }
 TRIED = tuple(objective for objectives in COLUMNS.values() for objective in objectives)
 CROPS = "smaller crops"
+MOST_NORM = 1e6  # of the gradient, which the small heads of TINY make large: more cannot be trained from
 TINY = {  # keys of the objectives, for those that have them
     "hidden_dim": 16, "bottleneck_dim": 8, "out_dim": 8, "queue": 8, "decoder_dim": 64, "mask_prob": 1.0,
 }  # fmt: skip
@@ -225,8 +227,9 @@ def try_objective(objective: str, backbone: Any, size: int, crops: dict[str, int
     loss = model(random_batch(model.draw, size), 0)["loss"]
     loss.backward()
     left = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    if left or not loss.isfinite():
-        raise RuntimeError(f"{objective}: loss {loss.item()}, parameters without a gradient: {left}")
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+    if left or not loss.isfinite() or not norm < MOST_NORM:
+        raise RuntimeError(f"{objective}: loss {loss.item()}, norm {norm}, parameters without a gradient: {left}")
     model.after_step(0)
 
 

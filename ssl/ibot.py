@@ -18,7 +18,7 @@ from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.heads import DINOHead
 from gcssl.ssl.ema import momentum_copy
-from gcssl.ssl.masking import draw_blocks, hide_pixels, make_mask_token
+from gcssl.ssl.masking import draw_blocks, fill_color, hide_pixels, make_mask_token
 from gcssl.ssl.prototypes import (
     Center,
     PrototypeConfig,
@@ -110,7 +110,7 @@ class IBOT(PrototypeObjective):
         self.start_momentum, self.n_views = cfg.momentum, 2 + cfg.local_crops
         self.draw = MaskedCropDraw(multi_crop_draw(cfg, encoder, augment), encoder.stride, cfg.mask_prob, (low, high))
         self.encoder = encoder
-        self.mask_token = make_mask_token(encoder, cfg.name)
+        self.mask_token, self.mask_color = make_mask_token(encoder, cfg.name), fill_color(encoder)
         self.projector = DINOHead(
             encoder.num_features, cfg.hidden_dim, cfg.bottleneck_dim, cfg.out_dim, not cfg.norm_last_layer
         )
@@ -143,7 +143,8 @@ class IBOT(PrototypeObjective):
             teacher_patches = self.patch_center(patches, self.patch_temp(step))
 
         def hidden(x: Tensor, noise: Tensor | None) -> Tensor:
-            return self.encoder.forward_features(hide_pixels(x, masks), masks, self.mask_token, noise)
+            seen = hide_pixels(x, masks, self.mask_color)
+            return self.encoder.forward_features(seen, masks, self.mask_token, noise)
 
         large = torch.cat(run_views(hidden, batch, range(2))).flatten(2).transpose(1, 2)  # 2B n C
         small = [m.mean((2, 3)) for m in run_maps(self.encoder, batch, range(2, self.n_views))]

@@ -228,7 +228,7 @@ class Joint(nn.Module):
         Call it before `backward` and on every process: it runs each part's backward pass and keeps the graph.
         scale: what the loss is multiplied by for that, so that no fp16 gradient is lost.
         """
-        named = list(self.encoder.named_parameters())
+        named = [(n, p) for n, p in self.encoder.named_parameters() if p.requires_grad]
         norms, flats = {}, []
         for name, loss in out["_parts"].items():
             grads = torch.autograd.grad(scale * loss, [p for _, p in named], retain_graph=True, allow_unused=True)

@@ -128,18 +128,27 @@ def upsample_mask(mask: Tensor, height: int, width: int) -> Tensor:
     return mask.repeat_interleave(height // h, -2).repeat_interleave(width // w, -1)  # B H W
 
 
-def hide_pixels(x: Tensor, mask: Tensor, color: Tensor | None = None) -> Tensor:
-    """Normalised images B C H W with the pixels of hidden units (mask B h w) set to 0, the mean colour, or to
-    `color` (C).
+def hide_pixels(x: Tensor, mask: Tensor, color: Tensor | float = 0.0) -> Tensor:
+    """Normalised images B C H W with the pixels of hidden units (mask B h w) set to `color`, a number or C: 0 is the
+    mean colour.
 
     Filled, not multiplied, so that nothing of a hidden pixel is left, not even a NaN or the sign of a zero.
     Hiding pixels before the stem is what keeps GC ViT from leaking: its stem's 3x3 convolutions overlap the
     units and its squeeze-excite pools over the whole image.
     """
     hidden = upsample_mask(mask, *x.shape[-2:]).unsqueeze(1)  # B 1 H W
-    if color is None:
-        return x.masked_fill(hidden, 0.0)
+    if not isinstance(color, Tensor):
+        return x.masked_fill(hidden, color)
     return torch.where(hidden, color.to(x.dtype).view(1, -1, 1, 1), x)
+
+
+def fill_color(encoder: Backbone) -> float:
+    """What hidden pixels are set to: for GC ViT 0, the mean colour; for others 0.5 (half a standard deviation off it).
+
+    A stem without biases makes zeros of zeros, and a norm of a zero vector multiplies gradients by 1 / sqrt(eps), a
+    thousand at each such layer of ConvNeXt.
+    """
+    return 0.0 if isinstance(encoder, GCViT) else 0.5
 
 
 def make_mask_token(encoder: Backbone, objective: str) -> nn.Parameter | None:

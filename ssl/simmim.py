@@ -16,7 +16,15 @@ from gcssl.augment import SIMMIM, override
 from gcssl.config import AugmentConfig
 from gcssl.models.build import Backbone
 from gcssl.models.decoders import MapDecoder
-from gcssl.ssl.masking import MaskedDraw, check_ratio, check_unit, default_unit, hide_pixels, make_mask_token
+from gcssl.ssl.masking import (
+    MaskedDraw,
+    check_ratio,
+    check_unit,
+    default_unit,
+    fill_color,
+    hide_pixels,
+    make_mask_token,
+)
 from gcssl.ssl.targets import HOG_CELL, TARGETS, check_target, first_samples, reconstruction, target_head, target_loss
 
 
@@ -60,7 +68,8 @@ class SimMIM(nn.Module):
         else:
             self.head = target_head(cfg.target, encoder.num_features, encoder.stride, self.cell)
         self.mask_token = make_mask_token(encoder, cfg.name)
-        self.mask_color = nn.Parameter(torch.zeros(3)) if cfg.fill == "learned" else None  # 0: the mean colour
+        color = fill_color(encoder)
+        self.mask_color = nn.Parameter(torch.full((3,), color)) if cfg.fill == "learned" else color
         self.draw = MaskedDraw(override(SIMMIM, augment), unit, cfg.mask_ratio)
 
     def features(self, batch: dict[str, Any]) -> Tensor:

@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import json
 import pickle
+import signal
 import subprocess
 import sys
 import tarfile
@@ -42,8 +44,11 @@ def refused(monkeypatch, capsys):
     def run(module, *argv: str) -> str:
         monkeypatch.setattr(sys, "argv", ["program", *map(str, argv)])
         capsys.readouterr()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
         with pytest.raises(SystemExit) as stop:
             entry(module.main)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         stderr = capsys.readouterr().err
         assert stop.value.code == 2, stderr
         assert stderr.startswith("gcssl: ") and stderr.count("\n") == 1, stderr
@@ -167,6 +172,13 @@ def test_one_image_a_class_leaves_none_for_an_evaluation(
     line = refused(module, *argv, "model.img_size=64")
     assert "one image a class" in line and words in line
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(("module", "task"), [(knn, "knn"), (linear_probe, "linear_probe"), (finetune, "finetune")])
+def test_a_result_of_other_settings_is_told_before_anything_is_opened(module, task, tmp_path: Path, refused) -> None:
+    (tmp_path / f"{task}.json").write_text(json.dumps({"settings": {"old": 5}}))
+    line = refused(module, "backbone=random", "model.name=gcvit_nano", "data.path=no/such/folder", f"out={tmp_path}")
+    assert "holds a result of other settings" in line
 
 
 def test_empty_folder_and_folder_without_images(tmp_path: Path, refused) -> None:

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gcssl.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, verify
 from gcssl.config import PretrainConfig, load_config
-from gcssl.errors import Preempted, UserError
+from gcssl.errors import CannotWrite, Preempted
 from gcssl.pretrain import pretrain
 from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 
@@ -80,8 +80,9 @@ def test_a_full_disk(on_error: str, small_disk: Path, tmp_path: Path, capsys: py
     keys = ["train.steps=4", "checkpoint.keep=2", f"checkpoint.on_error={on_error}"]
     told = r"cannot be written: .*it takes 36 MB and the disk has \d+ MB free; make room"
     if on_error == "stop":
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(CannotWrite, match=told):
             pretrain(config(out, *keys))
+        assert json.loads((out / "status.json").read_text())["exit_code"] == 1
     else:
         pretrain(config(out, *keys))  # to the end: there is room for the backbone
         assert "training goes on (checkpoint.on_error=warn)" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from gcssl.errors import Preempted
 from gcssl.models.build import backbone_info, build_backbone, load_backbone
 from gcssl.pretrain import pretrain
 from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
+from gcssl.ssl.simmim import SimMIM
 
 YAML = Path(__file__).resolve().parent.parent / "configs/pretrain"
 TINY = [
@@ -50,6 +52,22 @@ def test_each_update_gets_its_lr_weight_decay_and_clipped_gradient(
     assert [line["wd"] for line in told] == pytest.approx(decay, rel=1e-5)
     assert all(line["grad_norm"] > 1e-2 for line in told)  # as measured, before the clip
     assert norms == pytest.approx([1e-3] * 5, rel=1e-2)
+
+
+def test_a_bad_step_of_many_micro_batches_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch norm statistics are those of before its first micro-batch, not of before its last."""
+    forward = SimMIM.forward
+
+    def at_step_1(self: SimMIM, batch: dict[str, Any], step: int) -> dict[str, torch.Tensor]:
+        out = forward(self, batch, step)
+        return out | {"loss": out["loss"] * float("nan")} if step == 1 else out
+
+    monkeypatch.setattr(SimMIM, "forward", at_step_1)
+    keys = ["train.steps=2", "train.batch_size=4", "train.accumulate=2", "checkpoint.every=0.3"]
+    out = pretrain(config("simmim", tmp_path, *keys, "model.name=resnet10t", "model.window_ratio=null"))
+    assert [line["skipped"] for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())] == [0, 1]
+    one, two = (load_file(out / f"checkpoints/step_0000000{i}/model.safetensors") for i in (1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 PROTOTYPES = ["hidden_dim=32", "out_dim=16", "local_crops=0", "koleo_weight=0", "freeze_last_layer_epochs=0"]

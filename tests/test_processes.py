@@ -44,7 +44,7 @@ def slow_save(*given, **more):
     return save(*given, **more)
 
 def slow_data(*given):
-    if not hurt and fault == "slow data":
+    if fault == "slow data everywhere" or (not hurt and fault == "slow data"):
         time.sleep(14)
     return open_data(*given)
 
@@ -171,9 +171,10 @@ def test_all_processes_wait_for_the_last_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("images copied into a cache for longer than runtime.timeout", "the other processes wait")
-def test_a_long_copy_of_the_images_ends_no_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["slow data", "slow data everywhere"])
+def test_a_long_copy_of_the_images_ends_no_process(fault: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    code, _, stderr = end(start(out, "train.steps=1", "runtime.timeout=8", fault="slow data"))
+    code, _, stderr = end(start(out, "train.steps=1", "runtime.timeout=8", fault=fault))
     assert code == 0, stderr[-2000:]
 
 

@@ -21,6 +21,7 @@ import gcssl.tables
 from gcssl.config import DataConfig
 from gcssl.data import BadImage, Images, held_out, open_data
 from gcssl.errors import UserError
+from gcssl.tables import find_tables
 
 COLOURS = {"cat": (200, 30, 40), "ant": (20, 190, 60), "dog": (30, 40, 210)}  # not in alphabetical order
 
@@ -286,6 +287,34 @@ def test_splits_in_the_names_of_tables_whatever_their_case(tmp_path: Path, capsy
     table(2).to_parquet(tmp_path / "extra.PARQUET")
     assert len(opened(tmp_path).train) == 4
     assert "has the splits test, train; not used beside them: extra" in capsys.readouterr().out
+
+
+def test_a_tables_own_name_counts_before_that_of_its_folder(tmp_path: Path) -> None:
+    for root in (tmp_path / "train", tmp_path / "validation"):  # the name of data.path itself counts for nothing
+        root.mkdir()
+        table(4).to_parquet(root / "train-00000-of-00001.parquet")
+        table(3).to_parquet(root / "test-00000-of-00001.parquet")
+        assert {name: len(raw().reader) for name, raw in find_tables(DataConfig(path=str(root)), root).items()} == {
+            "train": 4,
+            "test": 3,
+        }
+    shards = tmp_path / "val"
+    shards.mkdir()
+    table(4).to_parquet(shards / "0000.parquet")
+    assert set(find_tables(DataConfig(path=str(shards)), shards)) == {"train"}
+    inside = tmp_path / "sets" / "train"
+    inside.mkdir(parents=True)
+    table(4).to_parquet(inside / "0000.parquet")
+    table(3).to_parquet(inside / "test.parquet")
+    data = opened(tmp_path / "sets")
+    assert (len(data.train), len(data.test)) == (4, 3)
+
+
+def test_the_test_split_is_not_the_training_split(tmp_path: Path) -> None:
+    table(4).to_parquet(tmp_path / "train.parquet")
+    assert "data.val_split: given train, which is trained on" in refused(tmp_path, val_split="train")
+    with pytest.raises(UserError, match="^data.val_split: given nonsense, shapes has test; leave it out$"):
+        open_data(DataConfig(path="shapes", val_split="nonsense"))
 
 
 def test_one_parquet_file_and_shards_without_a_split(tmp_path: Path) -> None:

@@ -87,7 +87,10 @@ def test_test_images_in_train_are_found_also_when_they_were_saved_again(tmp_path
     Image.open(data / "train/class0/04.png").save(data / "val/class0/again.jpg", quality=80)
     found = doctor.check_duplicates(examine(config("simmim", *keys)))
     assert found.verdict == "warn"
-    assert "1 are in train pixel by pixel, 2 nearly so" in found.told and "again.jpg" in found.told
+    assert (
+        "1 are pixel by pixel among 30 of the 30 training images, 2 nearly so" in found.told
+        and "again.jpg" in found.told
+    )
     assert "class0/04.png" in found.told
 
 
@@ -272,6 +275,21 @@ def test_a_resume_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch, capsy
     assert "equal bit for bit" not in capsys.readouterr().out
     verify_resume(config("simmim"))
     assert "equal bit for bit" in capsys.readouterr().out
+
+
+def test_one_process_verifies_its_part_of_a_run_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """simclr refuses to accumulate: eight images a step are one process's, not four times two."""
+    asked = []
+
+    def start(cfg: PretrainConfig, out: Path) -> None:
+        del out
+        asked.append(cfg.train)
+        raise UserError("far enough")
+
+    monkeypatch.setattr("gcssl.rehearsal.start", start)
+    with pytest.raises(UserError, match="far enough"):
+        verify_resume(config("simclr", "train.batch_size=2", "train.global_batch=8"), 4)
+    assert (asked[0].global_batch, asked[0].accumulate, asked[0].batch_size) == (None, 1, 2)
 
 
 def test_a_run_that_ends_before_it_is_killed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,10 @@
 """Batches are functions of the seed and the step; bad images are replaced; dead workers are named."""
 
 import dataclasses
+import errno
+import gc
 import io
+import multiprocessing
 import os
 import pickle
 import signal
@@ -19,7 +22,7 @@ from PIL import Image
 from gcssl.augment import BYOL_1, BYOL_2, IMAGENET_MEAN, IMAGENET_STD, View, ViewSpec, draw_view
 from gcssl.config import AugmentConfig
 from gcssl.data import Images
-from gcssl.errors import UserError
+from gcssl.errors import Preempted, UserError
 from gcssl.eval.features import Crop
 from gcssl.loader import (
     BatchPlan,
@@ -291,3 +294,47 @@ def test_an_abandoned_loader_does_not_hold_up_the_exit(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(tmp_path / "mine")], timeout=60, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "mine").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts file descriptors in /proc")
+@pytest.mark.fault("a run with hundreds of online probes", "no worker of a loader that ended keeps a file open")
+def test_a_loader_that_ended_leaves_no_file_open() -> None:
+    def opened() -> int:
+        for _ in eval_loader(make_images(4), np.arange(4), SIZE, Crop(SIZE), 2, 2):
+            pass
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    first = opened()
+    assert [opened() for _ in range(3)] == [first] * 3
+
+
+@pytest.mark.fault("a worker that the system does not start", "one line; those that were started end too")
+def test_a_worker_that_cannot_be_started_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    popen = multiprocessing.context.ForkProcess._Popen
+
+    def start(process: Any) -> Any:
+        if set(multiprocessing.active_children()) - others:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return popen(process)
+
+    others = set(multiprocessing.active_children())
+    monkeypatch.setattr(multiprocessing.context.ForkProcess, "_Popen", staticmethod(start))
+    told = r"^data.workers=3: a worker cannot be started \(BlockingIOError: .*; lower it"
+    with pytest.raises(UserError, match=told) as held:  # held, as a traceback holds the loader and with it the worker
+        list(eval_loader(make_images(8), np.arange(8), SIZE, Crop(SIZE), 2, 3))
+    deadline = time.monotonic() + 10
+    while (left := set(multiprocessing.active_children()) - others) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for worker in left:  # it ignores SIGTERM
+        worker.kill()
+    assert not left, held
+
+
+def test_a_signal_is_not_a_bad_image() -> None:
+    class Stopping(Encoded):
+        def read(self, i: int) -> bytes:
+            raise Preempted(f"stopped by SIGTERM at image {i}")
+
+    with pytest.raises(Preempted):
+        Images(Stopping(3), None, None, "train", "fingerprint").load(1)

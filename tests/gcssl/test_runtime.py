@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gcssl.config import RuntimeConfig, TrainConfig
-from gcssl.errors import NumericStop, Preempted, UserError, outcome
+from gcssl.errors import CannotWrite, NumericStop, Preempted, UserError, outcome
 from gcssl.runtime import (
     StopSignal,
     batch_layout,
@@ -81,6 +81,19 @@ def test_a_full_disk_is_one_line(tmp_path: Path, number: int) -> None:
     code, told = leave(OSError(number, os.strerror(number)), tmp_path)
     assert code == 1 and told.startswith(f"gcssl: [Errno {number}]") and told.count("\n") == 1
     assert "make room on that disk, and run the same command again" in told
+    assert leave(CannotWrite("out: the disk is full"), tmp_path) == (1, "gcssl: out: the disk is full\n")
+
+
+def test_a_second_signal_does_not_change_the_exit_code() -> None:
+    """A scheduler that is in a hurry repeats it while the first one's line is written and Python shuts down."""
+    program = (
+        "import atexit, os, signal\n"
+        "from gcssl.runtime import entry\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "entry(lambda _: os.kill(os.getpid(), signal.SIGTERM))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (75, 1), done
 
 
 def test_ctrl_c_is_one_line(tmp_path: Path) -> None:

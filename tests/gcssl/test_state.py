@@ -1,5 +1,6 @@
 """What a resume reads back: the loss scale that goes with the checkpoint, and none of an earlier fit; incidents."""
 
+import errno
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import torch
 from torch import nn
 
 from gcssl.checkpoint import save_checkpoint
-from gcssl.config import RuntimeConfig, TrainConfig
-from gcssl.errors import NumericStop, outcome
+from gcssl.config import CheckpointConfig, RuntimeConfig, TrainConfig
+from gcssl.errors import NumericStop, UserError, outcome
 from gcssl.models.build import build_backbone
 from gcssl.runtime import make_accelerator
 from gcssl.state import RunState
@@ -46,3 +47,33 @@ def test_an_incident_that_cannot_be_written_still_ends_in_its_reason(
         state(tmp_path, scale=4.0).give_up(3, "loss is nan", [])
     (line,) = capsys.readouterr().out.splitlines()
     assert outcome(stop.value)[1] == 78 and "incidents/after_step_3: not written:" in line
+
+
+def test_processes_that_see_other_checkpoints_are_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = state(tmp_path, scale=4.0)
+    one.accelerator = Namespace(num_processes=2, scaler=None)
+    monkeypatch.setattr("gcssl.state.gather_object", lambda steps: [*steps, 6])  # what another process found
+    with pytest.raises(
+        UserError, match=r"the processes find other steps in .*: \[0, 6\]; give a folder that all share"
+    ):
+        one.resume()
+
+
+@pytest.mark.fault(
+    "a disk too full for status.json", "checkpoint.on_error=warn says so and goes on; else one line, exit 1"
+)
+@pytest.mark.parametrize("on_error", ["warn", "stop"])
+def test_a_status_that_cannot_be_written(on_error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def progress(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    one = state(tmp_path, scale=4.0)
+    one.run.progress = progress
+    cfg = CheckpointConfig(on_error=on_error)
+    if on_error == "warn":
+        one.save(3, cfg, 10)
+        assert "No space left on device; this one is left out, training goes on" in capsys.readouterr().out
+    else:
+        with pytest.raises(OSError) as stop:
+            one.save(3, cfg, 10)
+        assert outcome(stop.value)[:2] == ("failed", 1)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gcssl.errors import UserError
 from gcssl.models.build import BACKBONES, build_backbone
 from gcssl.models.gcvit import GCViT, attend
+from gcssl.plan import saved_mib
 
 NANO = {"embed_dim": 32, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8)}
 
@@ -306,6 +307,7 @@ def test_gradient_checkpointing_gives_equal_gradients() -> None:
         model(images(), noise).square().sum().backward()
     for (n, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=n)
+    assert saved_mib(lambda: saving(images()), saving) < 0.6 * saved_mib(lambda: plain(images()), plain)
 
 
 # ---- masks, features, groups

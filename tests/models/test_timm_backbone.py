@@ -179,3 +179,9 @@ def test_tables_that_no_rule_resizes_are_refused(tmp_path: Path) -> None:
     write_backbone(tmp_path, saved.state_dict(), backbone_info(saved))
     with pytest.raises(UserError, match=r"1 of other shape \(model.pos_embed"):
         load_backbone(str(tmp_path), AskedModel(img_size=128))
+
+
+def test_checkpointing_is_refused_where_statistics_would_be_updated_twice() -> None:
+    with pytest.raises(UserError, match="^model.grad_checkpointing=true: resnet18 has batch norm"):
+        build_backbone("resnet18", 64, grad_checkpointing=True)
+    assert build_backbone("convnext_atto", 64, grad_checkpointing=True).model_args["grad_checkpointing"]

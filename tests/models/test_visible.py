@@ -10,6 +10,7 @@ from torch import Tensor
 from gcssl.models.gcvit import GCViT
 from gcssl.models.hidden import spread
 from gcssl.models.visible import count_visible, cut, find_units, halo, paste, reach
+from gcssl.plan import saved_mib
 
 WIDE, NARROW = (32, 32, 16, 32), (16, 16, 16, 32)
 
@@ -82,6 +83,10 @@ def test_drop_path_and_gradient_checkpointing() -> None:
         torch.testing.assert_close(fast[name], want, rtol=1e-9, atol=1e-9 * float(want.abs().max()), msg=name)
         torch.testing.assert_close(kept[name], fast[name], rtol=1e-12, atol=1e-12, msg=name)
     assert not torch.allclose(fast["out"], undropped["out"])
+    x, mask = images(size), mask_of(size, 5)
+    little = saved_mib(lambda: encoder.train().forward_visible(x, mask), encoder)
+    encoder.set_grad_checkpointing(False)
+    assert little < 0.6 * saved_mib(lambda: encoder.forward_visible(x, mask), encoder)
 
 
 def test_nothing_hidden_is_the_plain_encoder() -> None:

@@ -105,11 +105,24 @@ def test_what_both_parts_froze_stays_frozen(make_objective: Make, make_batch: Ma
     assert not all(p.requires_grad for p in named.values())
 
 
+def test_gradient_norms_of_an_encoder_that_is_partly_frozen(make_objective: Make, make_batch: Make) -> None:
+    """esvit reads maps alone, so that convnext's last norm is frozen."""
+    encoder = build_backbone("convnext_atto", 64)
+    joint = make_objective("joint", encoder, view="esvit", temperature=None, projector_layers=None,
+                           predictor_layers=None, local_crops=0)  # fmt: skip
+    assert not all(p.requires_grad for p in joint.encoder.parameters())
+    norms = joint.grad_norms(joint(joint_batch(make_batch, share=False), 0), 0)
+    assert all(norms[f"grad_norm/{name}"] > 0 for name in joint.names)
+
+
 def test_a_part_without_gradient_does_not_run_away_with_the_scale(make_objective: Make) -> None:
     joint = make_objective("joint", balance=True)
     joint.measured = torch.tensor([1.0, 0.0])
     joint.commit_scale(0)
     assert joint.scale.tolist() == pytest.approx([0.5, MOST_SCALE])
+    joint.measured = torch.tensor([0.0, 0.0])
+    joint.commit_scale(0)
+    assert joint.scale.isfinite().all() and (joint.scale > 0).all()
 
 
 def test_grad_norms_are_those_of_the_parts(make_objective: Make, make_batch: Make) -> None:

@@ -1,13 +1,16 @@
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from gcssl.errors import UserError
+from gcssl.models.build import build_backbone
 from gcssl.runtime import rng
 from gcssl.ssl.masking import check_ratio, check_unit, default_unit, draw_blocks, draw_mask, hide_pixels, upsample_mask
+from scripts.timm_matrix import random_batch
 
 
 @pytest.mark.parametrize("side, unit", [(64, 8), (96, 16), (128, 16), (160, 16), (192, 32), (224, 32), (512, 32)])
@@ -83,6 +86,22 @@ def test_hidden_pixels_become_zero_whatever_they_held() -> None:
     assert (y[0, :, :8, :8] == 0).all() and not torch.signbit(y[0, :, :8, :8]).any()
     rest = ~upsample_mask(mask, 64, 64)[:, None].expand_as(x)
     assert torch.equal(y[rest], x[rest])
+
+
+def test_a_colour_is_filled_in_whatever_the_pixels_held() -> None:
+    x, mask, color = torch.full((1, 3, 4, 4), math.nan), torch.ones(1, 2, 2, dtype=torch.bool), torch.arange(3.0)
+    assert torch.equal(hide_pixels(x, mask, color), color.view(1, 3, 1, 1).expand_as(x))
+    assert (hide_pixels(x, mask, 0.5) == 0.5).all()
+
+
+@pytest.mark.parametrize("objective", ["simmim", "localmim", "ummae", "ibot"])
+@pytest.mark.parametrize("name", ["convnext_atto", "mambaout_femto"])
+def test_hidden_pixels_do_not_blow_gradients_up(name: str, objective: str, make_objective: Any) -> None:
+    """A stem without biases makes zeros of zeros, and a norm of zeros multiplies gradients by 1 / sqrt(eps)."""
+    model = make_objective(objective, build_backbone(name, 64)).train()
+    model(random_batch(model.draw, 64), 0)["loss"].backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert torch.nn.utils.get_total_norm(grads) < 1e5
 
 
 def test_blocks_hide_the_exact_count_in_connected_pieces() -> None:

@@ -138,24 +138,29 @@ def forward_all(
     if not len(indices):
         raise UserError("no images to evaluate: the split is empty")
     device, mine = accelerator.device, indices[accelerator.process_index :: accelerator.num_processes]
-    parts: dict[str, list[Tensor]] = {}
+    rows: dict[str, np.ndarray] = {}
     labels, good = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.bool)]
     probe = torch.zeros(1, 3, *crop.size, device=device)  # a process without images still knows the shapes
     with frozen(model), autocast(device, pace.precision):
         if not len(mine):
-            parts = {name: [out[:0].float().cpu()] for name, out in call(probe).items()}
+            rows = {name: out[:0].float().cpu().numpy() for name, out in call(probe).items()}
         how = (crop.size, crop, pace.batch_size, pace.workers, pace.timeout)
+        done = 0
         for batch in eval_loader(images, mine, *how) if len(mine) else ():
             x = batch["image"].to(device, non_blocking=True).float().div_(255)
             for name, out in call(normalize(x, model.mean, model.std)).items():
-                parts.setdefault(name, []).append(out.float().cpu())
+                if name not in rows:  # once in memory: those of a large set are gigabytes
+                    rows[name] = np.empty((len(mine), *out.shape[1:]), np.float32)
+                rows[name][done : done + len(out)] = out.float().cpu().numpy()
+            done += len(x)
             labels.append(batch["label"])
             good.append(batch["ok"])
 
-    def joined(part: list[Tensor]) -> Tensor:
-        return gather_rows(torch.cat(part), len(indices), accelerator)
+    def joined(part: Tensor) -> Tensor:
+        return gather_rows(part, len(indices), accelerator)
 
-    out = Outputs({name: joined(part) for name, part in parts.items()}, joined(labels), joined(good))
+    found = {name: joined(torch.from_numpy(rows.pop(name))) for name in list(rows)}
+    out = Outputs(found, joined(torch.cat(labels)), joined(torch.cat(good)))
     if not out.ok.any():
         raise UserError(f"{images.name}: none of the {len(indices)} images could be decoded; see data.path")
     for name, x in out.x.items():
@@ -204,4 +209,6 @@ def extract(
     out = forward_all(backbone, call, images, indices, accelerator, crop, pace)
     ok, n_bad = out.ok, count_bad(out, images, indices, quiet)
     index = torch.as_tensor(np.asarray(indices, dtype=np.int64))
+    if not n_bad:
+        return Features(out.x, out.y, index, 0)
     return Features({kind: x[ok] for kind, x in out.x.items()}, out.y[ok], index[ok], n_bad)

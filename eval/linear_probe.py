@@ -258,6 +258,7 @@ def _augmented(inputs: Inputs, settings: list[Setting], plan: Plan, held: np.nda
                 grids.append((make_grid(x, settings, inputs.n_classes, device), rows, Standardise(x, rows)))
         for grid, rows, norm in grids:
             train_epoch(grid, x, y, rows, norm, plan, epoch)
+        del crops, x  # before those of the next epoch take as much memory
         seconds += time.perf_counter() - start
         if time.perf_counter() - told > 30:
             told = time.perf_counter()

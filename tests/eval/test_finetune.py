@@ -82,7 +82,14 @@ def test_random_is_compared_at_the_architecture_of_the_backbone_given(
     folder: Path, tmp_path: Path, accelerator
 ) -> None:
     spec = saved(tmp_path / "m", interpolation="bilinear")
-    argv = [f"backbone={spec}", "compare=random", f"data.path={folder}", f"out={tmp_path / 'out'}", *SMALL[2:]]
+    argv = [
+        f"backbone={spec}",
+        "compare=random",
+        f"data.path={folder}",
+        f"out={tmp_path / 'out'}",
+        *SMALL[2:],
+        "crop_pct=0.6",
+    ]
     result = finetune.run(load_config(FinetuneConfig, [*argv, "train.steps=1"]), accelerator)
     assert result["crop"]["size"] == [96, 96] and result["interpolation"] == "bilinear"
     for run in (tmp_path / "out/finetune", tmp_path / "out/finetune/random"):
@@ -90,7 +97,8 @@ def test_random_is_compared_at_the_architecture_of_the_backbone_given(
         assert described["img_size"] == [96, 96] and described["model_args"]["window_ratio"] == [16, 16, 16, 32]
         for product in ("backbone.json", "backbone.safetensors"):
             (run / product).unlink()
-        again, _ = load_backbone(str(run))  # from its checkpoint, by what config.yaml says
+        again, info = load_backbone(str(run))  # from its checkpoint, by what config.yaml says
+        assert info["crop_pct"] == 0.6
         assert again.img_size == (96, 96) and again.window_ratio == (16, 16, 16, 32)
     argv = [f"backbone={spec}", f"data.path={folder}", f"out={tmp_path / 'b'}", *SMALL, "train.steps=1"]
     assert finetune.run(load_config(FinetuneConfig, argv), accelerator)["crop"]["size"] == [64, 64]  # SMALL asks for it

@@ -204,7 +204,7 @@ def test_a_wrapped_backbone_is_masked_in_its_pixels(make_objective: Make, make_b
     objective.eval()
     with torch.no_grad():
         assert torch.equal(objective.features(batch), objective.features(scramble(batch)))
-        pixels = hide_pixels(batch["views"][0], batch["masks"][0])
+        pixels = hide_pixels(batch["views"][0], batch["masks"][0], 0.5)
         assert torch.equal(objective.features(batch), encoder.forward_features(pixels))
     assert objective(batch, 0)["loss"].isfinite()
 

@@ -92,7 +92,10 @@ def load_checkpoint(folder: Path) -> Loaded | None:
         try:
             return read_checkpoint(path)
         except UserError as error:
-            say(f"{error}; trying the one before")
+            if path.exists():
+                say(f"{error}; trying the one before")
+    if list_checkpoints(folder) != found:  # a run that goes on wrote others meanwhile, and deleted these
+        return load_checkpoint(folder)
     if found:
         raise UserError(f"{found[0].parent}: none of {len(found)} checkpoints can be used; remove it to begin again")
     return None
@@ -107,10 +110,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def read_checkpoint(path: Path) -> Loaded:
     """One checkpoint folder, verified against its manifest; UserError names the wrong file, and why."""
-    problem = verify(path)
-    if problem is not None:
-        raise UserError(f"{path}: not used: {problem}")
     try:
+        problem = verify(path)
+        if problem is not None:
+            raise UserError(f"{path}: not used: {problem}")
         names = sorted(json.loads((path / "manifest.json").read_text())["files"])  # what else lies there is not ours
         tensors = {Path(name).stem: load_file(path / name) for name in names if name.endswith(".safetensors")}
         state = json.loads((path / "state.json").read_text())

@@ -436,3 +436,18 @@ def test_atomic_write_has_the_new_name_on_the_disk(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "replace", replace)
     atomic_write(tmp_path / "x.json", "new")
     assert done == [(tmp_path / "x.json").stat().st_ino, "replaced", tmp_path.stat().st_ino]
+
+
+@pytest.mark.fault("a running run deletes the checkpoints that are being read", "those that it wrote since are read")
+def test_checkpoints_that_a_running_run_deletes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+
+    def two_more(path: Path) -> str | None:
+        if path.name == "step_00000002":
+            for step in (3, 4):
+                save(tmp_path, step)
+        return verify(path)
+
+    monkeypatch.setattr(checkpoint, "verify", two_more)
+    assert_is(tmp_path, 4)

@@ -25,12 +25,16 @@ class NumericStop(Exception):
     """Stopped on a number that is not finite, or on a collapse. Exit 78."""
 
 
-class CannotWrite(UserError):
-    """A disk takes no checkpoint. Exit 1, in one line."""
+class Failure(Exception):
+    """The machine failed, not the program or its user. Exit 1, in one line."""
 
 
-class LostProcess(Exception):
-    """Another process of the run hung or died. Exit 1, in one line."""
+class CannotWrite(Failure):
+    """A disk takes no checkpoint."""
+
+
+class LostProcess(Failure):
+    """Another process of the run hung or died."""
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -43,8 +47,6 @@ def outcome(error: BaseException | None) -> tuple[str, int, str]:
     if error is None or (isinstance(error, SystemExit) and not error.code):
         return "finished", 0, ""
     text = " ".join(str(error).split())
-    if isinstance(error, CannotWrite):
-        return "failed", 1, text
     if isinstance(error, UserError):
         return "refused", 2, text
     if isinstance(error, Preempted):
@@ -53,7 +55,7 @@ def outcome(error: BaseException | None) -> tuple[str, int, str]:
         return "failed", 78, text
     if isinstance(error, KeyboardInterrupt):
         return "failed", 1, "interrupted from the keyboard"
-    if isinstance(error, LostProcess):
+    if isinstance(error, Failure):
         return "failed", 1, text
     if is_full_disk(error):
         return "failed", 1, f"{text}; make room on that disk, and run the same command again"

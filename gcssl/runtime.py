@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from gcssl.errors import CannotWrite, LostProcess, Preempted, UserError, is_full_disk, is_main_process, outcome
+from gcssl.errors import Failure, Preempted, UserError, is_full_disk, is_main_process, outcome
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -80,7 +80,7 @@ def _report(error: BaseException, code: int, reason: str) -> None:
     if not is_main_process():
         time.sleep(8)  # an error that all have is told by the main process; the launcher then ends this one
         who = f" (process {os.environ['RANK']})"
-    if code == 1 and not isinstance(error, KeyboardInterrupt | LostProcess | CannotWrite) and not is_full_disk(error):
+    if code == 1 and not isinstance(error, KeyboardInterrupt | Failure) and not is_full_disk(error):
         traceback.print_exception(error)
     else:
         print(f"gcssl: {reason}{who}", file=sys.stderr, flush=True)

@@ -121,7 +121,7 @@ class RunState:
                 shutil.copyfile(self.run.path / name, folder / name)
             atomic_write(folder / "incident.json", json.dumps(told, indent=1) + "\n")
             save_checkpoint(folder, step, tensors, state, keep=2)
-        except (OSError, UserError) as error:
+        except (OSError, CannotWrite) as error:
             say(f"{folder}: not written: {error}")
 
 

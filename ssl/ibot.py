@@ -110,7 +110,7 @@ class IBOT(PrototypeObjective):
         self.start_momentum, self.n_views = cfg.momentum, 2 + cfg.local_crops
         self.draw = MaskedCropDraw(multi_crop_draw(cfg, encoder, augment), encoder.stride, cfg.mask_prob, (low, high))
         self.encoder = encoder
-        self.mask_token, self.mask_color = make_mask_token(encoder, cfg.name), fill_color(encoder)
+        self.mask_token = make_mask_token(encoder, cfg.name)
         self.projector = DINOHead(
             encoder.num_features, cfg.hidden_dim, cfg.bottleneck_dim, cfg.out_dim, not cfg.norm_last_layer
         )
@@ -143,7 +143,7 @@ class IBOT(PrototypeObjective):
             teacher_patches = self.patch_center(patches, self.patch_temp(step))
 
         def hidden(x: Tensor, noise: Tensor | None) -> Tensor:
-            seen = hide_pixels(x, masks, self.mask_color)
+            seen = hide_pixels(x, masks, fill_color(self.encoder))
             return self.encoder.forward_features(seen, masks, self.mask_token, noise)
 
         large = torch.cat(run_views(hidden, batch, range(2))).flatten(2).transpose(1, 2)  # 2B n C

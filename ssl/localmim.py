@@ -73,14 +73,16 @@ class LocalMIM(nn.Module):
         self.heads = nn.ModuleList(
             target_head(cfg.target, dim, stride, cell) for (dim, stride), cell in zip(stages, self.cells, strict=True)
         )
-        self.mask_token, self.mask_color = make_mask_token(encoder, cfg.name), fill_color(encoder)
+        self.mask_token = make_mask_token(encoder, cfg.name)
         self.draw = MaskedDraw(override(MAE, augment), unit, cfg.mask_ratio)
 
     def features(self, batch: dict[str, Any]) -> list[Tensor]:
         """The maps B C h w of all stages, the finest first, of the first view with its mask applied."""
         x, mask = batch["views"][0], batch["masks"][0]  # B 3 H W; B h w, True = hidden
         noise = batch["noise"][0] if batch.get("noise") else None
-        maps = self.encoder.forward_pyramid(hide_pixels(x, mask, self.mask_color), mask, self.mask_token, noise)
+        maps = self.encoder.forward_pyramid(
+            hide_pixels(x, mask, fill_color(self.encoder)), mask, self.mask_token, noise
+        )
         return maps[-len(self.heads) :]
 
     def loss(self, features: list[Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -107,5 +109,5 @@ class LocalMIM(nn.Module):
         few = first_samples(batch)
         x, mask = few["views"][0], few["masks"][0]
         pred = self.heads[-1](self.features(few)[-1])
-        seen = hide_pixels(x, mask, self.mask_color)
+        seen = hide_pixels(x, mask, fill_color(self.encoder))
         return reconstruction(self.encoder, x, mask, seen, pred, self.target, self.cells[-1])

@@ -121,7 +121,7 @@ class UMMAE(nn.Module):
         self.unit = unit = cfg.mask_unit if cfg.mask_unit is not None else min(16, default_unit(img_size))
         check_compaction(encoder, img_size, unit, cfg.secondary_ratio)
         self.encoder: Any = encoder
-        self.mask_token, self.mask_color = make_mask_token(encoder, cfg.name), fill_color(encoder)
+        self.mask_token = make_mask_token(encoder, cfg.name)
         grid = (img_size[0] // unit, img_size[1] // unit)
         split = encoder.stride // unit
         self.decoder = TokenDecoder(encoder.num_features, grid, unit, split, cfg.decoder_dim, cfg.decoder_depth)
@@ -131,7 +131,7 @@ class UMMAE(nn.Module):
         """Normalised pixels B 3 H W of the first view, from its stitched and masked kept units."""
         x, (mask, second) = batch["views"][0], batch["masks"][:2]  # B 3 H W; B h w; B h/2 w/2
         noise = batch["noise"][0] if batch.get("noise") else None
-        seen = hide_pixels(keep_units(x, mask), second, self.mask_color)  # B 3 H/2 W/2
+        seen = hide_pixels(keep_units(x, mask), second, fill_color(self.encoder))  # B 3 H/2 W/2
         return self.decoder(self.encoder.forward_features(seen, second, self.mask_token, noise), mask)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
@@ -149,5 +149,5 @@ class UMMAE(nn.Module):
         """
         few = first_samples(batch)
         x, (mask, second) = few["views"][0], few["masks"][:2]
-        seen = hide_pixels(x, mask | upsample_mask(second, *mask.shape[1:]), self.mask_color)
+        seen = hide_pixels(x, mask | upsample_mask(second, *mask.shape[1:]), fill_color(self.encoder))
         return reconstruction(self.encoder, x, mask, seen, self.predict(few), "norm_pixels", self.unit)

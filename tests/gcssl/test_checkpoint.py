@@ -31,7 +31,7 @@ from gcssl.checkpoint import (
     write_backbone,
 )
 from gcssl.config import TrainConfig
-from gcssl.errors import UserError
+from gcssl.errors import CannotWrite, UserError
 from gcssl.keys import CHOICES
 from gcssl.optim import make_optimizer, param_groups, set_lr
 
@@ -338,7 +338,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_good_one(tmp_path: Path) ->
         told = "nothing"
         try:
             save_checkpoint(tmp_path, 2, {"model": {"a": torch.zeros(100_000)}}, {}, 2)
-        except UserError as error:
+        except CannotWrite as error:
             told = str(error)
         (tmp_path / "told").write_text(told)
         os._exit(0)

@@ -10,6 +10,7 @@ the real program on two gloo processes of one thread each over twice that of one
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -48,7 +49,8 @@ BATCH = 8
 def objective_step(objective: str, keys: list[str], batch: int) -> tuple[Step, torch.nn.Module]:
     """Forward and backward on `batch` generated images, and the objective."""
     yaml = ROOT / f"configs/pretrain/{objective}_gcvit_nano.yaml"
-    patient = examine(load_config(DoctorConfig, [str(yaml), *SMALL, *keys], SCHEMAS))
+    with contextlib.redirect_stdout(sys.stderr):  # what it tells of its mask is no part of the table
+        patient = examine(load_config(DoctorConfig, [str(yaml), *SMALL, *keys], SCHEMAS))
     model, images = patient.objective.to(device()).train(), patient.batch(batch)
     images["views"] = [view.to(device()) for view in images["views"]]
     images["masks"] = [mask if mask is None else mask.to(device()) for mask in images["masks"]]

@@ -147,7 +147,7 @@ def fit(
     bad_steps = BadSteps(run.path, train, objective)
     watch = CollapseWatch(objective.chance(sizes.global_batch) if hasattr(objective, "chance") else {})
     judges = {"bad_steps": bad_steps, "collapse": watch}
-    state = RunState(run, objective, make_optimizer(groups, train), accelerator, judges)
+    state = RunState(run, objective, make_optimizer(groups, train), accelerator, judges, dataset.images.classes)
     step = state.resume()
     if bad_steps.norms and accelerator.num_processes * sizes.accumulate > 1:
         say("batch norm in the backbone: over each process's micro-batch, so other layouts of a batch train otherwise")

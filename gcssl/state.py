@@ -25,7 +25,7 @@ class RunState:
     """The objective and its optimizer as they were before Accelerate's `prepare`, the loss scaler, and the judges.
 
     judges: by name, what decides from earlier steps whether one counts or ends the run; with state_dict and
-    load_state_dict of JSON values.
+    load_state_dict of JSON values. classes: the names of the images' classes, for what is read from a checkpoint.
     """
 
     def __init__(
@@ -35,9 +35,10 @@ class RunState:
         optimizer: torch.optim.Optimizer,
         accelerator: Accelerator,
         judges: dict[str, Any],
+        classes: list[str] | None,
     ) -> None:
         self.run, self.objective, self.optimizer, self.accelerator = run, objective, optimizer, accelerator
-        self.judges = judges
+        self.judges, self.classes = judges, classes
         self.saved = False
 
     def resume(self) -> int:
@@ -71,7 +72,7 @@ class RunState:
         default_encoder = getattr(self.objective, "default_encoder", "student")
         encoder = self.objective.encoder
         state = {"optimizer": optimizer, "default_encoder": default_encoder}
-        state |= {"mean": list(encoder.mean), "std": list(encoder.std)}
+        state |= {"mean": list(encoder.mean), "std": list(encoder.std), "class_names": self.classes}
         state |= {name: judge.state_dict() for name, judge in self.judges.items()}
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()

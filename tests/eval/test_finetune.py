@@ -98,7 +98,7 @@ def test_random_is_compared_at_the_architecture_of_the_backbone_given(
         for product in ("backbone.json", "backbone.safetensors"):
             (run / product).unlink()
         again, info = load_backbone(str(run))  # from its checkpoint, by what config.yaml says
-        assert info["crop_pct"] == 0.6
+        assert info["crop_pct"] == 0.6 and info["class_names"] == described["class_names"] is not None
         assert again.img_size == (96, 96) and again.window_ratio == (16, 16, 16, 32)
     argv = [f"backbone={spec}", f"data.path={folder}", f"out={tmp_path / 'b'}", *SMALL, "train.steps=1"]
     assert finetune.run(load_config(FinetuneConfig, argv), accelerator)["crop"]["size"] == [64, 64]  # SMALL asks for it

@@ -23,7 +23,7 @@ def state(folder: Path, scale: float) -> RunState:
     model = nn.Module()
     model.encoder = build_backbone("gcvit_nano", 64)
     run: Any = Namespace(path=folder, step=0, is_main=True)
-    return RunState(run, model, torch.optim.SGD(model.parameters()), accelerator, {})
+    return RunState(run, model, torch.optim.SGD(model.parameters()), accelerator, {}, None)
 
 
 def test_the_loss_scale_is_that_of_the_checkpoint_or_a_new_one(tmp_path: Path) -> None:

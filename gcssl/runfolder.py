@@ -28,6 +28,7 @@ FREE_KEYS = (
     "data.workers",
     "data.timeout",
     "data.max_bad",
+    "eval.",  # the probe changes no bit of the training
     "log.",
     "checkpoint.",
     "runtime.",

@@ -150,6 +150,14 @@ def test_a_run_stopped_by_the_clock_loses_nothing(whole: Path, tmp_path: Path) -
     assert [event.step for event in board.Images("reconstructed")] == [1, 2, 3]
 
 
+def test_the_probe_changes_no_bit_and_may_be_left_out_on_the_way(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(Preempted):
+        pretrain(config("simmim", tmp_path, *EPOCHS, "train.max_hours=0"))
+    pretrain(config("simmim", tmp_path, *EPOCHS, "eval.online_every=0"))
+    assert_same(weights(whole, 3), weights(tmp_path, 3))
+    assert not any("online_knn/top1@20" in line for line in lines(tmp_path))
+
+
 @pytest.mark.fault(
     "resumed with another micro-batch and accumulation",
     "the same losses within 1e-3, the same direction of training",

@@ -65,7 +65,7 @@ from gcssl.models.build import FRESH, AskedModel, Backbone, backbone_info, from_
 from gcssl.optim import groups_table, param_groups
 from gcssl.pretrain import drop_noise, fit
 from gcssl.runfolder import RunFolder
-from gcssl.runtime import entry, main_process_first, make_accelerator, seed_torch
+from gcssl.runtime import batch_layout, entry, main_process_first, make_accelerator, seed_torch
 from gcssl.streams import INIT, MIXUP
 
 
@@ -167,8 +167,9 @@ def run(cfg: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any]:
     check_specs(cfg.backbone, cfg.compare)
     if cfg.compare not in (None, *FRESH):
         raise UserError(f"compare={cfg.compare}: fine-tuning compares with {' or '.join(FRESH)}")
-    if mixes(cfg.finetune) and cfg.train.batch_size % 2:
-        raise UserError(f"train.batch_size={cfg.train.batch_size}: mixup pairs images, expected an even number")
+    batch_size, _, _ = batch_layout(cfg.train, accelerator.num_processes)
+    if mixes(cfg.finetune) and batch_size % 2:
+        raise UserError(f"train.batch_size={batch_size}: mixup pairs images, expected an even number")
     if cfg.train.shard:
         raise UserError("train.shard: given true, expected false: it is for pretraining")
     TransformMaker(cfg.finetune, (32, 32), (0.5,) * 3, (0.5,) * 3)  # refuses a wrong auto_augment before any work

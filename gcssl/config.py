@@ -72,7 +72,7 @@ class AugmentConfig:
 class TrainConfig:
     epochs: int = 100
     steps: int | None = None  # when set, wins over epochs
-    batch_size: int = 128  # per process and micro-batch
+    batch_size: int = 128  # per process and micro-batch; the most where global_batch is set
     global_batch: int | None = None  # null: batch_size x processes x accumulate
     accumulate: int = 1  # micro-batches a step; derived when global_batch is set
     optimizer: str = "adamw"

@@ -119,12 +119,12 @@ class Sizes:
 
 
 def run_sizes(train: TrainConfig, n_images: int, world: int) -> Sizes:
-    accumulate, global_batch = batch_layout(train, world)
+    batch_size, accumulate, global_batch = batch_layout(train, world)
     steps_per_epoch = n_images // global_batch
     if steps_per_epoch == 0:
         given = "global_batch" if train.global_batch is not None else "accumulate" if accumulate > 1 else "batch_size"
         lower = [f"train.{given}"]
-        if train.batch_size * world > n_images and given != "batch_size":  # lowering `given` alone would not do
+        if given == "accumulate" and batch_size * world > n_images:  # lowering `given` alone would not do
             lower.append("train.batch_size")
         raise UserError(
             f"train.{given}={getattr(train, given)}: the global batch of {global_batch} exceeds the {n_images}"
@@ -133,7 +133,7 @@ def run_sizes(train: TrainConfig, n_images: int, world: int) -> Sizes:
     total = train.steps if train.steps is not None else train.epochs * steps_per_epoch
     if total < 1:
         raise UserError(f"train.steps={train.steps}, train.epochs={train.epochs}: nothing to train; give at least one")
-    return Sizes(train.batch_size, accumulate, world, global_batch, steps_per_epoch, total)
+    return Sizes(batch_size, accumulate, world, global_batch, steps_per_epoch, total)
 
 
 class _Told(Dataset[dict[str, Any]]):

@@ -63,15 +63,15 @@ def first_steps(cfg: PretrainConfig, minutes: float, sizes: Sizes) -> list[dict[
     """The metrics of training for real, by one process, for so long."""
     with elsewhere() as folder:
         keys = {**QUIET, "out": str(folder), "train.max_hours": minutes / 60, "checkpoint.every": 1e9}
-        keys |= part_of_one(sizes.accumulate)
+        keys |= part_of_one(sizes.batch_size, sizes.accumulate)
         with suppress(Preempted), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             pretrain(changed(cfg, keys))
         return metrics(folder)
 
 
-def part_of_one(accumulate: int) -> dict[str, Any]:
-    """Of a run of many processes that accumulate so often: the keys by which one process does its part."""
-    return {"train.global_batch": None, "train.accumulate": accumulate}
+def part_of_one(batch_size: int, accumulate: int) -> dict[str, Any]:
+    """Of a run of many processes with these micro-batches: the keys by which one process does its part."""
+    return {"train.global_batch": None, "train.batch_size": batch_size, "train.accumulate": accumulate}
 
 
 def rate(told: list[dict[str, Any]]) -> float:
@@ -113,7 +113,7 @@ def verify_resume(cfg: PretrainConfig, processes: int = 1) -> None:
     By one process, whose part of the run of so many it is.
     """
     steps = {**QUIET, "train.steps": STEPS, "checkpoint.every": 1e-9, "checkpoint.keep": STEPS}
-    steps |= part_of_one(batch_layout(cfg.train, processes)[0])
+    steps |= part_of_one(*batch_layout(cfg.train, processes)[:2])
     with elsewhere() as folder:
         whole, cut = folder / "whole", folder / "cut"
         say(f"verify-resume: {STEPS} steps without a break")

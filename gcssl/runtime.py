@@ -149,20 +149,25 @@ def seed_torch(seed: int, *key: int) -> None:
     torch.manual_seed(number & 0x7FFFFFFFFFFFFFFF)
 
 
-def batch_layout(train: "TrainConfig", world: int) -> tuple[int, int]:
-    """(accumulation steps, global batch) of `world` processes; from train.global_batch where that is set."""
+def batch_layout(train: "TrainConfig", world: int) -> tuple[int, int, int]:
+    """(images of a micro-batch in each of `world` processes, accumulation steps, global batch).
+
+    train.global_batch, where it is set, decides: it is accumulated, or a larger train.batch_size lowered to its share.
+    """
     for name in ("batch_size", "accumulate"):
         if getattr(train, name) < 1:
             raise UserError(f"train.{name}: given {getattr(train, name)}, expected at least 1")
-    micro = train.batch_size * world
     if train.global_batch is None:
-        return train.accumulate, micro * train.accumulate
-    if train.global_batch < 1 or train.global_batch % micro:
+        return train.batch_size, train.accumulate, train.batch_size * world * train.accumulate
+    if train.global_batch < 1 or train.global_batch % world:
+        raise UserError(f"train.global_batch: given {train.global_batch}, expected a multiple of {world} processes")
+    batch = min(train.batch_size, train.global_batch // world)
+    if train.global_batch % (batch * world):
         raise UserError(
-            f"train.global_batch: given {train.global_batch}, expected a multiple of {micro} "
-            f"(train.batch_size {train.batch_size} x {world} processes); change train.batch_size"
+            f"train.global_batch: given {train.global_batch}, expected a multiple of {batch * world} "
+            f"(train.batch_size {batch} x {world} processes); change train.batch_size"
         )
-    return train.global_batch // micro, train.global_batch
+    return batch, train.global_batch // (batch * world), train.global_batch
 
 
 def make_accelerator(train: "TrainConfig", runtime: "RuntimeConfig") -> "Accelerator":
@@ -176,7 +181,7 @@ def make_accelerator(train: "TrainConfig", runtime: "RuntimeConfig") -> "Acceler
         InitProcessGroupKwargs,
     )
 
-    accumulate, _ = batch_layout(train, int(os.environ.get("WORLD_SIZE", "1")))
+    _, accumulate, _ = batch_layout(train, int(os.environ.get("WORLD_SIZE", "1")))
     _refuse_foreign_settings(train, accumulate)
     set_deterministic(train.deterministic)
     if train.precision == "fp16" and not torch.cuda.is_available():

@@ -121,11 +121,8 @@ def test_objectives_that_compare_images_refuse_accumulation_and_a_batch_of_one(
         ({"batch_size": 1024}, "train.batch_size=1024", "train.batch_size"),
         ({"batch_size": 128, "accumulate": 8}, "train.accumulate=8", "train.accumulate"),
         ({"batch_size": 128, "global_batch": 2048}, "train.global_batch=2048", "train.global_batch"),
-        (
-            {"batch_size": 1024, "global_batch": 2048},
-            "train.global_batch=2048",
-            "train.global_batch and train.batch_size",
-        ),
+        ({"batch_size": 1024, "global_batch": 2048}, "train.global_batch=2048", "train.global_batch"),
+        ({"batch_size": 512, "accumulate": 2}, "train.accumulate=2", "train.accumulate and train.batch_size"),
     ],
 )
 def test_a_batch_larger_than_the_set_names_the_keys_to_lower(given: dict[str, int], key: str, lower: str) -> None:

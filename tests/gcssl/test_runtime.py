@@ -208,8 +208,11 @@ def test_seed_torch_seeds_all_three() -> None:
 
 
 def test_the_global_batch_gives_the_accumulation() -> None:
-    assert batch_layout(TrainConfig(batch_size=8, accumulate=3), 2) == (3, 48)
-    assert batch_layout(TrainConfig(batch_size=8, global_batch=64), 2) == (4, 64)
+    assert batch_layout(TrainConfig(batch_size=8, accumulate=3), 2) == (8, 3, 48)
+    assert batch_layout(TrainConfig(batch_size=8, global_batch=64), 2) == (8, 4, 64)
+    assert batch_layout(TrainConfig(batch_size=128, global_batch=1024), 16) == (64, 1, 1024)  # its share is less
+    with pytest.raises(UserError, match="train.global_batch: given 64, expected a multiple of 3 processes"):
+        batch_layout(TrainConfig(batch_size=32, global_batch=64), 3)
     with pytest.raises(UserError, match="train.global_batch: given 60, expected a multiple of 16"):
         batch_layout(TrainConfig(batch_size=8, global_batch=60), 2)
     with pytest.raises(UserError, match="train.batch_size: given 0"):

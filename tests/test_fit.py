@@ -204,8 +204,16 @@ def test_losses_of_before_a_term_joined_do_not_judge_those_after(tmp_path: Path)
     assert len(state["bad_steps"]["losses"]) == 1
 
 
-def test_a_timm_backbone_drops_the_same_paths_after_a_resume(tmp_path: Path) -> None:
-    """Its drop path draws from torch's generator, ours from the numbers it is handed."""
+def test_a_timm_backbone_drops_the_same_paths_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its drop path draws from torch's generator, ours from the numbers it is handed; each step draws its own."""
+    seeds: dict[int, set[int]] = {}
+    forward = SimMIM.forward
+
+    def spying(self: SimMIM, batch: dict[str, Any], step: int) -> dict[str, torch.Tensor]:
+        seeds.setdefault(step, set()).add(torch.initial_seed())
+        return forward(self, batch, step)
+
+    monkeypatch.setattr(SimMIM, "forward", spying)
     keys = ["model.name=test_vit", "model.drop_path=0.5", "objective.mask_unit=16", "train.steps=3"]
     keys += ["train.batch_size=16", "model.window_ratio=null"]
     whole = pretrain(config("simmim", tmp_path / "whole", *keys))
@@ -213,3 +221,4 @@ def test_a_timm_backbone_drops_the_same_paths_after_a_resume(tmp_path: Path) -> 
         pretrain(config("simmim", tmp_path / "cut", *keys, "train.max_hours=0"))
     cut = pretrain(config("simmim", tmp_path / "cut", *keys))
     assert (whole / "backbone.safetensors").read_bytes() == (cut / "backbone.safetensors").read_bytes()
+    assert [len(of_step) for of_step in seeds.values()] == [1, 1, 1] and len(set.union(*seeds.values())) == 3

@@ -8,11 +8,12 @@ import pytest
 import torch
 import yaml
 
-from gcssl.config import PretrainConfig, load_config
+from gcssl.config import PretrainConfig, config_dict, load_config
 from gcssl.eval.finetune import FinetuneConfig
 from gcssl.eval.inputs import InputConfig
 from gcssl.eval.knn import KnnConfig
 from gcssl.eval.linear_probe import LinearProbeConfig
+from gcssl.keys import flatten
 from gcssl.loader import ViewMaker, batch_to_device, collate, run_sizes
 from gcssl.models.build import BACKBONES, from_config
 from gcssl.optim import make_optimizer, param_groups, set_lr
@@ -71,8 +72,8 @@ def test_every_evaluation_yaml_loads() -> None:
     assert found.keys() == EVALUATIONS.keys()
     for name, path in found.items():
         cfg = load_config(EVALUATIONS[name], [str(path)])
-        told = yaml.safe_load(path.read_text())
-        assert all(getattr(cfg, key) == value for key, value in told.items() if not isinstance(value, dict)), path
+        found_there, told = flatten(config_dict(cfg)), flatten(yaml.safe_load(path.read_text()))
+        assert {key: found_there[key] for key in told} == told, path
 
 
 def test_every_launcher_yaml_leaves_precision_and_compilation_to_the_run() -> None:

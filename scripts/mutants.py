@@ -36,15 +36,24 @@ def passes(test: str, copy: Path) -> bool:
     return code == 0
 
 
+def broken(mutant: Mutant, sound: str) -> str:
+    """The file with its guard broken; refuses one that every test would notice: it must compile and know its names."""
+    assert mutant.old in sound, f"{mutant.guard}: {mutant.file} no longer has {mutant.old!r}"
+    text = sound.replace(mutant.old, mutant.new, 1)
+    if mutant.file.endswith(".py"):
+        compile(text, mutant.file, "exec")
+        ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--quiet", "--output-format", "concise"]
+        ruff += ["--select", "F821,F823", "--stdin-filename", mutant.file, "-"]
+        done = subprocess.run(ruff, input=text, capture_output=True, text=True)
+        assert done.returncode == 0, f"{mutant.guard}: {done.stdout}{done.stderr}"
+    return text
+
+
 def noticed(mutant: Mutant, copy: Path) -> bool:
     """Does the test fail on the broken copy?"""
     path = copy / mutant.file
     sound = path.read_text()
-    assert mutant.old in sound, f"{mutant.guard}: {mutant.file} no longer has {mutant.old!r}"
-    broken = sound.replace(mutant.old, mutant.new, 1)
-    if path.suffix == ".py":
-        compile(broken, mutant.file, "exec")  # else every test would notice
-    path.write_text(broken)
+    path.write_text(broken(mutant, sound))
     passed = passes(mutant.test, copy)
     path.write_text(sound)
     return not passed

@@ -1,6 +1,8 @@
-"""Every yaml in configs/ loads with its schema, and every recipe builds and fits the processes that it names."""
+"""Every yaml in configs/ and every command in the documents loads; recipes build and fit the processes they name."""
 
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +10,19 @@ import pytest
 import torch
 import yaml
 
-from gcssl.config import PretrainConfig, load_config
+from gcssl.config import PretrainConfig, config_dict, load_config
+from gcssl.errors import UserError
 from gcssl.eval.finetune import FinetuneConfig
 from gcssl.eval.inputs import InputConfig
 from gcssl.eval.knn import KnnConfig
 from gcssl.eval.linear_probe import LinearProbeConfig
+from gcssl.export import ExportConfig
+from gcssl.keys import flatten
 from gcssl.loader import ViewMaker, batch_to_device, collate, run_sizes
 from gcssl.models.build import BACKBONES, from_config
 from gcssl.optim import make_optimizer, param_groups, set_lr
+from gcssl.patient import DoctorConfig
+from gcssl.plan import PlanConfig
 from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +30,13 @@ RECIPES = sorted((ROOT / "configs/pretrain").glob("*.yaml"))
 EVALUATIONS = {
     "knn": KnnConfig, "linear_probe": LinearProbeConfig, "validate": InputConfig, "finetune_demo": FinetuneConfig,
 }  # fmt: skip
+PROGRAMS = {
+    "pretrain.py": PretrainConfig, "gcssl.pretrain": PretrainConfig, "gcssl.doctor": DoctorConfig,
+    "gcssl.plan": PlanConfig, "gcssl.export": ExportConfig, "gcssl.eval.knn": KnnConfig,
+    "gcssl.eval.linear_probe": LinearProbeConfig, "gcssl.eval.finetune": FinetuneConfig,
+    "gcssl.eval.validate": InputConfig,
+}  # fmt: skip
+NO_CONFIG = ("gcssl.eval.compare", "gcssl.doctor replay")
 IMAGES = {"shapes": 10_000, "/data/imagenet": 1_281_167, "/data/cifar10": 50_000}
 
 
@@ -71,8 +85,43 @@ def test_every_evaluation_yaml_loads() -> None:
     assert found.keys() == EVALUATIONS.keys()
     for name, path in found.items():
         cfg = load_config(EVALUATIONS[name], [str(path)])
-        told = yaml.safe_load(path.read_text())
-        assert all(getattr(cfg, key) == value for key, value in told.items() if not isinstance(value, dict)), path
+        found_there, told = flatten(config_dict(cfg)), flatten(yaml.safe_load(path.read_text()))
+        assert {key: found_there[key] for key in told} == told, path
+
+
+def shown(document: Path) -> Iterator[tuple[int, str]]:
+    """The lines in the code blocks of a document, continued ones joined, with the number of their first."""
+    inside, begun, whole = False, 0, ""
+    for number, line in enumerate(document.read_text().splitlines(), 1):
+        if line.startswith("```"):
+            inside, whole = not inside, ""
+        elif inside:
+            begun = begun if whole else number
+            whole += line.removesuffix("\\")
+            if not line.endswith("\\"):
+                yield begun, whole
+                whole = ""
+
+
+def test_every_command_in_the_documents_has_keys_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for those with a placeholder (<key>, ...) or a variable of the shell."""
+    monkeypatch.chdir(ROOT)
+    loaded, wrong = 0, []
+    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for number, line in shown(document):
+            call = re.search(r"(pretrain\.py(?= configs/)|(?<=-m )gcssl[\w.]*) +(.*)", line)
+            if call is None or re.search(r"[<>…$]|\.\.\.", line := call[2].partition(" #")[0]):
+                continue
+            if f"{call[1]} {line}".startswith(NO_CONFIG):
+                continue
+            try:
+                words = shlex.split(line.removeprefix("verify-resume "))
+                load_config(PROGRAMS[call[1]], words, SCHEMAS)
+                loaded += 1
+            except (UserError, KeyError) as error:
+                wrong.append(f"{document.relative_to(ROOT)}:{number}: {error}")
+    assert not wrong, "\n".join(wrong)
+    assert loaded >= 10
 
 
 def test_every_launcher_yaml_leaves_precision_and_compilation_to_the_run() -> None:

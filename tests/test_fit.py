@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,18 @@ TINY = [
 def config(objective: str, out: Path, *more: str) -> PretrainConfig:
     argv = [str(YAML / f"{objective}_gcvit_nano.yaml"), *TINY, f"out={out}", *more]
     return load_config(PretrainConfig, argv, SCHEMAS)
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, objective: str, note: Callable[[dict[str, Any], int], None]) -> None:
+    """note(batch, step) before each forward pass of the objective."""
+    cls = OBJECTIVES[objective][0]
+    forward = cls.forward
+
+    def noting(self: Any, batch: dict[str, Any], step: int) -> dict[str, torch.Tensor]:
+        note(batch, step)
+        return forward(self, batch, step)
+
+    monkeypatch.setattr(cls, "forward", noting)
 
 
 def test_each_update_gets_its_lr_weight_decay_and_clipped_gradient(
@@ -175,12 +188,25 @@ def test_a_kept_checkpoint_is_made_between_two_others(tmp_path: Path) -> None:
     assert sorted(path.name[-1] for path in (out / "checkpoints").iterdir()) == ["4", "8", "9"]
 
 
-def test_a_resume_keeps_the_normalisation_that_came_with_the_weights(tmp_path: Path) -> None:
+def test_each_step_draws_its_own_drop_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[torch.Tensor] = []
+    watch(monkeypatch, "simmim", lambda batch, _: drawn.extend(batch["noise"]))
+    pretrain(config("simmim", tmp_path, "train.steps=2", "model.drop_path=0.5"))
+    first, second = drawn
+    assert first.shape == second.shape and not (first == second).any()
+
+
+def test_a_run_keeps_and_uses_the_normalisation_that_came_with_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backbone = build_backbone("gcvit_nano", 64, window_ratio=[16, 16, 16, 32])
     backbone.mean, backbone.std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     (tmp_path / "weights").mkdir()
     write_backbone(tmp_path / "weights", backbone.state_dict(), backbone_info(backbone))
     keys = ["train.steps=3", f"model.weights={tmp_path / 'weights'}"]
+    mean, std = (torch.tensor(three)[:, None, None] for three in (backbone.mean, backbone.std))
+    seen: list[torch.Tensor] = []
+    watch(monkeypatch, "mocov3", lambda batch, _: seen.extend(view * std + mean for view in batch["views"]))
     whole = pretrain(config("mocov3", tmp_path / "whole", *keys))
     with pytest.raises(Preempted, match="step 1 of 3"):
         pretrain(config("mocov3", tmp_path / "cut", *keys, "train.max_hours=0"))
@@ -189,6 +215,8 @@ def test_a_resume_keeps_the_normalisation_that_came_with_the_weights(tmp_path: P
     for name in ("backbone.safetensors", "backbone.json"):
         assert (whole / name).read_bytes() == (cut / name).read_bytes()
     assert json.loads((cut / "backbone.json").read_text())["std"] == [0.2, 0.3, 0.4]
+    pixels = torch.cat(seen)
+    assert pixels.min() == pytest.approx(0, abs=1e-5) and pixels.max() == pytest.approx(1, abs=1e-5)
 
 
 def test_a_stop_at_the_last_step_has_nothing_left_to_stop(tmp_path: Path) -> None:
@@ -204,8 +232,10 @@ def test_losses_of_before_a_term_joined_do_not_judge_those_after(tmp_path: Path)
     assert len(state["bad_steps"]["losses"]) == 1
 
 
-def test_a_timm_backbone_drops_the_same_paths_after_a_resume(tmp_path: Path) -> None:
-    """Its drop path draws from torch's generator, ours from the numbers it is handed."""
+def test_a_timm_backbone_drops_the_same_paths_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its drop path draws from torch's generator, ours from the numbers it is handed; each step draws its own."""
+    seeds: dict[int, set[int]] = {}
+    watch(monkeypatch, "simmim", lambda _, step: seeds.setdefault(step, set()).add(torch.initial_seed()))
     keys = ["model.name=test_vit", "model.drop_path=0.5", "objective.mask_unit=16", "train.steps=3"]
     keys += ["train.batch_size=16", "model.window_ratio=null"]
     whole = pretrain(config("simmim", tmp_path / "whole", *keys))
@@ -213,3 +243,4 @@ def test_a_timm_backbone_drops_the_same_paths_after_a_resume(tmp_path: Path) -> 
         pretrain(config("simmim", tmp_path / "cut", *keys, "train.max_hours=0"))
     cut = pretrain(config("simmim", tmp_path / "cut", *keys))
     assert (whole / "backbone.safetensors").read_bytes() == (cut / "backbone.safetensors").read_bytes()
+    assert [len(of_step) for of_step in seeds.values()] == [1, 1, 1] and len(set.union(*seeds.values())) == 3

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.mutants import MUTANTS
+from scripts.mutants import MUTANTS, Mutant, broken
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("ssl", "models", "eval", "configs")
@@ -41,6 +41,14 @@ def test_each_mutant_finds_what_it_breaks() -> None:
     for mutant in MUTANTS:
         assert (ROOT / mutant.file).read_text().count(mutant.old) >= 1, mutant.guard
         assert (ROOT / mutant.test.split()[0]).exists(), mutant.guard
+
+
+def test_a_mutant_that_every_test_would_notice_is_refused() -> None:
+    sound, mutant = "x = 1\ndef f():\n    print(2)\n", Mutant("a guard", "pretrain.py", "print(2)", "print(3)", "")
+    assert broken(mutant, sound) == sound.replace("2", "3")
+    for new, why in (("print(", "never closed"), ("print(y)", "F821"), ("print(x); x = 2", "F823")):
+        with pytest.raises((SyntaxError, AssertionError), match=why):
+            broken(mutant._replace(new=new), sound)
 
 
 def test_the_checklist_names_tests_that_are_there() -> None:

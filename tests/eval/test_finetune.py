@@ -16,8 +16,17 @@ from gcssl.checkpoint import write_backbone
 from gcssl.config import load_config
 from gcssl.errors import Preempted, UserError
 from gcssl.eval import finetune, validate
-from gcssl.eval.finetune import Classifier, FinetuneConfig, FinetuneOptions, TransformMaker, layer_groups, open_run
+from gcssl.eval.finetune import (
+    Classifier,
+    FinetuneConfig,
+    FinetuneOptions,
+    TransformMaker,
+    layer_groups,
+    open_run,
+    to_device,
+)
 from gcssl.eval.inputs import InputConfig
+from gcssl.loader import run_sizes
 from gcssl.models.build import backbone_info, build_backbone, load_backbone
 from gcssl.runtime import make_accelerator
 
@@ -253,6 +262,40 @@ def test_transform_is_a_function_of_the_key() -> None:
     assert torch.equal(a, maker(pixels, 0, (0, 1, 2))["image"])
     assert not torch.equal(a, maker(pixels, 0, (0, 1, 3))["image"])
     assert a.shape == (3, 64, 64)
+
+
+def test_training_images_are_normalised_by_the_backbones_own_mean_and_std(
+    folder: Path, tmp_path: Path, accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    seen, forward = [], Classifier.forward
+
+    def noting(self: Classifier, batch: dict[str, Any], step: int) -> dict[str, torch.Tensor]:
+        seen.append(batch["image"] * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None])
+        return forward(self, batch, step)
+
+    monkeypatch.setattr(Classifier, "forward", noting)
+    argv = [f"backbone={saved(tmp_path / 'm', mean=mean, std=std)}", f"data.path={folder}", f"out={tmp_path / 'out'}"]
+    argv += [*SMALL, "finetune.augment=light", "train.max_hours=0"]
+    with pytest.raises(Preempted):
+        finetune.run(load_config(FinetuneConfig, argv), accelerator)
+    (pixels,) = seen
+    assert pixels.min() == pytest.approx(0, abs=1e-5) and pixels.max() == pytest.approx(1, abs=1e-5)
+
+
+def test_mixing_is_a_function_of_the_step(tmp_path: Path, accelerator) -> None:
+    cfg = config(tmp_path, tmp_path, "model.drop_path=0.2")
+    images, labels = torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
+    how = {"cfg": cfg, "accelerator": accelerator, "backbone": backbone(), "sizes": run_sizes(cfg.train, 16, 1)}
+
+    def mixed(step: int) -> list[torch.Tensor]:
+        batch = {"image": images.clone(), "label": labels, "position": torch.arange(4)}
+        batch = to_device(batch, step, **how, classes=3)
+        return [batch["image"], batch["target"], batch["noise"][0]]
+
+    first, again, other = mixed(1), mixed(1), mixed(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_without_a_policy_colours_are_jittered(tmp_path: Path) -> None:

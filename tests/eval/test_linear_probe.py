@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from gcssl.config import DataConfig, ModelConfig
+from gcssl.data import held_out
 from gcssl.errors import UserError
 from gcssl.eval import linear_probe
 from gcssl.eval.inputs import Inputs, open_inputs
@@ -169,8 +170,15 @@ class Counting:
 
 
 class SameCrops(Inputs):
+    """The evaluation crop wherever a random one is asked for; remembers of which epochs."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__(**vars(inputs))
+        self.epochs: list[int] = []
+
     def features(self, images: Any, kinds: tuple[str, ...], random: Any = None, epoch: int = 0) -> Any:
-        del random, epoch
+        if random is not None:
+            self.epochs.append(epoch)
         return super().features(images, kinds)
 
 
@@ -204,30 +212,37 @@ def test_cached_and_augmented_agree_when_the_crop_is_the_whole_image(
 ) -> None:
     """The two protocols share all but the crops: with equal features they must train the same heads."""
     cfg = config(folder, tmp_path)
-    inputs = SameCrops(**vars(open_inputs(cfg, accelerator)))
+    inputs = SameCrops(open_inputs(cfg, accelerator))
     a = probe(inputs, cfg)
     b = probe(inputs, config(folder, tmp_path, protocol="augmented"))
     assert a["metrics"] == b["metrics"]
     assert a["notes"]["chosen"] == b["notes"]["chosen"]
+    assert inputs.epochs == [0, 1, 2]  # new crops in each
 
 
 @pytest.mark.parametrize("protocol", ["cached", "augmented"])
-def test_the_head_that_is_judged_was_trained_on_all_of_train(
+def test_the_setting_is_chosen_without_the_held_out_slice_and_its_head_trained_on_all_of_train(
     folder: Path, tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, protocol: str
 ) -> None:
-    """And standardised by all of it, although the setting was chosen without the held-out slice."""
+    """And standardised likewise."""
     judged: list[Tensor] = []
+    scored: list[dict[Setting, tuple[float, float]]] = []
     topk = linear_probe.topk_correct
     monkeypatch.setattr(
         linear_probe, "topk_correct", lambda logits, *rest: judged.append(logits) or topk(logits, *rest)
     )
+    monkeypatch.setattr(linear_probe, "choose", lambda scores: scored.append(scores) or choose(scores))
     cfg = config(folder, tmp_path, protocol=protocol, features=["last"], lrs=[0.3], weight_decays=[0.0])
-    inputs = SameCrops(**vars(open_inputs(cfg, accelerator)))
+    inputs = SameCrops(open_inputs(cfg, accelerator))
     probe(inputs, cfg)
     train, test = (inputs.features(images, ("last",)) for images in (inputs.train, inputs.test))
     setting, plan = Setting("last", 0.3, 0.0), Plan(3, cfg.head_batch, cfg.seed)
     grid, norm = train_heads(train.x, train.y, torch.arange(66), [setting], 3, plan, CPU)
     torch.testing.assert_close(judged, [grid.logits("last", norm(test.x)["last"])[:, 0]])
+    rest, held = map(torch.from_numpy, held_out(inputs.train))
+    grid, norm = train_heads(train.x, train.y, rest, [setting], 3, plan, CPU)
+    (wanted,) = grid.scores({"last": train.x["last"][held]}, train.y[held], norm).values()
+    assert scored[0][setting] == pytest.approx(wanted)
 
 
 def test_a_run_writes_its_result_and_refuses_to_replace_another(

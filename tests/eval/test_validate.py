@@ -12,7 +12,7 @@ from torch import nn
 from gcssl.augment import IMAGENET_MEAN, IMAGENET_STD, normalize, resize_center_crop
 from gcssl.checkpoint import write_backbone
 from gcssl.config import DataConfig, ModelConfig
-from gcssl.data import open_data
+from gcssl.data import BadImage, open_data
 from gcssl.errors import UserError
 from gcssl.eval.inputs import InputConfig
 from gcssl.eval.validate import main, run
@@ -38,13 +38,18 @@ def config(spec: Path | str, folder: Path, out: Path, **kw: Any) -> InputConfig:
 
 
 def by_hand(model: nn.Module, folder: Path, pct: float, how: str, side: int = 64) -> float:
-    """Top-1, one image at a time."""
-    images, right = open_data(DataConfig(path=str(folder)), (64, 64)).test, 0
+    """Top-1, one image at a time, of those that can be decoded."""
+    images, right = open_data(DataConfig(path=str(folder)), (64, 64)).test, []
     for i in range(len(images)):
-        pixels = torch.from_numpy(resize_center_crop(images.load(i), (side, side), pct, how))[None] / 255
+        try:
+            image = images.load(i)
+        except BadImage:
+            continue
+        pixels = torch.from_numpy(resize_center_crop(image, (side, side), pct, how))[None] / 255
         with torch.no_grad():
-            right += int(model(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD)).argmax() == images.labels[i])
-    return 100 * right / len(images)
+            logits = model(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD))
+        right.append(int(logits.argmax() == images.labels[i]))
+    return 100 * sum(right) / len(right)
 
 
 @pytest.mark.parametrize("batch_size", [4, 100])
@@ -82,6 +87,13 @@ def test_a_test_split_alone_will_do(folder: Path, tmp_path: Path, accelerator: A
     (tmp_path / "data" / "val").symlink_to(folder / "val")
     result = run(config(tmp_path / "m", tmp_path / "data", tmp_path / "out"), accelerator)
     assert result["n_test"] == 27
+
+
+def test_undecodable_images_are_left_out(broken_folder: Path, tmp_path: Path, accelerator: Accelerator) -> None:
+    model = export(tmp_path / "m", classes=CLASSES)
+    result = run(config(tmp_path / "m", broken_folder, tmp_path / "out"), accelerator)
+    assert result["validate/top1"] == pytest.approx(by_hand(model, broken_folder, 1.0, "bicubic"))
+    assert (result["n_test"], result["n_bad"], result["validate/top5"]) == (26, 1, 100.0)
 
 
 def test_two_checkpoints_are_compared_on_the_same_images(

@@ -48,7 +48,10 @@ def test_a_spike_is_measured_against_the_last_losses(tmp_path: Path) -> None:
     assert steps.judge(values(1e9)) == ""  # there is nothing to measure it against
     assert not any(steps.judge(values(noisy(i))) for i in range(WINDOW))
     assert steps.judge(values(1.03)) == ""  # four deviations
+    resumed = judge(tmp_path)
+    resumed.load_state_dict(json.loads(json.dumps(steps.state_dict())))
     assert steps.judge(values(1.06)).startswith("loss 1.06: above 1.00")
+    assert resumed.judge(values(1.06)).startswith("loss 1.06: above 1.00")
     assert steps.judge(values(0.2)) == ""  # a fall is welcome
     off = judge(tmp_path, spike_sigma=None)
     assert not any(off.judge(values(noisy(i))) for i in range(WINDOW)) and off.judge(values(1e9)) == ""

@@ -157,7 +157,7 @@ def test_adamw_equals_torch() -> None:
     torch.testing.assert_close(ours.bias, theirs.bias)
 
 
-def test_lars_adapts_what_is_decayed_and_nothing_else() -> None:
+def test_lars_adapts_what_is_decayed_and_has_momentum() -> None:
     torch.manual_seed(0)
     net = nn.Linear(3, 2)
     optimizer = make_optimizer(param_groups(net.named_parameters(), 0.1), TrainConfig(optimizer="lars"))
@@ -169,6 +169,8 @@ def test_lars_adapts_what_is_decayed_and_nothing_else() -> None:
     trust = 1e-3 * w.norm() / (g.norm() + 0.1 * w.norm())  # arXiv:1708.03888, equation 6
     torch.testing.assert_close(net.weight, w - 0.5 * trust * (g + 0.1 * w))
     torch.testing.assert_close(net.bias, before["bias"] - 0.5 * net.bias.grad)
+    optimizer.step()  # the same gradients again, with momentum 0.9
+    torch.testing.assert_close(net.bias, before["bias"] - 0.5 * (1 + 1.9) * net.bias.grad)
 
 
 def test_lamb_leaves_clipping_to_the_run() -> None:

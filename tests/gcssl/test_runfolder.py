@@ -1,12 +1,16 @@
 """The run folder: who may use it, what it binds, what status.json says of a run's end."""
 
+import contextlib
+import copy
 import fcntl
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +18,9 @@ import yaml
 
 from gcssl.config import DataConfig, PretrainConfig, TrainConfig, config_dict
 from gcssl.errors import NumericStop, Preempted, UserError
+from gcssl.keys import flatten
 from gcssl.runfolder import RunFolder
+from gcssl.ssl.objectives import SCHEMAS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,7 +35,7 @@ def status(folder: Path) -> dict[str, object]:
     return content
 
 
-def used(folder: Path, cfg: PretrainConfig, global_batch: int | None = None) -> None:
+def used(folder: Path, cfg: PretrainConfig | dict[str, Any], global_batch: int | None = None) -> None:
     """A run of two steps, preempted."""
     with pytest.raises(Preempted), RunFolder(folder, cfg, global_batch) as run:
         run.start()
@@ -170,6 +176,28 @@ def test_free_keys_may_change_and_the_batch_where_the_global_one_stays(tmp_path:
         pass
     with pytest.raises(UserError, match="train.batch_size: 4 -> 8"), RunFolder(tmp_path, old):
         pass  # no global batch is told, so that the keys themselves must agree
+
+
+FREE = {
+    "out", "allow_env", "data.workers", "data.timeout", "data.max_bad", "eval.online_every", "eval.backend",
+    "log.every", "log.trackers", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.on_error",
+    "runtime.timeout", "train.max_hours", "train.max_bad_steps", "train.on_collapse", "train.shard",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", ["joint", "mocov3"])
+def test_these_keys_and_no_others_may_change_between_two_starts(objective: str, tmp_path: Path) -> None:
+    begun = config_dict(PretrainConfig(objective=SCHEMAS[objective]()))
+    used(tmp_path, begun)
+    free = set()
+    for key in flatten(begun):
+        changed = copy.deepcopy(begun)
+        *sections, last = key.split(".")
+        functools.reduce(dict.__getitem__, sections, changed)[last] = "another"
+        with contextlib.suppress(UserError, Preempted), RunFolder(tmp_path, changed):
+            free.add(key)
+            raise Preempted("SIGTERM")
+    assert free == FREE
 
 
 def test_other_facts_are_refused(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
+import yaml
 
-from gcssl.checkpoint import write_backbone
+from gcssl.checkpoint import save_checkpoint, write_backbone
 from gcssl.errors import UserError
 from gcssl.export import ExportConfig, export, largest_difference
 from gcssl.models.build import backbone_info, build_backbone, load_backbone
@@ -89,6 +90,19 @@ def test_exports_load_again_here(kind: str, name: str, tmp_path: Path) -> None:
             assert torch.equal(backbone.state_dict()[key], value), key
     for file in [path, path.with_suffix(".json")] if kind == "torch" else path.iterdir():
         assert str(tmp_path).encode() not in file.read_bytes()  # where it came from is nobody's business
+
+
+def test_the_encoder_asked_for_is_exported(tmp_path: Path) -> None:
+    """Of a run that is not finished: its checkpoint holds both."""
+    encoders = {"encoder": build_backbone("gcvit_nano", img_size=64), "teacher": build_backbone("gcvit_nano", 64)}
+    config = {"model": {"name": "gcvit_nano", "img_size": 64}, "objective": {"name": "mocov3"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    tensors = {f"{part}.{k}": v for part, model in encoders.items() for k, v in model.state_dict().items()}
+    save_checkpoint(tmp_path, 3, {"model": tensors}, {}, keep=2)
+    for asked, part in ((None, "encoder"), ("teacher", "teacher")):
+        out = export(ExportConfig(str(tmp_path), "torch", str(tmp_path / f"{part}.pt"), asked))
+        found = torch.load(out, weights_only=True)
+        assert all(torch.equal(found[k], v) for k, v in encoders[part].state_dict().items())
 
 
 def test_class_names_without_a_head_of_as_many_are_left_out(tmp_path: Path) -> None:

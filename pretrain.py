@@ -2,9 +2,8 @@
 
     accelerate launch pretrain.py configs/pretrain/simmim_gcvit_tiny_in1k.yaml data.path=/data/imagenet out=runs/a
 
-`pretrain` is the run from top to bottom: config, data, backbone, objective, optimizer, prepare, resume, loop, backbone
-file. `fit` is its loop; fine-tuning uses the same one. Everything that can differ between two runs is a pure function
-of the config, the seed and the step, so the same command goes on, bit for bit, where an interrupted run stopped.
+`pretrain` is the run from top to bottom, `fit` its loop; fine-tuning uses the same one. All that can differ between two
+runs is a function of config, seed and step, so the same command goes on bit for bit where an interrupted run stopped.
 """
 
 from collections.abc import Callable

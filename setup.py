@@ -32,6 +32,6 @@ setup(
     ],
     extras_require={
         "onnx": ONNX,
-        "dev": ["pytest>=8", "pytest-xdist", "ruff>=0.8", "mypy>=1.13", "setuptools>=75", "wheel", *ONNX],
+        "dev": ["pytest>=8", "pytest-xdist", "psutil", "ruff>=0.8", "mypy>=1.13", "setuptools>=75", "wheel", *ONNX],
     },
 )

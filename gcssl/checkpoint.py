@@ -80,13 +80,11 @@ def save_checkpoint(
 def load_checkpoint(folder: Path) -> Loaded | None:
     """The newest checkpoint that verifies, with one line about each that does not.
 
-    folder: a run folder, or one of its checkpoints, which is then the only one tried.
+    folder: a run folder.
 
     None: there is none. UserError: there are some, but none can be used, so that no run silently begins
     again.
     """
-    if STEP_FOLDER.fullmatch(Path(folder).name):
-        return read_checkpoint(Path(folder))
     found = list_checkpoints(folder)
     for path in found:
         try:

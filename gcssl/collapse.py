@@ -7,7 +7,7 @@ PATIENCE = 100  # steps in a row; a single batch proves nothing
 LEAST_STD = 0.01  # of feature_std; healthy runs here went from 0.03 to 0.9
 LEAST_RANK = 1.5  # of feature_rank; healthy: 4 and more
 LEAST_ENTROPY = 0.05  # nats of teacher_entropy; collapsed runs here had 0.04 and less, healthy ones 1 and more
-LEAST_PREDICTION_STD = 0.001  # of prediction_std; runs that learn: 0.1 and more, on a plateau 0.002, dead: 0.0001
+LEAST_PREDICTION_STD = 0.001  # of prediction_std; runs that learn: 0.1 and more, on a plateau 0.003, dead: 0.0001
 NEAR = 0.01  # share of ln K or of the chance loss
 
 

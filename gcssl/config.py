@@ -274,7 +274,9 @@ def _with_objective(default: T, layers: list[dict[str, Any]], objectives: dict[s
     if names:
         default.objective = objectives[names[-1]]()
     elif default.objective is None:
-        raise UserError(f"objective.name: not given, expected one of {choices}")
+        keys = ", ".join(sorted({str(key) for layer in layers for key in layer})[:5])
+        among = f" among {keys}" if keys else ""
+        raise UserError(f"objective.name: not given{among}, expected one of {choices}")
     return default
 
 

@@ -151,7 +151,7 @@ def _tree(root: Path) -> tuple[list[str], list[int], list[str]]:
             labels += [len(classes)] * len(files)
             classes.append(folder)
     if classes and (empty := sorted(set(folders) - set(classes))):
-        say(f"data: {root}: {len(empty)} folders without images are no classes: {', '.join(empty[:3])}")
+        say(f"data: {root}: folders without images are no classes ({len(empty)}): {', '.join(empty[:3])}")
     return names, labels, classes
 
 

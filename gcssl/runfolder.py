@@ -190,6 +190,12 @@ class RunFolder:
         """Refuse what would change the run that is already in the folder."""
         used = [name for name in PRODUCTS if _holds_something(self.path / name)]
         old = self._read_yaml("config.yaml")
+        if (self.path / "manifest.json").is_file():
+            raise UserError(f"out: {self.path} is a checkpoint; give the folder of its run, or a new one")
+        if not used and old is None and (run := next(self.path.glob("*/status.json"), None)):
+            raise UserError(
+                f"out: {self.path} holds other runs, such as {run.parent.name}; give out={self.path}/<name>"
+            )
         if not used:
             return  # nothing was done yet: a start that was refused, or stopped before its first step
         if old is None:

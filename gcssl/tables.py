@@ -119,6 +119,8 @@ def find_other(cfg: DataConfig, root: Path) -> Found:
 
     kinds = {file.suffix.lower() for file in root.iterdir()} if root.is_dir() else {root.suffix.lower()}
     if not kinds & {".csv", ".json", ".jsonl", ".zip"}:
+        if root.is_file():
+            raise UserError(f"data.path: {root} is one file, expected parquet, arrow or tar, or a folder of images")
         expected = "images, or parquet, arrow or tar files in it or one folder below"
         raise UserError(f"data.path: no images in {root}, expected {expected}; give the folder that holds them")
     try:
@@ -136,7 +138,7 @@ def _raw(cfg: DataConfig, root: Path, split: str, opener: Callable[[], "datasets
     import datasets
 
     table = opener()
-    image, label = pick_columns(table.features, cfg)
+    image, label = pick_columns(table.features, cfg, f"{split} of {cfg.path}")
     if isinstance(table.features[image], datasets.Image):
         table = table.cast_column(image, datasets.Image(decode=False))
     folder = root if root.is_dir() else root.parent
@@ -150,7 +152,7 @@ def _raw(cfg: DataConfig, root: Path, split: str, opener: Callable[[], "datasets
     return Raw(rows, values, None)
 
 
-def pick_columns(features: dict[str, Any], cfg: DataConfig) -> tuple[str, str | None]:
+def pick_columns(features: dict[str, Any], cfg: DataConfig, where: str) -> tuple[str, str | None]:
     """(image column, label column or None): those the config names, else found by type and name."""
     import datasets
 
@@ -158,17 +160,20 @@ def pick_columns(features: dict[str, Any], cfg: DataConfig) -> tuple[str, str | 
     for key in ("image_column", "label_column"):
         name = getattr(cfg, key)
         if name is not None and name not in features:
-            raise UserError(f"data.{key}: given {name}, expected one of the columns {columns}")
+            raise UserError(f"data.{key}: given {name}, expected one of the columns {columns} of {where}")
     images = [c for c, f in features.items() if isinstance(f, datasets.Image)]
     image = cfg.image_column or next((c for c in IMAGE_NAMES if c in (images or features)), None)
     if image is None and len(images) == 1:
         image = images[0]
     if image is None:
         what = "several image columns" if images else "no image column"
-        raise UserError(f"data.image_column: {what} in {cfg.path}, expected one of the columns {columns}")
-    dtype = getattr(features[image], "dtype", "dict")  # images; bytes or a path; or a struct of the two
-    if not isinstance(features[image], datasets.Image) and dtype not in ("dict", "binary", "large_binary", "string"):
-        raise UserError(f"data.image_column: {image} of {cfg.path} holds {dtype}, expected images, as bytes or paths")
+        able = ", ".join(c for c, f in features.items() if _can_hold_images(f)) or f"none of {columns}"
+        raise UserError(f"data.image_column: {what} found by name in {where}, expected one of {able}")
+    if not _can_hold_images(features[image]):
+        held = getattr(features[image], "dtype", type(features[image]).__name__)
+        raise UserError(
+            f"data.image_column: {image} of {where} holds {held}, expected an image a row, as bytes or a path"
+        )
     label = cfg.label_column or next((c for c in LABEL_NAMES if _is_label(features.get(c))), None)
     if label is None:
         labels = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel)]
@@ -178,6 +183,12 @@ def pick_columns(features: dict[str, Any], cfg: DataConfig) -> tuple[str, str | 
     elif not _is_label(features[label]):
         raise UserError(f"data.label_column: {label} holds {features[label]}, expected integers or names")
     return image, label
+
+
+def _can_hold_images(feature: Any) -> bool:
+    """Images; bytes or a path; or a struct of the two."""
+    held = ("PIL.Image.Image", "binary", "large_binary", "string", "large_string")
+    return isinstance(feature, dict) or getattr(feature, "dtype", None) in held
 
 
 def _is_label(feature: Any) -> bool:
@@ -223,7 +234,7 @@ def _parquet(cfg: DataConfig, files: list[Path]) -> "datasets.Dataset":
     total = sum(file.stat().st_size for file in files)
     try:
         features = [datasets.Features.from_arrow_schema(pq.read_schema(file)) for file in files]
-        image, label = pick_columns(features[0], cfg)
+        image, label = pick_columns(features[0], cfg, cfg.path)
         columns = [image] if label is None else [image, label]
         for file, other in zip(files, features, strict=True):
             if any(other.get(column) != features[0][column] for column in columns):

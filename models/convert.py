@@ -37,6 +37,8 @@ def read_file(path: Path) -> Any:
     """Tensors and plain containers of a .safetensors or torch file; UserError for what could run code."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a run folder, a checkpoint or an exported file")
+    if path.suffix == ".onnx":
+        raise UserError(f"{path}: ONNX cannot be read back; expected the run, or its export with format=timm or torch")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)

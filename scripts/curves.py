@@ -53,6 +53,9 @@ def read(run: Path, metric: str, x: str) -> tuple[list[float], list[float]]:
 
 
 def main(argv: list[str]) -> None:
+    if {"-h", "--help"} & {*argv}:
+        sys.stdout.write(str(__doc__))
+        return
     options = dict(word.split("=", 1) for word in argv if "=" in word)
     runs = [Path(word) for word in argv if "=" not in word]
     x, out = options.get("x", "epochs"), Path(options.get("out", ""))

@@ -420,7 +420,7 @@ def test_folders_without_images_are_no_classes_and_told(tmp_path: Path, capsys: 
         (tmp_path / name).mkdir()
     (tmp_path / "notes/readme.txt").write_text("nothing")
     assert opened(tmp_path).train.classes == ["ant", "cat", "dog"]
-    assert f"data: {tmp_path}: 2 folders without images are no classes: bee, notes\n" in capsys.readouterr().out
+    assert f"data: {tmp_path}: folders without images are no classes (2): bee, notes\n" in capsys.readouterr().out
 
 
 def test_a_link_to_itself_is_no_folder(tmp_path: Path) -> None:
@@ -503,7 +503,9 @@ def test_columns_are_found_or_asked_for(tmp_path: Path) -> None:
     assert "expected one of the columns image, caption, kind, colour" in refused(tmp_path, image_column="nope")
     assert "expected one of the columns" in refused(tmp_path, label_column="nope")
     pq.write_table(pa.table({"text": ["a"], "n": [1]}), tmp_path / "train.parquet")
-    assert "no image column" in refused(tmp_path) and "text, n" in refused(tmp_path)
+    assert "no image column" in refused(tmp_path) and refused(tmp_path).endswith("expected one of text")
+    pq.write_table(pa.table({"photos": [[b"a"]], "n": [1]}), tmp_path / "train.parquet")
+    assert "none of photos, n" in refused(tmp_path) and "photos" in refused(tmp_path, image_column="photos")
 
 
 def test_a_label_column_of_another_type_is_refused(tmp_path: Path) -> None:

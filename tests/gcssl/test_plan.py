@@ -91,7 +91,10 @@ def test_the_speed_is_measured_where_none_is_given(capfd: pytest.CaptureFixture[
         (["plan.processes=0"], "plan.processes: given 0, expected at least 1"),
         (["plan.images_per_s=0"], "plan.images_per_s: given 0.0, expected above 0"),
         (["plan.price=-1"], "plan.price: given -1.0, expected at least 0"),
-        (["plan.processes=3", "train.global_batch=64"], "train.global_batch: given 64, expected a multiple of 3 processes"),
+        (
+            ["plan.processes=3", "train.global_batch=64"],
+            "train.global_batch: given 64, expected a multiple of 3 processes",
+        ),
         (["train.global_batch=64"], "simclr compares the images of a batch"),
     ],
 )

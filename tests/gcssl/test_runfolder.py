@@ -211,6 +211,21 @@ def test_other_facts_are_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_a_checkpoint_and_a_folder_of_runs_are_no_run(tmp_path: Path) -> None:
+    used(tmp_path / "runs/a", config())
+    for out, told in (
+        (tmp_path / "runs", "holds other runs, such as a; give out="),
+        (tmp_path / "step", "is a checkpoint"),
+    ):
+        out.mkdir(exist_ok=True)
+        if out.name == "step":
+            (out / "manifest.json").write_text("{}")
+        before = sorted(out.iterdir())
+        with pytest.raises(UserError, match=told), RunFolder(out, config()):
+            pass
+        assert [file for file in sorted(out.iterdir()) if file.name != ".lock"] == before
+
+
 def test_folders_that_cannot_be_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="out: no folder given"):
         RunFolder("", config())

@@ -28,7 +28,8 @@ from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs/pretrain").glob("*.yaml"))
 EVALUATIONS = {
-    "knn": KnnConfig, "linear_probe": LinearProbeConfig, "finetune_demo": FinetuneConfig, "finetune_in1k": FinetuneConfig,
+    "knn": KnnConfig, "linear_probe": LinearProbeConfig,
+    "finetune_demo": FinetuneConfig, "finetune_in1k": FinetuneConfig,
 }  # fmt: skip
 PROGRAMS = {
     "pretrain.py": PretrainConfig, "gcssl.pretrain": PretrainConfig, "gcssl.doctor": DoctorConfig,

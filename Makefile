@@ -39,7 +39,7 @@ test-faults: setup  ## what a run must survive, broken on purpose: one row a fau
 test-mutants: setup  ## break each guard on purpose and see its test fail; about half an hour
 	@$(PY) -m scripts.mutants
 
-test-learning: setup  ## does every objective learn; about an hour, for the night
+test-learning: setup  ## does every objective learn; about an hour and a half, for the night
 	@$(PY) -m pytest -q -m learning $(PYTEST_ARGS)
 
 test-peers: setup  ## our losses beside lightly's, which it installs without its dependencies

@@ -236,7 +236,7 @@ def main_process_first(accelerator: "Accelerator") -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what torch frees: given back, every step faults the same pages in again (docs/LOG.md)."""
+    """Have glibc keep what torch frees: given back, every step faults the same pages in again."""
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):

@@ -7,9 +7,9 @@ random features of 512 numbers; told as core-hours of the whole of ImageNet-1K (
 bank x queries (`auto` takes the faster backend, by a trial on a slice). Heads: an epoch of five of the
 whole grid of gcssl.eval.linear_probe for 100 classes beside a loop over its heads, each a torch.nn.Linear under
 torch.optim.SGD; features are standardised once, in either way. Features: images/s of gcvit_xxtiny at 224 px, and what
-the probe's default grid and one head add to them, at 100 epochs for the ImageNet-1K train set. Fine-tuning: its step
-(1,000 classes, moving average of the weights) beside SimMIM's pretraining step of the same backbone and batch.
-One thread, seconds of this process's CPU (of the wall on a GPU); the ways alternate.
+a grid of settings on every kind of features and one head add to them, at 100 epochs for the ImageNet-1K train set.
+Fine-tuning: its step (1,000 classes, moving average of the weights) beside SimMIM's pretraining step of the same
+backbone and batch. One thread, seconds of this process's CPU (of the wall on a GPU); the ways alternate.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def knn_steps(n_bank: int, n_queries: int) -> dict[str, Step]:
 
 @dataclass
 class Heads:
-    """Features of n images and the settings of the probe's default grid, for one kind of features."""
+    """Features of n images and the settings of a grid of 12, for one kind of features."""
 
     x: Tensor
     y: Tensor

@@ -1,6 +1,6 @@
 """Does every objective learn? A few minutes of CPU each on the generated images, then kNN and a linear probe.
 
-    python -m scripts.learning [objective ...]       (all of them: about an hour on two cores)
+    python -m scripts.learning [objective ...]       (all of them: an hour and a half on two cores)
 
 Pretrains gcvit_nano by each objective's nano recipe with the budget below, evaluates it and the untrained backbone,
 prints a row, and writes docs/results/learning/<objective>.json. `make test-learning` asks for the gains in LINES.

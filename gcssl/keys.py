@@ -216,7 +216,9 @@ def _unknown(key: str, value: Any, known: dict[str, Leaf]) -> str:
     if near:
         return f"no such key; did you mean {parent + '.' if parent else ''}{near[0]}?"
     same_name = [name for name in known if name.rpartition(".")[2] == last]
-    near = difflib.get_close_matches(key, same_name or list(known), n=1, cutoff=0.8 if not same_name else 0.0)
+    near = difflib.get_close_matches(key, same_name, n=1, cutoff=0) or difflib.get_close_matches(
+        key, list(known), n=1, cutoff=0.8
+    )
     if near:
         return f"no such key; did you mean {near[0]}?"
     return f"no such key; {parent or 'the config'} has {', '.join(sorted(siblings)) or 'none'}"

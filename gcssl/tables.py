@@ -188,7 +188,8 @@ def pick_columns(features: dict[str, Any], cfg: DataConfig, where: str) -> tuple
 def _can_hold_images(feature: Any) -> bool:
     """Images; bytes or a path; or a struct of the two."""
     held = ("PIL.Image.Image", "binary", "large_binary", "string", "large_string")
-    return isinstance(feature, dict) or getattr(feature, "dtype", None) in held
+    struct = isinstance(feature, dict) and not {"bytes", "path"}.isdisjoint(feature)
+    return struct or getattr(feature, "dtype", None) in held
 
 
 def _is_label(feature: Any) -> bool:

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 from gcssl import pretrain
+from gcssl.checkpoint import save_checkpoint
 from gcssl.config import TrainConfig
 from gcssl.errors import UserError
-from gcssl.eval import finetune, knn, linear_probe
+from gcssl.eval import compare, finetune, knn, linear_probe
 from gcssl.loader import run_sizes
 from gcssl.runtime import entry
 
@@ -69,6 +70,7 @@ def folder(path: Path) -> dict[str, str]:
         ("train.epochs=many", ["train.epochs", "many", "whole number"]),
         ("model.name=gcvit_tinny", ["gcvit_tinny", "gcvit_tiny"]),
         ("objective.name=simmin", ["simmin", "did you mean simmim?"]),
+        ("objectiv.name=simmim", ["objectiv.name", "did you mean objective.name?"]),
         ("model.img_size=100", ["100", "32", "96", "128"]),
         ("objective.mask_unit=12", ["mask_unit=12", "8"]),
         ("objective.mask_ratio=1.5", ["mask_ratio=1.5", "0 and 1"]),
@@ -316,3 +318,15 @@ def test_a_typo_stops_the_whole_program_before_it_writes(tmp_path: Path) -> None
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_of_another_kind_is_named(tmp_path: Path, refused) -> None:
+    """A folder where a result is expected, an ONNX file as a backbone, a checkpoint as a run folder."""
+    assert "a folder; expected a result" in refused(compare, tmp_path, tmp_path)
+    onnx = tmp_path / "a.onnx"
+    onnx.write_bytes(b"onnx")
+    assert "ONNX cannot be read back" in refused(knn, f"backbone={onnx}", "data.path=shapes", f"out={tmp_path / 'e'}")
+    checkpoint = save_checkpoint(tmp_path / "run", 1, {"model": {"x": torch.zeros(1)}}, {}, keep=2)
+    before = sorted(checkpoint.iterdir())
+    assert "is a checkpoint; give the folder of its run" in refused(pretrain, YAML, *TINY, f"out={checkpoint}")
+    assert [file for file in sorted(checkpoint.iterdir()) if file.name != ".lock"] == before

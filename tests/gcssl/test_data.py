@@ -505,6 +505,9 @@ def test_columns_are_found_or_asked_for(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"], "n": [1]}), tmp_path / "train.parquet")
     assert "no image column" in refused(tmp_path) and refused(tmp_path).endswith("expected one of text")
     pq.write_table(pa.table({"photos": [[b"a"]], "n": [1]}), tmp_path / "train.parquet")
+    pq.write_table(pa.table({"image": [{"x": 1}]}), tmp_path / "other.parquet")
+    assert "image of" in refused(tmp_path / "other.parquet") and "holds dict" in refused(tmp_path / "other.parquet")
+    (tmp_path / "other.parquet").unlink()
     assert "none of photos, n" in refused(tmp_path) and "photos" in refused(tmp_path, image_column="photos")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gcssl.errors import UserError
 from gcssl.files import atomic_write
+from gcssl.runfolder import provenance
 
 # What may differ between two evaluations that must give the same numbers: where, how fast, how named.
 FREE_KEYS = (
@@ -128,10 +129,10 @@ def check_result(path: Path, settings: dict[str, Any]) -> None:
 
 
 def write_result(path: Path, result: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Writes one JSON object, whole or not at all; the same name and settings replace, others are refused."""
+    """Writes one JSON object, whole or not at all, with what made it; other settings are refused, the same replace."""
     check_result(path, settings)
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps({**result, "settings": settings}, indent=1) + "\n")
+    atomic_write(path, json.dumps({**result, "settings": settings, "made_by": provenance()}, indent=1) + "\n")
 
 
 def table(rows: Sequence[Sequence[object]]) -> list[str]:

@@ -264,7 +264,8 @@ class RunFolder:
     def _environment(self) -> dict[str, Any]:
         old = self._read_json("env.json")
         earlier = old.pop("earlier", [])
-        now = {"begun": self._begun, **environment(), "facts": self.facts}
+        start = {"begun": self._begun, "argv": sys.argv, "cwd": os.getcwd(), "host": socket.gethostname()}
+        now = {**start, **provenance(), "facts": self.facts}
         return {**now, "earlier": ([*earlier, old] if old else earlier)[-20:]}
 
     def _read_json(self, name: str) -> dict[str, Any]:
@@ -288,14 +289,12 @@ def _is_free(key: str, free: tuple[str, ...]) -> bool:
     return any(key == name or (name.endswith(".") and key.startswith(name)) for name in free)
 
 
-def environment() -> dict[str, Any]:
-    """Versions, commit, hardware and command line of this process, as JSON values."""
+def provenance() -> dict[str, Any]:
+    """What a number needs beside it to be made again, as JSON values: commit, versions, processes, hardware."""
     return {
-        "argv": sys.argv,
-        "cwd": os.getcwd(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "versions": {"python": platform.python_version(), **_versions()},
         "commit": _commit(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "hardware": _hardware(),
     }
 
@@ -342,7 +341,6 @@ def _hardware() -> dict[str, Any]:
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
-        "host": socket.gethostname(),
         "machine": platform.machine(),
         "processor": _processor(),
         "system": platform.platform(),

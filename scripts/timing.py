@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from gcssl.runfolder import environment
+from gcssl.runfolder import provenance
 
 Step = Callable[[], object]
 Key = TypeVar("Key")
@@ -21,7 +21,7 @@ def device() -> torch.device:
 
 def hardware() -> str:
     """The GPU's name, else the processor's and its cores."""
-    found = environment()["hardware"]
+    found = provenance()["hardware"]
     return found["gpus"][0] if found["gpus"] else f"{found['processor']} {found['cpus']} cores"
 
 
@@ -78,9 +78,6 @@ def markdown(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
 def write(path: Path | None, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """The rows with all that is needed to repeat them."""
     if path:
-        told = environment()
-        told = {key: told[key] for key in ("commit", "versions", "hardware")}
-        told["hardware"].pop("host")
         path.parent.mkdir(parents=True, exist_ok=True)
         settings = {key: value for key, value in settings.items() if key != "out"}
-        path.write_text(json.dumps({**told, "settings": settings, "rows": rows}, indent=1, default=str) + "\n")
+        path.write_text(json.dumps({**provenance(), "settings": settings, "rows": rows}, indent=1, default=str) + "\n")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.build import build_backbone
-from gcssl.runfolder import environment
+from gcssl.runfolder import provenance
 from gcssl.runtime import entry
 from gcssl.ssl.masking import default_unit
 from gcssl.ssl.objectives import OBJECTIVES
@@ -329,7 +329,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{unknown[0]}: no such family; expected some of {', '.join(FAMILIES)}")
     started, rows = time.perf_counter(), read_rows(DOC.read_text()) if argv and DOC.exists() else {}
     command = " ".join(["python -m scripts.timm_matrix", *argv])
-    commit = environment()["commit"]  # before the document is another than the committed one
+    commit = provenance()["commit"]  # before the document is another than the committed one
     failed = []
     for family in argv or FAMILIES:
         for name in FAMILIES[family].split():

@@ -66,7 +66,9 @@ def test_a_result_is_replaced_only_by_one_of_the_same_settings(tmp_path: Path) -
     settings = {"backbone": "a", "ks": [10, 20]}
     write_result(path, {"knn/top1@20": 1.0}, settings)
     write_result(path, {"knn/top1@20": 2.0}, settings)
-    assert json.loads(path.read_text())["knn/top1@20"] == 2.0
+    result = json.loads(path.read_text())
+    assert result["knn/top1@20"] == 2.0 and result["made_by"]["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert result["made_by"].keys() == {"commit", "versions", "processes", "hardware"}
     before = path.read_bytes()
     with pytest.raises(UserError, match=r"ks: \[10, 20\] there, \[10\] asked.*name="):
         write_result(path, {"knn/top1@20": 3.0}, {"backbone": "a", "ks": [10]})

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gcssl.errors import UserError
-from gcssl.keys import Leaf, arms, check_limits, check_value, flatten, leaves, meanings, nearest, show
+from gcssl.keys import RANGES, Leaf, arms, check_limits, check_value, flatten, leaves, meanings, nearest, show
 
 T = TypeVar("T")
 HELP = {"-h", "--help"}
@@ -306,8 +306,11 @@ def _explain(error: OmegaConfBaseException, layer: dict[str, Any], known: dict[s
     value = flatten(layer, stop=known).get(key)
     if key in known and key in flatten(layer, stop=known) and "${" not in str(value):
         expected, choices = known[key].expected(), known[key].choices
-        if isinstance(known[key].default, list) and not isinstance(value, list):
-            expected = f"a list: {key}=[{value if not choices or value in choices else choices[0]}]"
+        default = known[key].default
+        if isinstance(default, list) and not isinstance(value, list):
+            alone = [value if not choices or value in choices else choices[0]]
+            values = default if key in RANGES and RANGES[key][2] else alone  # of a set length
+            expected = f"a list: {key}=[{','.join(map(str, values))}]"
         return UserError(f"{key}: given {show(value)}, expected {expected}{where}")
     return UserError(f"{key}: {_yaml_problem(error)}{where}")
 

@@ -136,7 +136,7 @@ def test_text_is_taken_as_written() -> None:
         ("train.blr=nan", "train.blr: given NaN, expected a finite number"),
         ("train.blr=fast", "train.blr: given fast, expected a number"),
         ("train.compile=3", "train.compile: given 3, expected true or false"),
-        ("train.betas=3", "train.betas: given 3, expected a list: train.betas=[3]"),
+        ("train.betas=3", "train.betas: given 3, expected a list: train.betas=[0.9,0.999]"),
         ("train.betas=[0.9", "train.betas: given [0.9, which is no valid yaml"),
         ("train=3", "train: given 3, expected keys inside it"),
         ("train.epochs", "train.epochs: expected [file.yaml ...] key=value"),

@@ -5,7 +5,7 @@
 #   DATA=cifar10_12k bash scripts/cifar_study.sh final joint 20 light 1.0e-3 0.1   # epochs, augment, lr, drop path
 # The grid is judged on the held-out slice of train; only `final` reads the test images.
 set -euo pipefail
-data=$(realpath "${DATA:?the folder with train-*.parquet and test-*.parquet}")
+data=$(realpath "${DATA:?the images, see docs/results/README.md}")
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python=${PYTHON:-.venv/bin/python} out=${OUT:-runs/cifar}

@@ -58,7 +58,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
         cfg.objective, backbone, cfg.augment, backbone.img_size, sizes.total_steps, sizes.steps_per_epoch
     )
     check_shard(cfg.train, objective)
-    probe = online_probe(cfg, images, accelerator, sizes.steps_per_epoch)
+    probe = online_probe(cfg, images, accelerator, sizes)
     with RunFolder(cfg.out, cfg, sizes.global_batch, accelerator, {"data": images.fingerprint}) as run:
         say(sizes.describe(cfg.train))
         undecayed = {f"encoder.{name}" for name in backbone.no_weight_decay()}

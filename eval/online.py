@@ -12,6 +12,7 @@ from gcssl.errors import NotFinite, NumericStop, UserError
 from gcssl.eval.features import Pace, extract
 from gcssl.eval.knn import sharded_correct
 from gcssl.eval.metrics import rankme
+from gcssl.loader import Sizes
 from gcssl.log import say
 from gcssl.models.build import Backbone
 
@@ -48,14 +49,16 @@ class OnlineProbe:
         return {f"online_knn/top1@{KNN_K}": value, "online_rankme": rank}
 
 
-def online_probe(
-    cfg: PretrainConfig, images: Images, accelerator: Accelerator, steps_per_epoch: int
-) -> OnlineProbe | None:
-    """The probe of a run, every eval.online_every epochs; None where it has no labels or wants none."""
+def online_probe(cfg: PretrainConfig, images: Images, accelerator: Accelerator, sizes: Sizes) -> OnlineProbe | None:
+    """The probe of a run, every eval.online_every epochs; None where it has no labels, wants none or ends sooner."""
     parts = probe_parts(cfg, images)
+    every = cfg.eval.online_every * sizes.steps_per_epoch
+    if parts and every > sizes.total_steps:
+        say(f"eval.online_every={cfg.eval.online_every} epochs is longer than the run: no online kNN probe")
+        return None
     if parts and (few := len(parts[1])) < FEW:
         say(f"the online kNN probe has only {few} held-out images: each is {100 / few:.1f} points")
-    return parts and OnlineProbe(cfg, images, parts, accelerator, cfg.eval.online_every * steps_per_epoch)
+    return parts and OnlineProbe(cfg, images, parts, accelerator, every)
 
 
 def probe_parts(cfg: PretrainConfig, images: Images) -> Parts | None:

@@ -1,5 +1,6 @@
 """The online probe: which images it asks, and what it reports."""
 
+import dataclasses
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ import gcssl.eval.online as online
 from gcssl.config import PretrainConfig
 from gcssl.data import held_out, open_data
 from gcssl.errors import NumericStop
+from gcssl.loader import Sizes
 from gcssl.models.build import build_backbone
+
+SIZES = Sizes(batch_size=8, accumulate=1, world=1, global_batch=8, steps_per_epoch=1, total_steps=100)
 
 
 @pytest.mark.parametrize(("every", "said"), [(1, True), (0, False)])
@@ -25,7 +29,7 @@ def test_images_without_labels_are_not_probed_and_that_is_said_where_a_probe_was
     cfg.eval.online_every = every
     images: Any = Namespace(labels=None)
     accelerator: Any = None
-    assert online.online_probe(cfg, images, accelerator, 1) is None
+    assert online.online_probe(cfg, images, accelerator, SIZES) is None
     assert ("the online kNN probe is skipped" in capsys.readouterr().out) == said
 
 
@@ -34,8 +38,20 @@ def test_a_probe_of_few_images_says_how_coarse_it_is(capsys: pytest.CaptureFixtu
     for n, said in ((400, True), (4000, False)):
         cfg = PretrainConfig()
         cfg.data.path, cfg.data.shapes_n = "shapes", n
-        assert online.online_probe(cfg, open_data(cfg.data).train, accelerator, 1) is not None
+        assert online.online_probe(cfg, open_data(cfg.data).train, accelerator, SIZES) is not None
         assert ("only 20 held-out images: each is 5.0 points" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize(("steps", "probed"), [(9, False), (10, True)])
+def test_a_run_that_ends_before_its_first_probe_says_so(
+    steps: int, probed: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg, accelerator = PretrainConfig(), Accelerator(cpu=True)
+    cfg.eval.online_every, cfg.data.shapes_n = 5, 64
+    sizes = dataclasses.replace(SIZES, steps_per_epoch=2, total_steps=steps)
+    probe = online.online_probe(cfg, open_data(cfg.data).train, accelerator, sizes)
+    assert (probe is not None and probe.due(steps)) == probed
+    assert ("online_every=5 epochs is longer than the run" in capsys.readouterr().out) != probed
 
 
 def test_features_that_are_not_numbers_end_the_run_as_its_losses_would(tmp_path: Path) -> None:
@@ -43,7 +59,7 @@ def test_features_that_are_not_numbers_end_the_run_as_its_losses_would(tmp_path:
     cfg.eval.online_every, cfg.data.shapes_n, cfg.data.workers = 1, 64, 0
     encoder = build_backbone("gcvit_nano", 64)
     encoder.stem.conv1.bias.data.fill_(float("nan"))
-    probe = online.online_probe(cfg, open_data(cfg.data).train, Accelerator(cpu=True), 1)
+    probe = online.online_probe(cfg, open_data(cfg.data).train, Accelerator(cpu=True), SIZES)
     assert probe is not None
     with pytest.raises(NumericStop, match="step 7: .*not finite"):
         probe(7, Namespace(encoder=encoder, default_encoder="student"))
@@ -63,7 +79,7 @@ def test_the_probe_asks_for_the_held_out_images_and_knows_only_the_others(
     cfg = PretrainConfig(out=str(tmp_path))
     cfg.eval.online_every, cfg.data.shapes_n = 1, 64
     images = open_data(cfg.data, (64, 64)).train
-    probe = online.online_probe(cfg, images, Namespace(), 1)
+    probe = online.online_probe(cfg, images, Namespace(), SIZES)
     assert probe is not None
     found = probe(1, Namespace(encoder=None, default_encoder="student"))
     [(bank, queries)] = asked

@@ -120,6 +120,8 @@ def open_data(cfg: DataConfig, img_size: tuple[int, int] = (64, 64), only_test: 
         n_test = max(len(CLASSES), cfg.shapes_n // 5)
         test = _images(shapes_split("test", n_test, img_size), "test", train.classes)
         return Splits(test if only_test else train, lambda: test)
+    if cfg.val_labels is not None and not Path(cfg.val_labels).is_file():  # read only when the test split is opened
+        raise UserError(f"data.val_labels: given {cfg.val_labels}, no such file")
     found = _find(cfg)
     if cfg.val_split is not None and cfg.val_split not in found:
         raise UserError(f"data.val_split: given {cfg.val_split}, expected one of {', '.join(found)}")

@@ -105,8 +105,6 @@ def _test_tree(root: Path, train: Path, val_labels: str | None, needs_labels: bo
 
 def read_label_file(path: Path, names: list[str]) -> list[str]:
     """Class names of `names` (sorted file names) from Kaggle's csv or from one name per line."""
-    if not path.is_file():
-        raise UserError(f"data.val_labels: given {path}, no such file")
     if path.suffix.lower() == ".csv":
         with path.open(newline="") as file:
             rows = [row for row in csv.reader(file) if len(row) > 1]

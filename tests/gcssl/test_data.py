@@ -200,7 +200,8 @@ def test_kaggle_and_official_imagenet_with_a_flat_val(tmp_path: Path) -> None:
 def test_a_flat_val_without_or_with_wrong_labels_is_refused(tmp_path: Path) -> None:
     inner = kaggle(tmp_path)
     assert "data.val_labels: not given" in refused(inner)
-    assert "no such file" in refused(inner, val_labels=str(tmp_path / "none.csv"))
+    with pytest.raises(UserError, match=r"data\.val_labels: given .*none\.csv, no such file"):
+        opened(inner, val_labels=str(tmp_path / "none.csv"))  # before the test split is asked for
     labels = tmp_path / "labels.txt"
     labels.write_text("dog\ncat\n")
     assert "2 lines" in refused(inner, val_labels=str(labels))

@@ -6,7 +6,6 @@ import io
 import os
 import shutil
 import tarfile
-import time
 from pathlib import Path
 
 import datasets
@@ -64,11 +63,10 @@ def assert_labels_match_pixels(images: Images | None) -> None:
 
 
 def refused(path: Path | str, **changes: object) -> str:
-    start = time.time()
     with pytest.raises(UserError) as caught:
         _ = opened(path, **changes).test
     text = str(caught.value)
-    assert "\n" not in text and text.startswith("data.") and time.time() - start < 10
+    assert "\n" not in text and text.startswith("data.")
     return text
 
 

@@ -30,11 +30,6 @@ def small_encoder(drop_path: float = 0.0) -> GCViT:
     )
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def make_encoder() -> Callable[..., GCViT]:
     return small_encoder

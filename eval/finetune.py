@@ -65,7 +65,7 @@ from gcssl.models.build import FRESH, AskedModel, Backbone, backbone_info, from_
 from gcssl.optim import groups_table, param_groups
 from gcssl.pretrain import drop_noise, fit
 from gcssl.runfolder import RunFolder
-from gcssl.runtime import batch_layout, entry, main_process_first, make_accelerator, seed_torch
+from gcssl.runtime import batch_layout, entry, main_process_first, make_accelerator, seed_host, seed_torch
 from gcssl.streams import INIT, MIXUP
 
 
@@ -142,7 +142,7 @@ class TransformMaker:
                 is_training=True,
                 scale=(options.scale[0], options.scale[1]) if crop else (1.0, 1.0),
                 ratio=(3 / 4, 4 / 3) if crop else (1.0, 1.0),
-                color_jitter=options.color_jitter if full else 0.0,
+                color_jitter=options.color_jitter if full else None,
                 auto_augment=options.auto_augment if full else None,
                 re_prob=options.reprob if full else 0.0,
                 re_mode="pixel",
@@ -157,7 +157,7 @@ class TransformMaker:
             ) from None
 
     def __call__(self, image: np.ndarray, label: int | None, key: tuple[int, ...]) -> dict[str, Tensor]:  # noqa: ARG002
-        seed_torch(*key)
+        seed_host(*key)
         return {"image": self.transform(Image.fromarray(image))}
 
 

@@ -68,10 +68,11 @@ def pretrain(cfg: PretrainConfig) -> Path:
         dataset = TrainSet(images, maker, cfg.train.seed)
 
         def to_device(batch: dict[str, Any], step: int) -> dict[str, Any]:
+            position = batch["position"]
             batch = batch_to_device(batch, accelerator.device, backbone.mean, backbone.std, cfg.augment)
             if cfg.model.drop_path > 0 and backbone.n_noise:
                 shape = (len(batch["views"]), backbone.n_noise, sizes.global_batch)
-                batch["noise"] = drop_noise(cfg.train.seed, step, shape, batch["position"], accelerator.device)
+                batch["noise"] = drop_noise(cfg.train.seed, step, shape, position, accelerator.device)
             return batch
 
         fit(cfg, accelerator, run, objective, groups, dataset, sizes, to_device, probe)
@@ -120,10 +121,10 @@ def drop_noise(
 ) -> list[Tensor]:
     """Uniform numbers for drop path: drawn for the global batch, so that no process layout changes them.
 
-    shape: (views, rows, global batch); returns one (rows, B) tensor a view, at this batch's positions.
+    shape: (views, rows, global batch); returns one (rows, B) tensor a view, at this batch's positions (on the CPU).
     """
-    uniform = torch.from_numpy(rng(seed, DROP_PATH, step).random(shape, dtype=np.float32)).to(device)
-    return list(uniform[:, :, position])
+    uniform = torch.from_numpy(rng(seed, DROP_PATH, step).random(shape, dtype=np.float32))
+    return list(uniform[:, :, position].to(device))
 
 
 def fit(

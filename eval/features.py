@@ -89,7 +89,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def gather_rows(rows: Tensor, n: int, accelerator: "Accelerator", chunk: int = 16_384) -> Tensor:
     """The rows of all processes, joined in order, on the CPU and on every process.
 
-    rows: those of this process, every world-th of `n` from its rank on, on the CPU. They travel in equal slices.
+    rows: those of this process, every world-th of `n` from its rank on, on the CPU. They travel in slices of `chunk`
+    rows in all, so that what lies on a device does not grow with the number of processes.
     """
     world = accelerator.num_processes
     if world == 1:
@@ -98,6 +99,7 @@ def gather_rows(rows: Tensor, n: int, accelerator: "Accelerator", chunk: int = 1
     padded = torch.zeros(most, *rows.shape[1:], dtype=rows.dtype)
     padded[: len(rows)] = rows
     out = torch.empty(most, world, *rows.shape[1:], dtype=rows.dtype)
+    chunk = max(1, chunk // world)
     for start in range(0, most, chunk):
         part = padded[start : start + chunk].to(accelerator.device)
         joined = accelerator.gather(part).reshape(world, *part.shape)  # world m ...

@@ -8,6 +8,7 @@ our own grouping by block, and drop path. The last epoch counts; the test split 
 """
 
 import dataclasses
+import hashlib
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -216,6 +217,8 @@ def finetune(cfg: FinetuneConfig, accelerator: Accelerator, folder: Path, spec: 
     objective = Classifier(backbone, cfg.finetune)
     sizes = run_sizes(cfg.train, len(train), accelerator.num_processes)
     facts: dict[str, Any] = {"data": train.fingerprint, "backbone": spec}
+    if spec not in FRESH:
+        facts["weights"] = weights_digest(backbone)  # a run that `spec` names may have trained on since
     if mixes(cfg.finetune):
         facts["train.batch_size"] = sizes.batch_size  # the images that are mixed with each other
     with RunFolder(folder, cfg, sizes.global_batch, accelerator, facts) as run_folder:
@@ -256,6 +259,14 @@ def open_run(cfg: FinetuneConfig, accelerator: Accelerator, spec: str) -> Inputs
     seed_torch(cfg.train.seed, INIT, 1)
     backbone.reset_classifier(n_classes)
     return Inputs(cfg, spec, backbone, info, train, test, name, n_classes, accelerator)
+
+
+def weights_digest(backbone: Backbone) -> str:
+    """sha256 of all that a backbone's state dict holds."""
+    digest = hashlib.sha256()
+    for name, value in backbone.state_dict().items():
+        digest.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def layer_groups(cfg: FinetuneConfig, backbone: Backbone, spec: str) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MARGIN = 32  # candidates beyond k, so that a rounding error in fp32 cannot drop a neighbour unseen
-SLICE = 16_384  # images of the bank that torch compares at once
+SLICE = 16_384  # images of the bank that are compared at once
 GROUP = 16  # columns of a slice whose largest is looked at first
 TRIAL = 65_536  # images of a bank from which on both backends are tried on a slice first
 SCALE = 10**9  # similarities are compared to nine decimals
@@ -106,8 +106,8 @@ def _search_exact(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor
     n, kept = len(bank), []
     for query in queries.split(256):
         best = torch.empty(len(query), 0, dtype=torch.int64, device=bank.device)
-        for start in range(0, n, 65_536):
-            part = bank[start : start + 65_536].double()
+        for start in range(0, n, SLICE):
+            part = bank[start : start + SLICE].double()
             index = torch.arange(start, start + len(part), device=bank.device)
             key = torch.cat([best, _similarity_key(query.double() @ part.T, index, n)], 1)
             best = key.topk(min(k, key.shape[1]), dim=1).values

@@ -211,12 +211,15 @@ class Probe:
         return self.norm({kind: features.x[kind]})[kind] @ self.weight + self.bias
 
 
-def _place(features: Features, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-    """Features on the device where half of its free memory holds them, else left on the CPU."""
+def _place(features: Features, device: torch.device) -> torch.device:
+    """Where features lie while heads train on them: on `device` where half of its free memory holds them, or the CPU."""
     size = sum(x.numel() * 4 for x in features.x.values())
-    if device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 2:
-        device = torch.device("cpu")
-    return {kind: x.to(device) for kind, x in features.x.items()}, features.y.to(device)
+    fits = device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] / 2
+    return device if fits else torch.device("cpu")
+
+
+def _moved(features: Features, place: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    return {kind: x.to(place) for kind, x in features.x.items()}, features.y.to(place)
 
 
 def _where(features: Features, wanted: np.ndarray) -> Tensor:
@@ -229,7 +232,7 @@ def _cached(inputs: Inputs, settings: list[Setting], plan: Plan, held: np.ndarra
     device, kinds = inputs.accelerator.device, tuple(dict.fromkeys(s.features for s in settings))
     train = inputs.features(inputs.train, kinds)
     begin = time.perf_counter()
-    slice_rows, (x, y) = _where(train, held), _place(train, device)
+    slice_rows, (x, y) = _where(train, held), _moved(train, _place(train, device))
     keep = torch.ones(len(y), dtype=torch.bool)
     keep[slice_rows] = False
     rows, slice_rows = keep.nonzero()[:, 0].to(y.device), slice_rows.to(y.device)
@@ -246,18 +249,21 @@ def _augmented(inputs: Inputs, settings: list[Setting], plan: Plan, held: np.nda
     """Features of fresh crops in every epoch, for two grids at once: one that never sees the held-out slice,
     which chooses, and one on everything, whose head of the chosen setting is the result."""
     device, kinds = inputs.accelerator.device, tuple(dict.fromkeys(s.features for s in settings))
-    grids: list[tuple[HeadGrid, Tensor, Standardise]] = []
+    grids: list[tuple[HeadGrid, Standardise]] = []
+    place, rows = device, []
     seconds, told, begin = 0.0, time.perf_counter(), time.perf_counter()
     for epoch in range(plan.epochs):
         crops = inputs.features(inputs.train, kinds, random=spec, epoch=epoch)
         start = time.perf_counter()
-        x, y = _place(crops, device)
-        if not grids:
-            inside = torch.from_numpy(np.isin(crops.index.numpy(), held)).to(y.device)
-            for rows in ((~inside).nonzero()[:, 0], torch.arange(len(y), device=y.device)):
-                grids.append((make_grid(x, settings, inputs.n_classes, device), rows, Standardise(x, rows)))
-        for grid, rows, norm in grids:
-            train_epoch(grid, x, y, rows, norm, plan, epoch)
+        if epoch == 0:
+            place = _place(crops, device)  # once: what an epoch frees, torch keeps, and it counts as taken
+        x, y = _moved(crops, place)
+        inside = torch.from_numpy(np.isin(crops.index.numpy(), held)).to(place)  # an image may fail in one epoch alone
+        rows = [(~inside).nonzero()[:, 0], torch.arange(len(y), device=place)]
+        if epoch == 0:
+            grids = [(make_grid(x, settings, inputs.n_classes, device), Standardise(x, some)) for some in rows]
+        for (grid, norm), some in zip(grids, rows, strict=True):
+            train_epoch(grid, x, y, some, norm, plan, epoch)
         del crops, x  # before those of the next epoch take as much memory
         seconds += time.perf_counter() - start
         if time.perf_counter() - told > 30:
@@ -265,10 +271,10 @@ def _augmented(inputs: Inputs, settings: list[Setting], plan: Plan, held: np.nda
             left = (told - begin) / (epoch + 1) * (plan.epochs - epoch - 1)
             say(f"linear probe: epoch {epoch + 1} of {plan.epochs}, about {left / 60:.0f} min left")
     slice_ = inputs.features(inputs.train.select(np.sort(held)), kinds)
-    scores = grids[0][0].scores(slice_.x, slice_.y, grids[0][2])
+    scores = grids[0][0].scores(slice_.x, slice_.y, grids[0][1])
     setting = broadcast(choose(scores))
-    grid, rows, norm = grids[1]
-    return Probe(setting, scores[setting][0], *grid.head(setting), _on_cpu(norm), len(rows), len(slice_.y), seconds)
+    grid, norm = grids[1]
+    return Probe(setting, scores[setting][0], *grid.head(setting), _on_cpu(norm), len(rows[1]), len(slice_.y), seconds)
 
 
 def _on_cpu(norm: Standardise) -> Standardise:

@@ -12,20 +12,12 @@ from torch import Tensor
 
 from gcssl.errors import UserError
 from gcssl.files import atomic_write
-from gcssl.runfolder import provenance
+from gcssl.keys import flatten
+from gcssl.runfolder import FREE_KEYS as FREE_OF_RUNS
+from gcssl.runfolder import is_free, provenance
 
 # What may differ between two evaluations that must give the same numbers: where, how fast, how named.
-FREE_KEYS = (
-    "name",
-    "out",
-    "batch_size",
-    "runtime",
-    "data.workers",
-    "data.max_bad",
-    "data.timeout",
-    "data.cache_dir",
-    "allow_env",
-)
+FREE_KEYS = ("name", "batch_size", "data.cache_dir", *(key for key in FREE_OF_RUNS if key != "compare"))
 
 
 def topk_correct(scores: Tensor, labels: Tensor, ks: Iterable[int] = (1, 5)) -> dict[int, Tensor]:
@@ -98,18 +90,11 @@ def unpacked(correct: dict[str, Any]) -> Tensor:
     return torch.from_numpy(np.unpackbits(data, count=correct["n"]).astype(bool))
 
 
-def settings_of(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
     """A nested config as {dotted key: value}, without the keys that leave the numbers alone."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if prefix + key in FREE_KEYS:
-            continue
-        if isinstance(value, dict):
-            flat |= settings_of(value, f"{prefix}{key}.")
-        else:
-            is_place = key in ("backbone", "compare") and isinstance(value, str)
-            flat[prefix + key] = value.rstrip("/") if is_place else value
-    return flat
+    flat = {key: value for key, value in flatten(config).items() if not is_free(key, FREE_KEYS)}
+    places = {key: flat[key].rstrip("/") for key in ("backbone", "compare") if isinstance(flat.get(key), str)}
+    return flat | places
 
 
 def check_result(path: Path, settings: dict[str, Any]) -> None:
@@ -117,8 +102,8 @@ def check_result(path: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        old = json.loads(path.read_text())["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
+        old = settings_of(json.loads(path.read_text())["settings"])  # a key may have become free since
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: exists and is no result of this version; move it away or pass name=") from None
     keys = [key for key in sorted({*old, *settings}) if old.get(key) != json.loads(json.dumps(settings.get(key)))]
     if old.get("compare") is None and "compare" in keys:

@@ -23,7 +23,7 @@ from gcssl.folders import entries, find_folders, has_folders
 from gcssl.log import say
 from gcssl.shapes import CLASSES, shapes_split
 from gcssl.sources import TEST_NAMES, TRAIN_NAMES, Found, Raw, Reader
-from gcssl.tables import HUB_NAME, find_hub, find_other, find_tables, table_files
+from gcssl.tables import HUB_NAME, TABLES, find_hub, find_other, find_tables
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit; larger files are refused as decompression bombs
 # none of these decoders starts a program; that of JPEG opens MPO too
@@ -154,7 +154,7 @@ def _find(cfg: DataConfig) -> Found:
     if any((root / part / name).is_file() for part in ("", "train") for name in METADATA):
         return find_other(cfg, root)  # the datasets library pairs images with a metadata file
     if root.is_dir() and has_folders(cfg, root):
-        if table_files(root):
+        if any(entry.name.lower().endswith(TABLES) for entry in entries(root)):
             say(f"data: {root} holds folders of images; the tables beside them are not used")
         return find_folders(cfg, root)
     found = find_tables(cfg, root)

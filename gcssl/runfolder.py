@@ -204,11 +204,11 @@ class RunFolder:
         free = FREE_KEYS + (BATCH_KEYS if "global_batch" in self.facts else ())
         free += DATA_KEYS if "data" in self.facts and self.facts["data"] == old_facts.get("data") else ()
         known = flatten(self.defaults) | flatten(old)  # a key that is newer than the run had its default
-        lines = [line for line in diff_configs(known, self.config) if not _is_free(line.split(":")[0], free)]
+        lines = [line for line in diff_configs(known, self.config) if not is_free(line.split(":")[0], free)]
         common = old_facts.keys() & self.facts.keys()
         changed = [k for k in sorted(common) if old_facts[k] != self.facts[k]]
         other_images = "data.path: other images (their number, class names or contents) than this run began with"
-        told = {"data": other_images}
+        told = {"data": other_images, "weights": "backbone: other weights than this run began with"}
         if "global_batch" in changed:
             batches = f"{old_facts['global_batch']} -> {self.facts['global_batch']} images a step"
             told["global_batch"] = f"global batch: {batches} (processes x train.batch_size x train.accumulate)"
@@ -285,7 +285,8 @@ def _holds_something(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
 
-def _is_free(key: str, free: tuple[str, ...]) -> bool:
+def is_free(key: str, free: tuple[str, ...]) -> bool:
+    """Whether `key` is one of `free`, or below one that ends in a dot."""
     return any(key == name or (name.endswith(".") and key.startswith(name)) for name in free)
 
 

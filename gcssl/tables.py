@@ -65,10 +65,13 @@ def find_tables(cfg: DataConfig, root: Path) -> Found:
     return {}
 
 
+TABLES = (".parquet", ".arrow", ".tar")
+
+
 def table_files(root: Path) -> list[Path]:
     """Tables in a folder or one below it, or the one file that root is; sorted."""
     below = [root] if root.is_file() else [f for pattern in ("*", "[!.]*/*") for f in root.glob(pattern)]
-    return sorted(f for f in below if f.suffix.lower() in (".parquet", ".arrow", ".tar"))
+    return sorted(f for f in below if f.suffix.lower() in TABLES)
 
 
 def find_hub(cfg: DataConfig) -> Found:

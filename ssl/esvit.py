@@ -51,10 +51,11 @@ def region_loss(
     """
     losses = []
     for t, log_q in enumerate(teacher):
+        every = log_q.exp()  # B m K
         for v, outputs in enumerate(student):
             if v != t:
                 best = matched_regions(student_features[v], teacher_features[t])  # B n
-                q = log_q.exp().gather(1, best[..., None].expand(-1, -1, log_q.shape[-1]))  # B n K
+                q = every.gather(1, best[..., None].expand(-1, -1, log_q.shape[-1]))  # B n K
                 losses.append(cross_entropy(q, outputs, temperature).mean())
     return torch.stack(losses).mean()
 

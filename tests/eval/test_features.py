@@ -144,7 +144,7 @@ import numpy as np, torch
 from gcssl.config import DataConfig, RuntimeConfig, TrainConfig
 from gcssl.data import open_data
 from gcssl.eval import knn, linear_probe
-from gcssl.eval.features import Crop, KINDS, Pace, extract
+from gcssl.eval.features import Crop, KINDS, Pace, extract, gather_rows
 from gcssl.models.build import build_backbone
 from gcssl.runtime import make_accelerator
 
@@ -155,6 +155,9 @@ torch.manual_seed(0)
 model = build_backbone("gcvit_nano", 64)
 got = extract(model, images, np.arange(len(images)), accelerator, Crop((64, 64)), Pace(5), KINDS)
 few = extract(model, images, np.array([7]), accelerator, Crop((64, 64)), Pace(5))
+rows = torch.arange(23)[accelerator.process_index :: accelerator.num_processes]
+for chunk in (1, 4, 9, 100):  # fewer than processes, two and more slices, one
+    assert gather_rows(rows, 23, accelerator, chunk).tolist() == list(range(23))
 torch.save([got.x, got.y, got.index, got.n_bad, few.x], f"{out}/features{accelerator.process_index}.pt")
 data = DataConfig(path=folder, workers=0)
 common = dict(backbone="random", out=out, batch_size=5, data=data)
@@ -199,7 +202,7 @@ def test_two_processes_give_what_one_gives(broken_folder: Path, tmp_path: Path) 
         torch.testing.assert_close(one[4], other[4], atol=1e-5, rtol=1e-4)
     for name in ("knn.json", "cached/linear_probe.json", "augmented/linear_probe.json"):
         a, b = (json.loads((tmp_path / side / name).read_text()) for side in ("one", "two"))
-        for key in ("seconds", "head_seconds", "settings", "chosen"):
+        for key in ("seconds", "head_seconds", "settings", "chosen", "made_by"):
             a.pop(key, None), b.pop(key, None)
         assert a == b
         assert (a["n_test"], a["n_bad"]) == (26, 1)

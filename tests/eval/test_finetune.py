@@ -79,12 +79,25 @@ def test_validate_finds_the_fine_tuned_accuracy_again(folder: Path, tmp_path: Pa
     assert top1 == pytest.approx(result["finetune/top1"])
 
 
-def saved(path: Path, **kw: Any) -> Path:
+def saved(path: Path, seed: int = 1, **kw: Any) -> Path:
     """An exported encoder; not the architecture and size that configs have by default."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     model = build_backbone("gcvit_nano", 96, window_ratio=[16, 16, 16, 32])
     write_backbone(path, model.state_dict(), {**backbone_info(model), **kw})
     return path
+
+
+def test_a_result_is_of_the_weights_that_the_backbone_holds_now(folder: Path, tmp_path: Path, accelerator) -> None:
+    """A run may train on between two fine-tunings from it; a key that changes no number may change."""
+    spec = saved(tmp_path / "m")
+    argv = [f"backbone={spec}", f"data.path={folder}", f"out={tmp_path / 'out'}", *SMALL, "train.steps=1"]
+    first = finetune.run(load_config(FinetuneConfig, argv), accelerator)
+    more = ["log.every=20", "checkpoint.keep=3", "train.max_hours=5"]
+    again = finetune.run(load_config(FinetuneConfig, [*argv, *more]), accelerator)
+    assert again["correct"] == first["correct"]
+    saved(spec, seed=2)
+    with pytest.raises(UserError, match="backbone: other weights than this run began with"):
+        finetune.run(load_config(FinetuneConfig, argv), accelerator)
 
 
 def test_random_is_compared_at_the_architecture_of_the_backbone_given(

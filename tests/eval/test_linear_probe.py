@@ -1,5 +1,6 @@
 """The linear probe: the grid equals single heads, the choice sees no test image, the backbone stays."""
 
+import dataclasses
 import json
 import time
 from collections import Counter
@@ -220,6 +221,42 @@ def test_cached_and_augmented_agree_when_the_crop_is_the_whole_image(
     assert inputs.epochs == [0, 1, 2]  # new crops in each
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_image_that_fails_in_one_epoch_moves_no_held_out_image_into_training(
+    folder: Path, tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    class Failing(SameCrops):
+        def features(self, images: Any, kinds: tuple[str, ...], random: Any = None, epoch: int = 0) -> Any:
+            found = super().features(images, kinds, random, epoch)
+            if random is not None:
+                here = torch.arange(int(epoch == failing), len(found.y))
+                x = {kind: value[here] for kind, value in found.x.items()}
+                found = dataclasses.replace(found, x=x, y=found.y[here], index=found.index[here])
+                indices.append(found.index)
+            return found
+
+    def epoch_of(grid: Any, x: Any, y: Tensor, rows: Tensor, *rest: Any) -> None:
+        trained.append(set(indices[-1][rows].tolist()))
+        assert x["last"].shape[0] == len(y) == len(indices[-1])
+        train(grid, x, y, rows, *rest)
+
+    indices: list[Tensor] = []
+    trained: list[set[int]] = []
+    places: list[Any] = []
+    train, place = linear_probe.train_epoch, linear_probe._place
+    monkeypatch.setattr(linear_probe, "train_epoch", epoch_of)
+    monkeypatch.setattr(linear_probe, "_place", lambda *a: places.append(a) or place(*a))
+    cfg = config(folder, tmp_path, protocol="augmented")
+    inputs = Failing(open_inputs(cfg, accelerator))
+    probe(inputs, cfg)
+    rest, _ = held_out(inputs.train)
+    for epoch in range(3):
+        lost = {0} if epoch == failing else set()
+        assert trained[2 * epoch] == set(rest.tolist()) - lost
+        assert trained[2 * epoch + 1] == set(range(66)) - lost
+    assert len(places) == 1  # a GPU's memory looks fuller after an epoch: heads and features must stay together
+
+
 @pytest.mark.parametrize("protocol", ["cached", "augmented"])
 def test_the_setting_is_chosen_without_the_held_out_slice_and_its_head_trained_on_all_of_train(
     folder: Path, tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, protocol: str
@@ -250,7 +287,7 @@ def test_a_run_writes_its_result_and_refuses_to_replace_another(
 ) -> None:
     result = run(config(folder, tmp_path, compare="none"), accelerator)
     stored = json.loads((tmp_path / "linear_probe.json").read_text())
-    assert {k: v for k, v in stored.items() if k != "settings"} == json.loads(json.dumps(result))
+    assert {k: v for k, v in stored.items() if k not in ("settings", "made_by")} == json.loads(json.dumps(result))
     for key in ("protocol", "crop", "interpolation", "features", "seeds", "n_test", "classes"):
         assert key in stored
     assert 0 <= stored["linear/top1"] <= stored["linear/top5"] == 100.0  # three classes

@@ -9,6 +9,7 @@ ONNX = ["onnx", "onnxscript", "onnxruntime"]
 setup(
     name="gcssl",
     version="0.1.0",
+    package_dir={"": "."},  # editable installs put the root on the path: seen from above, a clone is no `gcssl`
     description="Self-supervised pretraining of GC ViT and other hierarchical vision transformers",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -29,6 +29,8 @@ def compare(first: Path, second: Path) -> dict[str, float | int]:
 def read(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise UserError(f"{path}: a folder; expected a result of an evaluation, such as {path}/eval/knn.json")
+    if not path.exists():
+        raise UserError(f"{path}: no such file; expected a result of an evaluation, such as <run>/eval/knn.json")
     try:
         result = json.loads(path.read_text())
         if {"correct", "test_split", "test_fingerprint"} <= result.keys():

@@ -44,7 +44,9 @@ from gcssl.eval.inputs import (
     common_notes,
     count_classes,
     data_of,
+    describe_test,
     hold_out,
+    labels_of,
     model_of,
     open_splits,
     result_path,
@@ -143,7 +145,7 @@ class TransformMaker:
                 is_training=True,
                 scale=(options.scale[0], options.scale[1]) if crop else (1.0, 1.0),
                 ratio=(3 / 4, 4 / 3) if crop else (1.0, 1.0),
-                color_jitter=options.color_jitter if full else None,
+                color_jitter=options.color_jitter if full else None,  # type: ignore[arg-type]
                 auto_augment=options.auto_augment if full else None,
                 re_prob=options.reprob if full else 0.0,
                 re_mode="pixel",
@@ -256,6 +258,7 @@ def open_run(cfg: FinetuneConfig, accelerator: Accelerator, spec: str) -> Inputs
         rest, held = hold_out(train, "set finetune.holdout=false")
         train, test, name = train.select(rest), train.select(held), f"held-out slice of {train.name}"
     n_classes = count_classes(train, test)
+    say(describe_test(labels_of(test), name))
     seed_torch(cfg.train.seed, INIT, 1)
     backbone.reset_classifier(n_classes)
     return Inputs(cfg, spec, backbone, info, train, test, name, n_classes, accelerator)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from gcssl.data import Images
 
 T = TypeVar("T")
+FEW = 100  # test images below which it is said how coarse a result is
 
 
 @dataclass
@@ -243,11 +244,21 @@ def open_inputs(cfg: InputConfig, accelerator: "Accelerator", only_test: bool = 
         train, test, name = open_splits(data, backbone.img_size, only_test and run is None)
     cfg = dataclasses.replace(cfg, data=data)
     n_classes = count_classes(train, test)
+    say(describe_test(labels_of(test), name))
     seen = info.get("class_names")
     if seen and train.classes and list(seen) != list(train.classes):
         say(f"{cfg.backbone} was trained on other classes than those of {data.path}")
     backbone = _ready(backbone, accelerator)
     return Inputs(cfg, cfg.backbone, backbone, info, train, test, name, n_classes, accelerator)
+
+
+def describe_test(labels: np.ndarray, name: str) -> str:
+    """Which images judge, how coarse they are, and what the commonest class alone would score."""
+    counts = np.unique(labels, return_counts=True)[1]
+    n, most = len(labels), counts.max()
+    coarse = f", so each is {100 / n:.1f} points" if n < FEW else ""
+    uneven = f"; {100 * most / n:.1f} % of them are of one class" if most > 1.5 * n / len(counts) else ""
+    return f"test: {name}, {n} images of {len(counts)} classes{coarse}{uneven}"
 
 
 def _ready(backbone: Backbone, accelerator: "Accelerator") -> Backbone:

@@ -212,7 +212,7 @@ class Probe:
 
 
 def _place(features: Features, device: torch.device) -> torch.device:
-    """Where features lie while heads train on them: on `device` where half of its free memory holds them, or the CPU."""
+    """Where features lie while heads train: on `device` where half of its free memory holds them, else on the CPU."""
     size = sum(x.numel() * 4 for x in features.x.values())
     fits = device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] / 2
     return device if fits else torch.device("cpu")

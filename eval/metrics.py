@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gcssl.errors import UserError
 from gcssl.files import atomic_write
-from gcssl.keys import flatten
+from gcssl.keys import flatten, show
 from gcssl.runfolder import FREE_KEYS as FREE_OF_RUNS
 from gcssl.runfolder import is_free, provenance
 
@@ -109,7 +109,7 @@ def check_result(path: Path, settings: dict[str, Any]) -> None:
     if old.get("compare") is None and "compare" in keys:
         keys.remove("compare")  # the same result with a second one beside it
     if keys:
-        diff = ", ".join(f"{key}: {old.get(key)} there, {settings.get(key)} asked" for key in keys[:4])
+        diff = ", ".join(f"{key}: {show(old.get(key))} there, {show(settings.get(key))} asked" for key in keys[:4])
         raise UserError(f"{path}: holds a result of other settings ({diff}); pass name=<word> to keep both")
 
 

@@ -10,6 +10,7 @@ from gcssl.config import PretrainConfig
 from gcssl.data import Images, held_out
 from gcssl.errors import NotFinite, NumericStop, UserError
 from gcssl.eval.features import Pace, extract
+from gcssl.eval.inputs import FEW
 from gcssl.eval.knn import sharded_correct
 from gcssl.eval.metrics import rankme
 from gcssl.loader import Sizes
@@ -17,7 +18,6 @@ from gcssl.log import say
 from gcssl.models.build import Backbone
 
 KNN_K, TEMPERATURE = 20, 0.07
-FEW = 100  # held-out images below which a start says how coarse the probe is
 Parts = tuple[np.ndarray, np.ndarray]  # indices of images
 
 

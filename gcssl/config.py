@@ -222,7 +222,8 @@ def _split(argv: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:
         if is_path and (argument.endswith((".yaml", ".yml")) or Path(argument).is_file()):
             paths.append(Path(argument))
         elif not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
-            raise UserError(f"{argument}: expected [file.yaml ...] key=value ..., for example train.epochs=10")
+            near = f"; did you mean {own}?" if (own := Path(argument) / "config.yaml").is_file() else ""
+            raise UserError(f"{argument}: expected [file.yaml ...] key=value ..., for example train.epochs=10{near}")
         else:
             pairs.append((key, value))
     return paths, pairs

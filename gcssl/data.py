@@ -154,7 +154,8 @@ def _find(cfg: DataConfig) -> Found:
     if any((root / part / name).is_file() for part in ("", "train") for name in METADATA):
         return find_other(cfg, root)  # the datasets library pairs images with a metadata file
     if root.is_dir() and has_folders(cfg, root):
-        if any(entry.name.lower().endswith(TABLES) for entry in entries(root)):
+        looked = [folder for folder in (root, root / "train") if folder.is_dir()]
+        if any(entry.name.lower().endswith(TABLES) for folder in looked for entry in entries(folder)):
             say(f"data: {root} holds folders of images; the tables beside them are not used")
         return find_folders(cfg, root)
     found = find_tables(cfg, root)

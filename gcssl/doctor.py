@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from gcssl.config import load_config
 from gcssl.errors import UserError
 from gcssl.eval.knn import search
+from gcssl.keys import nearest
 from gcssl.log import say
 from gcssl.models.gcvit import GCViT
 from gcssl.patient import DoctorConfig, Patient, checkpoint_bytes, examine
@@ -240,6 +241,8 @@ def main(argv: list[str]) -> None:
         replay(argv[1:])
         return
     asked = bool(argv) and argv[0] == "verify-resume"
+    if argv and "=" not in argv[0] and (near := nearest(argv[0], ["replay", "verify-resume"])) and not asked:
+        raise UserError(f"{argv[0]}: no such check{near}")
     cfg = load_config(DoctorConfig, argv[1:] if asked else argv, SCHEMAS)
     if asked:
         verify_resume(cfg, cfg.doctor.processes)

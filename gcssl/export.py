@@ -53,7 +53,8 @@ class ExportConfig:
 def export(cfg: ExportConfig) -> Path:
     """Writes the export and returns its path. UserError when something is there already or outputs differ."""
     if not cfg.backbone or not cfg.out:
-        raise UserError("expected backbone=<run folder, checkpoint or file> and out=<what to write>")
+        missing = "out=<what to write>" if cfg.backbone else "backbone=<run folder, checkpoint or file>"
+        raise UserError(f"{missing.partition('=')[0]}: not given; expected {missing}")
     out = Path(cfg.out)
     if out.suffix not in SUFFIXES.get(cfg.format, (out.suffix,)):
         raise UserError(f"out={cfg.out}: expected a file name that ends in {SUFFIXES[cfg.format][0]}")

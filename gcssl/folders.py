@@ -24,6 +24,9 @@ def find_folders(cfg: DataConfig, root: Path) -> Found:
     not used beside a training split: one that has a test split beside it, or was asked for. A folder without classes
     is unlabelled. The ids of every split are those of the training folder.
     """
+    for key in ("image_column", "label_column"):
+        if getattr(cfg, key) is not None:
+            raise UserError(f"data.{key}: given {getattr(cfg, key)}, but {root} holds files of images; leave it out")
     return _splits(cfg, *_base(root))
 
 
@@ -84,6 +87,10 @@ def _labelled_tree(root: Path) -> Raw:
     """Class folders, or images without labels. One class alone says nothing: unlabelled."""
     names, labels, classes = _tree(root)
     if len(classes) < 2:
+        tables = (".csv", ".json", ".jsonl")
+        if unread := sorted(entry.name for entry in entries(root) if entry.name.lower().endswith(tables)):
+            known = "one folder of images a class, or a metadata.csv with the columns file_name and label"
+            say(f"data: {root / unread[0]} is not read; labels come from {known}")
         return Raw(Files(root, names))
     return Raw(Files(root, names), labels, classes)
 

@@ -48,6 +48,8 @@ RANGES: dict[str, tuple[float, float | None, int | None]] = {
     "data.max_bad": (0, 1, None),
     "data.timeout": (0, None, None),
     "data.shapes_n": (1, None, None),
+    "train.epochs": (1, None, None),
+    "train.steps": (1, None, None),
     "train.blr": (0, None, None),
     "train.min_lr": (0, None, None),
     "train.weight_decay": (0, None, None),
@@ -178,7 +180,8 @@ def _type_name(kind: Any) -> str:
     for arm in arms(kind):
         origin, inner = typing.get_origin(arm), typing.get_args(arm)
         if origin in (list, tuple):
-            told.append(f"a list of {inner[0].__name__}s" if inner else "a list")
+            kinds = {float: "numbers, [0.2,1.0]", int: "whole numbers, [1,2]", str: "words, [a,b]"}
+            told.append(f"a list of {kinds.get(inner[0], inner[0])}" if inner else "a list")
         elif origin is dict:
             told.append("keys with values")
         else:

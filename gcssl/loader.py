@@ -131,8 +131,6 @@ def run_sizes(train: TrainConfig, n_images: int, world: int) -> Sizes:
             f" training images; lower {' and '.join(lower)}"
         )
     total = train.steps if train.steps is not None else train.epochs * steps_per_epoch
-    if total < 1:
-        raise UserError(f"train.steps={train.steps}, train.epochs={train.epochs}: nothing to train; give at least one")
     return Sizes(batch_size, accumulate, world, global_batch, steps_per_epoch, total)
 
 

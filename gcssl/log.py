@@ -151,15 +151,15 @@ class RunLog:
 
     def _progress(self, step: int, loss: float, now: float) -> None:
         speed = self._images_all / max(now - self._begun, 1e-9)
+        pace = f"{speed:.{0 if speed >= 10 else 1}f} img/s"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} img/s", refresh=False)
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {pace}", refresh=False)
             self._bar.update(step - self._bar.n)
         elif now - self._plain_said >= PLAIN_SECONDS or step == self.total_steps:
             self._plain_said = now
             left = (now - self._begun) / max(1, step - self.start_step) * (self.total_steps - step)
             print(
-                f"step {step}/{self.total_steps}, loss {loss:.4f}, {speed:.0f} img/s, "
-                f"{timedelta(seconds=round(left))} left",
+                f"step {step}/{self.total_steps}, loss {loss:.4f}, {pace}, {timedelta(seconds=round(left))} left",
                 file=sys.stderr,
                 flush=True,
             )

@@ -120,10 +120,10 @@ def find_other(cfg: DataConfig, root: Path) -> Found:
     """Images named or packed by other files that load_dataset opens: metadata.csv, csv, json, zip."""
     import datasets
 
-    kinds = {file.suffix.lower() for file in root.iterdir()} if root.is_dir() else {root.suffix.lower()}
+    if root.is_file():
+        raise UserError(f"data.path: {root} is one file, expected parquet, arrow or tar, or a folder of images")
+    kinds = {file.suffix.lower() for file in root.iterdir()}
     if not kinds & {".csv", ".json", ".jsonl", ".zip"}:
-        if root.is_file():
-            raise UserError(f"data.path: {root} is one file, expected parquet, arrow or tar, or a folder of images")
         expected = "images, or parquet, arrow or tar files in it or one folder below"
         raise UserError(f"data.path: no images in {root}, expected {expected}; give the folder that holds them")
     try:

@@ -161,6 +161,8 @@ def load_backbone(
     exact: build what `model` says, img_size and window_ratio included, and load the weights into that, as a
     new run does.
     """
+    if not spec:
+        raise UserError("backbone: not given; expected a run folder, a checkpoint, a file, random or none")
     if spec in FRESH:
         model = model or ModelConfig()
         if not model.name:
@@ -195,7 +197,8 @@ def load_backbone(
 def check_exists(spec: str, key: str = "backbone") -> None:
     """UserError where `spec`, the value of `key`, is a path to nothing: said before anything large is opened."""
     if spec not in FRESH and not spec.startswith(TIMM) and not Path(spec).exists():
-        raise UserError(f"{key}={spec}: no such run, checkpoint or file; expected one of these, or random, or none")
+        fresh = ", or random, or none" if key != "model.weights" else ""
+        raise UserError(f"{key}={spec}: no such run, checkpoint or file; expected one of these{fresh}")
 
 
 def read_timm(spec: str) -> Saved:

@@ -16,7 +16,7 @@ from gcssl.errors import UserError
 from gcssl.runfolder import check_writable
 from gcssl.runtime import entry
 
-METRICS = "loss,online_knn/top1@20"
+METRICS = ("loss", "online_knn/top1@20")  # where none are asked for: those that every run has
 
 
 def epochs(lines: list[dict[str, Any]], run: Path) -> list[float]:  # noqa: ARG001
@@ -39,12 +39,22 @@ def minutes(lines: list[dict[str, Any]], run: Path) -> list[float]:
 AXES = {"epochs": epochs, "minutes": minutes}
 
 
-def read(run: Path, metric: str, x: str) -> tuple[list[float], list[float]]:
-    """Places on the axis and values of a metric."""
+def read(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     if not path.exists():
         raise UserError(f"{run}: no metrics.jsonl there; expected a run folder")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def chosen(options: dict[str, str], runs: list[list[dict[str, Any]]]) -> list[str]:
+    """The metrics asked for, else those of METRICS that every run has."""
+    if "metrics" in options:
+        return options["metrics"].split(",")
+    return [metric for metric in METRICS if all(any(metric in line for line in lines) for lines in runs)]
+
+
+def curve(run: Path, lines: list[dict[str, Any]], metric: str, x: str) -> tuple[list[float], list[float]]:
+    """Places on the axis and values of a metric."""
     if not any(metric in line for line in lines):
         known = ", ".join(sorted({key for line in lines for key in line} - {"step", "time"}))
         raise UserError(f"{run}: no {metric} in its metrics; one of {known}")
@@ -65,15 +75,16 @@ def main(argv: list[str]) -> None:
     if out.suffix != ".png":
         raise UserError(f"out={out if out.name else ''}: expected the name of a .png, written over if it is there")
     check_writable(str(out.parent))
-    metrics = options.get("metrics", METRICS).split(",")
-    lines = {metric: [read(run, metric, x) for run in runs] for metric in metrics}
+    told = {run: read(run) for run in runs}
+    metrics = chosen(options, list(told.values()))
+    curves = {metric: [curve(run, lines, metric, x) for run, lines in told.items()] for metric in metrics}
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("matplotlib is missing; pip install matplotlib") from None
     figure = Figure(figsize=(5.5 * len(metrics), 4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
-        for run, (places, values) in zip(runs, lines[metric], strict=True):
+        for run, (places, values) in zip(told, curves[metric], strict=True):
             axes.plot(places, values, marker="o" if len(places) < 50 else "", label=run.name)
         axes.set(xlabel=x, ylabel=metric)
         axes.grid(alpha=0.3)

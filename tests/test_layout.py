@@ -23,6 +23,15 @@ def test_no_init_file(folder: str) -> None:
     assert list((ROOT / folder).rglob("__init__.py")) == []
 
 
+def test_an_editable_install_is_found_from_the_folder_above_a_clone(tmp_path: Path) -> None:
+    """Where Python would take a clone in a folder of that name, which has no __init__.py, for the package."""
+    (tmp_path / "gcssl").symlink_to(ROOT)
+    code = "import gcssl, ssl; print(gcssl.__version__, ssl.__file__)"
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=outside, capture_output=True, text=True)
+    assert done.returncode == 0 and str(ROOT) not in done.stdout, done.stderr
+
+
 def test_ssl_is_pythons_own() -> None:
     assert ssl.create_default_context().verify_mode == ssl.CERT_REQUIRED
     code = "import ssl, asyncio; ssl.create_default_context(); import gcssl.ssl.masking; print(ssl.__file__)"

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -20,7 +21,7 @@ from gcssl.config import DataConfig, ModelConfig, PretrainConfig, config_dict, l
 from gcssl.errors import UserError
 from gcssl.eval import knn
 from gcssl.eval.compare import compare
-from gcssl.eval.inputs import data_of
+from gcssl.eval.inputs import data_of, describe_test
 from gcssl.eval.knn import KnnConfig, _threads, knn_accuracy, knn_correct, run, search, self_check
 from gcssl.models.build import backbone_info, build_backbone
 
@@ -287,13 +288,23 @@ def test_a_run_is_judged_on_its_own_data_and_keeps_the_result(
     result = run(KnnConfig(backbone=str(path), ks=[5], compare="random"), accelerator)
     assert json.loads((path / "eval" / "knn.json").read_text())["knn/top1@5"] == result["knn/top1@5"]
     assert (result["step"], result["encoder"], result["n_test"]) == (7, "student", 27)
-    assert "the run's own" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "the run's own" in told and "test: val, 27 images of 3 classes, so each is 3.7 points" in told
     data, model = DataConfig(path=str(folder), workers=0), ModelConfig(window_ratio=[16, 16, 16, 32])
     other = run(KnnConfig("random", out=str(tmp_path), ks=[5], data=data, model=model), accelerator)
     assert other["knn/top1@5"] == result["compare"]["knn/top1@5"]  # random takes the shape of the run
     paired = compare(path / "eval/knn.json", tmp_path / "knn.json")
     assert (paired["a"], paired["b"]) == pytest.approx((result["knn/top1@5"], other["knn/top1@5"]))
     assert paired["p"] == result["compare"]["mcnemar"]["p"]
+
+
+def test_a_result_says_which_images_judge_and_what_one_class_would_score() -> None:
+    def told(*counts: int) -> str:
+        return describe_test(np.repeat(np.arange(len(counts)), counts), "val")
+
+    assert told(300, 50, 50) == "test: val, 400 images of 3 classes; 75.0 % of them are of one class"
+    assert told(50, 50) == "test: val, 100 images of 2 classes"
+    assert told(8, 12) == "test: val, 20 images of 2 classes, so each is 5.0 points"
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,18 @@ def test_kaggle_and_official_imagenet_with_a_flat_val(tmp_path: Path) -> None:
     assert_labels_match_pixels(opened(inner, val_labels=str(tmp_path / "ground_truth.txt")).test)
 
 
+def test_labels_that_cannot_be_had_from_a_folder_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path / "classes")
+    for key in ("label_column", "image_column"):
+        assert f"data.{key}: given foo" in refused(tmp_path / "classes", **{key: "foo"})
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "a.png").write_bytes(encoded(COLOURS["cat"]))
+    (tmp_path / "flat" / "labels.csv").write_text("file,label\na.png,cat\n")
+    assert opened(tmp_path / "flat").train.labels is None
+    assert "labels.csv is not read; labels come from one folder" in capsys.readouterr().out
+    assert "labels.csv is one file, expected" in refused(tmp_path / "flat" / "labels.csv")
+
+
 def test_a_flat_val_without_or_with_wrong_labels_is_refused(tmp_path: Path) -> None:
     inner = kaggle(tmp_path)
     assert "data.val_labels: not given" in refused(inner)

@@ -149,7 +149,7 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
         (ExportConfig("random", "torch", "x"), "ends in .pt"),
         (ExportConfig("random", "onnx", "x.pt"), "ends in .onnx"),
         (ExportConfig("random", "timm", str(tmp_path / "new")), "backbone=random: of which model. pass model.name="),
-        (ExportConfig("", "timm", "x"), "expected backbone="),
+        (ExportConfig("", "timm", "x"), "backbone: not given"),
         (ExportConfig(str(tmp_path / "run"), "timm", str(tmp_path / "a.json/x")), "a.json is a file"),
     ):
         with pytest.raises(UserError, match=reason):

@@ -80,7 +80,7 @@ def test_a_comparison_may_be_added_but_not_taken_away(tmp_path: Path) -> None:
     path = tmp_path / "knn.json"
     write_result(path, {"knn/top1@20": 1.0}, {"compare": None})
     write_result(path, {"knn/top1@20": 1.0}, {"compare": "random"})
-    with pytest.raises(UserError, match="compare: random there, None asked"):
+    with pytest.raises(UserError, match="compare: random there, null asked"):
         check_result(path, {"compare": None})
 
 

@@ -258,7 +258,7 @@ def describe_test(labels: np.ndarray, name: str) -> str:
     n, most = len(labels), counts.max()
     coarse = f", so each is {100 / n:.1f} points" if n < FEW else ""
     uneven = f"; {100 * most / n:.1f} % of them are of one class" if most > 1.5 * n / len(counts) else ""
-    return f"test: {name}, {n} images of {len(counts)} classes{coarse}{uneven}"
+    return f"judged on {name}: {n} images of {len(counts)} classes{coarse}{uneven}"
 
 
 def _ready(backbone: Backbone, accelerator: "Accelerator") -> Backbone:

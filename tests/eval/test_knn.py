@@ -289,7 +289,7 @@ def test_a_run_is_judged_on_its_own_data_and_keeps_the_result(
     assert json.loads((path / "eval" / "knn.json").read_text())["knn/top1@5"] == result["knn/top1@5"]
     assert (result["step"], result["encoder"], result["n_test"]) == (7, "student", 27)
     told = capsys.readouterr().out
-    assert "the run's own" in told and "test: val, 27 images of 3 classes, so each is 3.7 points" in told
+    assert "the run's own" in told and "judged on val: 27 images of 3 classes, so each is 3.7 points" in told
     data, model = DataConfig(path=str(folder), workers=0), ModelConfig(window_ratio=[16, 16, 16, 32])
     other = run(KnnConfig("random", out=str(tmp_path), ks=[5], data=data, model=model), accelerator)
     assert other["knn/top1@5"] == result["compare"]["knn/top1@5"]  # random takes the shape of the run
@@ -302,9 +302,9 @@ def test_a_result_says_which_images_judge_and_what_one_class_would_score() -> No
     def told(*counts: int) -> str:
         return describe_test(np.repeat(np.arange(len(counts)), counts), "val")
 
-    assert told(300, 50, 50) == "test: val, 400 images of 3 classes; 75.0 % of them are of one class"
-    assert told(50, 50) == "test: val, 100 images of 2 classes"
-    assert told(8, 12) == "test: val, 20 images of 2 classes, so each is 5.0 points"
+    assert told(300, 50, 50) == "judged on val: 400 images of 3 classes; 75.0 % of them are of one class"
+    assert told(50, 50) == "judged on val: 100 images of 2 classes"
+    assert told(8, 12) == "judged on val: 20 images of 2 classes, so each is 5.0 points"
 
 
 @pytest.mark.parametrize(

@@ -354,7 +354,8 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "two/env.json").read_text())["processes"] == 2
     for one, both in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         for name in one.keys() - set(TIMING):
-            assert one[name] == pytest.approx(both[name], rel=1e-3, abs=1e-5), f"step {one['step']} {name}"
+            close = 1e-2 if name == "prediction_std" else 1e-3  # each process takes the former of its own images
+            assert one[name] == pytest.approx(both[name], rel=close, abs=1e-5), f"step {one['step']} {name}"
     listed = [sorted((tmp_path / n / "bad_samples.jsonl").read_text().splitlines()) for n in ("one", "two")]
     assert listed[0] == listed[1] and len(listed[0]) == 2
     start = build_pretrain_backbone(config("joint", tmp_path / "none", *argv)).state_dict()

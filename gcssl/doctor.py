@@ -241,7 +241,7 @@ def main(argv: list[str]) -> None:
         replay(argv[1:])
         return
     asked = bool(argv) and argv[0] == "verify-resume"
-    if argv and "=" not in argv[0] and (near := nearest(argv[0], ["replay", "verify-resume"])) and not asked:
+    if argv and not asked and (near := nearest(argv[0], ["replay", "verify-resume"])):
         raise UserError(f"{argv[0]}: no such check{near}")
     cfg = load_config(DoctorConfig, argv[1:] if asked else argv, SCHEMAS)
     if asked:

@@ -19,6 +19,7 @@ from gcssl.sources import TEST_NAMES, TRAIN_NAMES, Found, Raw
 if TYPE_CHECKING:
     import datasets
 
+TABLES = (".parquet", ".arrow", ".tar")
 IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "pixels")
 LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target", "category", "y")
 TAR_END = bytes(1024)
@@ -63,9 +64,6 @@ def find_tables(cfg: DataConfig, root: Path) -> Found:
                 _in_one_folder(split, paths)
             return {k: partial(_raw, cfg, root, k, partial(opener, cfg, paths)) for k, paths in shards.items()}
     return {}
-
-
-TABLES = (".parquet", ".arrow", ".tar")
 
 
 def table_files(root: Path) -> list[Path]:

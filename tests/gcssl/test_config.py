@@ -328,3 +328,9 @@ def test_a_misspelt_recipe_names_the_nearest_one(tmp_path: Path) -> None:
     (tmp_path / "joint_nano.yaml").write_text("")
     with pytest.raises(UserError, match=r"no such config file; .*; did you mean joint_nano.yaml\?$"):
         load_config(PretrainConfig, [str(tmp_path / "joint_nan.yaml")])
+
+
+def test_a_run_folder_in_place_of_a_config_is_told_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("train: {epochs: 3}\n")
+    with pytest.raises(UserError, match=f"did you mean {tmp_path}/config.yaml"):
+        load_config(PretrainConfig, [str(tmp_path), "out=x"])

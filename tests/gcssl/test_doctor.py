@@ -317,3 +317,8 @@ def test_verify_resume(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_durations(hours: float, told: str) -> None:
     assert duration(hours) == told
+
+
+def test_a_misspelt_check_is_told_the_nearest() -> None:
+    with pytest.raises(UserError, match="verify_resume: no such check; did you mean verify-resume"):
+        doctor.main(["verify_resume", "configs/pretrain/simmim_gcvit_nano.yaml"])

@@ -31,6 +31,7 @@ from gcssl.optim import groups_table, make_optimizer, param_groups, rates_at, se
 from gcssl.runfolder import RunFolder, broadcast, check_writable
 from gcssl.runtime import StopSignal, entry, main_process_first, make_accelerator, rng, seed_torch
 from gcssl.shard import check_shard, gathered, shard, whole, whole_tensor
+from gcssl.ssl.base import Objective
 from gcssl.ssl.gather import average_
 from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 from gcssl.state import RunState, saves_at
@@ -131,7 +132,7 @@ def fit(
     cfg: Any,
     accelerator: Accelerator,
     run: RunFolder,
-    objective: Any,
+    objective: Objective,
     groups: list[dict[str, Any]],
     dataset: TrainSet,
     sizes: Sizes,
@@ -145,7 +146,7 @@ def fit(
     train = cfg.train
     objective.to(accelerator.device)
     bad_steps = BadSteps(run.path, train, objective)
-    watch = CollapseWatch(objective.chance(sizes.global_batch) if hasattr(objective, "chance") else {})
+    watch = CollapseWatch(objective.chance(sizes.global_batch))
     judges = {"bad_steps": bad_steps, "collapse": watch}
     state = RunState(run, objective, make_optimizer(groups, train), accelerator, judges, dataset.images.classes)
     step = state.resume()
@@ -173,18 +174,17 @@ def fit(
             with accelerator.accumulate(model):
                 seed_torch(train.seed, MODEL, step, accelerator.process_index, meter.micro)
                 out = model(batch, step)
-                if hasattr(objective, "grad_norms") and objective.measures(step, cfg.log.every, sizes.accumulate):
+                if objective.measures(step, cfg.log.every, sizes.accumulate):
                     scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
                     out |= objective.grad_norms(out, step, scale)
                 accelerator.backward(out["loss"])
                 meter.add(out)
                 if not accelerator.sync_gradients:
                     continue
-                if hasattr(objective, "freeze"):
-                    objective.freeze(step)
+                objective.freeze(step)
                 norm = accelerator.clip_grad_norm_(objective.parameters(), train.clip_grad or float("inf"))
                 values = meter.reduce(whole_tensor(norm), stop.requested)  # the step's one all-reduce and host read
-                if hasattr(objective, "loss_changes") and objective.loss_changes(step):
+                if objective.loss_changes(step):
                     bad_steps.losses = []  # those of before say nothing of what a spike is now
                 fault = bad_steps.judge(values)
                 set_lr(optimizer, *rates_at(train, step, sizes))
@@ -223,7 +223,7 @@ def fit(
 
 
 def prepared(
-    objective: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator, train: TrainConfig
+    objective: Objective, optimizer: torch.optim.Optimizer, accelerator: Accelerator, train: TrainConfig
 ) -> tuple[Any, Any]:
     """What the loop calls in their places: on several processes under DDP, or cut over them."""
     if train.compile:
@@ -235,7 +235,7 @@ def prepared(
     return accelerator.prepare(objective, optimizer)
 
 
-def compile_encoders(objective: Any) -> None:
+def compile_encoders(objective: Objective) -> None:
     """torch.compile of student and teacher, a graph a size: sizes are few, symbolic ones take minutes to trace."""
     for name, part in objective.named_children():
         if name in ("encoder", "teacher"):
@@ -260,7 +260,7 @@ def watch_collapse(step: int, values: dict[str, float], watch: CollapseWatch, st
         say(told)
 
 
-def measure(probe: OnlineProbe, objective: Any, step: int, log: RunLog, stop: StopSignal) -> None:
+def measure(probe: OnlineProbe, objective: Objective, step: int, log: RunLog, stop: StopSignal) -> None:
     """The online probe after a checkpoint: a signal ends it at once, and the next start repeats it."""
     with stop.at_once(step, log.total_steps):
         with gathered(objective):
@@ -268,27 +268,26 @@ def measure(probe: OnlineProbe, objective: Any, step: int, log: RunLog, stop: St
     log.scalars(step, found)
 
 
-def show_batch(objective: Any, batch: dict[str, Any], step: int, log: RunLog) -> None:
+def show_batch(objective: Objective, batch: dict[str, Any], step: int, log: RunLog) -> None:
     """Original, hidden and reconstructed images, from objectives that reconstruct."""
-    if hasattr(objective, "pictures"):
-        with gathered(objective), torch.no_grad():
-            if log.shows_images:
-                objective.eval()
-                log.images(step, objective.pictures(batch, step))
-                objective.train()
+    with gathered(objective), torch.no_grad():
+        if log.shows_images:
+            objective.eval()
+            log.images(step, objective.pictures(batch, step))
+            objective.train()
 
 
-def schedules(objective: Any, optimizer: torch.optim.Optimizer, step: int, sizes: Sizes) -> dict[str, float]:
+def schedules(objective: Objective, optimizer: torch.optim.Optimizer, step: int, sizes: Sizes) -> dict[str, float]:
     """What was in force in the update that made `step`: lr of the last layer, weight decay, the teacher's momentum."""
     groups = optimizer.param_groups
     decay = max(group["weight_decay"] for group in groups)
     values = {"epoch": step / sizes.steps_per_epoch, "lr": max(group["lr"] for group in groups), "wd": decay}
-    if hasattr(objective, "momentum"):
-        values["momentum"] = objective.momentum(step - 1)
-    return values
+    return values | objective.schedules(step - 1)
 
 
-def save_backbone(cfg: PretrainConfig, run: RunFolder, objective: Any, step: int, classes: list[str] | None) -> None:
+def save_backbone(
+    cfg: PretrainConfig, run: RunFolder, objective: Objective, step: int, classes: list[str] | None
+) -> None:
     encoder = evaluated_encoder(cfg, objective)
     which = cfg.encoder or objective.default_encoder
     info = backbone_info(encoder, step=step, objective=cfg.objective.name, encoder=which, class_names=classes)

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 
 from gcssl.checkpoint import write_backbone
 from gcssl.config import (
@@ -69,6 +69,7 @@ from gcssl.optim import groups_table, param_groups
 from gcssl.pretrain import drop_noise, fit
 from gcssl.runfolder import RunFolder
 from gcssl.runtime import batch_layout, entry, main_process_first, make_accelerator, seed_host, seed_torch
+from gcssl.ssl.base import Objective
 from gcssl.streams import INIT, MIXUP
 
 
@@ -108,7 +109,7 @@ class FinetuneConfig:
     allow_env: bool = False
 
 
-class Classifier(nn.Module):
+class Classifier(Objective):
     """Backbone with its head, cross-entropy, and the moving average of the weights that is judged."""
 
     def __init__(self, backbone: Backbone, options: FinetuneOptions) -> None:

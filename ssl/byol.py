@@ -34,9 +34,7 @@ def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:
 class BYOL(MomentumObjective):
     """Student: encoder, projector, predictor. Teacher: momentum copies of encoder and projector."""
 
-    default_encoder = "student"
     couples_batch = True  # through the batch norms of its heads
-    n_views = 2
 
     def __init__(
         self,
@@ -68,6 +66,3 @@ class BYOL(MomentumObjective):
         predictions = [self.predictor(self.projector(h)) for h in features]  # B d
         loss = regression_loss(predictions[0], targets[1]) + regression_loss(predictions[1], targets[0])
         return {"loss": loss, **signs(*([all_gather_no_grad(x) for x in part] for part in (seen, targets)))}
-
-    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        return self.loss(run_views(self.encoder, batch, range(2)), batch, step)

@@ -63,6 +63,3 @@ class DINO(PrototypeObjective):
         student = self.projector(torch.cat(features)).chunk(len(features))
         view = crops_loss(teacher, student, self.cfg.student_temp)
         return {**self.losses(view, view, features[:2]), **teacher_signs(view, teacher, seen)}
-
-    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        return self.loss(run_views(self.encoder, batch, range(self.n_views)), batch, step)

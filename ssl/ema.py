@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gcssl.badsteps import tracked_norms
+from gcssl.ssl.views import ViewObjective
 
 
 def momentum_copy(student: nn.Module) -> nn.Module:
@@ -48,7 +49,7 @@ def momentum_at(step: int, total: int, m0: float) -> float:
     return 1.0 - (1.0 - m0) * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-class MomentumObjective(nn.Module):
+class MomentumObjective(ViewObjective):
     """An objective whose teacher follows its student: `follows` names (teacher, student) pairs of modules.
 
     The teachers have no drop path (`set_teaching`) and move once per optimizer step that really happened.
@@ -72,6 +73,9 @@ class MomentumObjective(nn.Module):
         MoCo v3 moves the teacher at the start of step + 1, before encoding the keys: the same moment.
         """
         return momentum_at(step + 1, self.total_steps, self.start_momentum)
+
+    def schedules(self, step: int) -> dict[str, float]:
+        return {"momentum": self.momentum(step)}
 
     def after_step(self, step: int) -> None:
         """Move the teachers after optimizer step `step`, the one that `forward` got."""

@@ -17,6 +17,7 @@ from gcssl.augment import View, ViewSpec
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.gcvit import GCViT
+from gcssl.ssl.base import Objective
 from gcssl.ssl.byol import BYOL, BYOLConfig
 from gcssl.ssl.dino import DINO, DINOConfig
 from gcssl.ssl.esvit import EsViT, EsViTConfig
@@ -135,10 +136,9 @@ def lend(part: nn.Module, name: str) -> nn.Module:
     return module
 
 
-class Joint(nn.Module):
+class Joint(Objective):
     """Holds encoder.*, teacher.*, and the parts' heads under masked.* and view.*."""
 
-    couples_batch: bool  # as the view part does; the scales too are of the whole batch's gradients
     scale: Tensor  # of each part, when balanced
     measured: Tensor | None  # norms of the parts' gradients in the last forward, for the scale
 
@@ -170,7 +170,7 @@ class Joint(nn.Module):
         learning = [p for p in encoder.parameters() if p.requires_grad]
         masked = masked_class(part_config(cfg, masked_schema), encoder, plain, *rest)
         self.default_encoder = view.default_encoder
-        self.couples_batch = view.couples_batch or cfg.balance
+        self.couples_batch = view.couples_batch or cfg.balance  # the scales are of the whole batch's gradients
         self.draw = JointDraw(view.draw, masked.draw, cfg.share)
         lend(masked, "encoder")
         self.encoder: Any = lend(view, "encoder")
@@ -178,9 +178,6 @@ class Joint(nn.Module):
             p.requires_grad_(True)
         if hasattr(view, "teacher"):
             self.teacher = lend(view, "teacher")
-            self.momentum = view.momentum
-        if hasattr(view, "freeze"):
-            self.freeze = view.freeze
         self.masked: Any = masked
         self.view: Any = view  # after teacher, so that its train() has the last word and keeps that in eval mode
 
@@ -247,7 +244,7 @@ class Joint(nn.Module):
 
     def chance(self, global_batch: int) -> dict[str, float]:
         """The view part's losses when its embeddings say nothing, under their names here."""
-        parts = self.view.chance(global_batch) if hasattr(self.view, "chance") else {}
+        parts = self.view.chance(global_batch)
         return {f"loss/{self.names[1]}" if key == "loss" else key: value for key, value in parts.items()}
 
     @torch.no_grad()
@@ -258,6 +255,12 @@ class Joint(nn.Module):
         wanted = (raw.mean() / raw.clamp(min=1e-12)).clamp(1 / MOST_SCALE, MOST_SCALE)
         self.scale.lerp_(wanted, 1.0 if step < BALANCE_EVERY else 0.1)
         self.measured = None
+
+    def freeze(self, step: int) -> None:
+        self.view.freeze(step)
+
+    def schedules(self, step: int) -> dict[str, float]:
+        return self.view.schedules(step)
 
     def after_step(self, step: int) -> None:
         """Both parts' commits after optimizer step `step`, the one that `forward` got."""

@@ -22,6 +22,7 @@ from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.build import Backbone
 from gcssl.models.gcvit import GCViT
+from gcssl.ssl.base import Objective
 from gcssl.ssl.masking import (
     STEM_STRIDE,
     MaskedDraw,
@@ -43,11 +44,8 @@ class LocalMIMConfig:
     target: str = field(default="norm_pixels", metadata={"choices": TARGETS})
 
 
-class LocalMIM(nn.Module):
+class LocalMIM(Objective):
     """Heads on all maps of stride 4 and more, on any backbone that has two or more of them."""
-
-    default_encoder = "student"
-    couples_batch = False
 
     def __init__(
         self,
@@ -100,12 +98,8 @@ class LocalMIM(nn.Module):
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         return self.loss(self.features(batch), batch)
 
-    def after_step(self, step: int) -> None:
-        """Nothing to commit."""
-
-    @torch.no_grad()
     def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """What `reconstruction` makes of the last stage's prediction. The caller has put the module in eval mode."""
+        """What `reconstruction` makes of the last stage's prediction."""
         few = first_samples(batch)
         x, mask = few["views"][0], few["masks"][0]
         pred = self.heads[-1](self.features(few)[-1])

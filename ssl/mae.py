@@ -14,8 +14,7 @@ of the last stage, 32 px (ViT's: 16 px), and positions enter through the decoder
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gcssl.augment import MAE as CROP
 from gcssl.augment import override
@@ -24,6 +23,7 @@ from gcssl.errors import UserError
 from gcssl.models.build import Backbone
 from gcssl.models.decoders import TokenDecoder
 from gcssl.models.gcvit import GCViT
+from gcssl.ssl.base import Objective
 from gcssl.ssl.masking import MaskedDraw, check_ratio, check_unit, hidden_count, hide_pixels, upsample_mask
 from gcssl.ssl.targets import first_samples, reconstruction, target_loss
 
@@ -38,11 +38,8 @@ class MAEConfig:
     dense: bool = False  # compute hidden units too: the slow reference
 
 
-class MAE(nn.Module):
+class MAE(Objective):
     """Masked autoencoder on GC ViT."""
-
-    default_encoder = "student"
-    couples_batch = False
 
     def __init__(
         self,
@@ -81,12 +78,8 @@ class MAE(nn.Module):
         x, mask = batch["views"][0], batch["masks"][0]
         return target_loss("norm_pixels", self.predict(batch), x, mask, self.unit)
 
-    def after_step(self, step: int) -> None:
-        """Nothing to commit."""
-
-    @torch.no_grad()
     def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """What `reconstruction` makes of the first samples. The caller has put the module in eval mode."""
+        """What `reconstruction` makes of the first samples."""
         few = first_samples(batch)
         x, mask = few["views"][0], few["masks"][0]
         return reconstruction(self.encoder, x, mask, hide_pixels(x, mask), self.predict(few), "norm_pixels", self.unit)

@@ -43,9 +43,7 @@ class MoBY(MomentumObjective):
     view.
     """
 
-    default_encoder = "student"
     couples_batch = True  # through the batch norms of its heads
-    n_views = 2
     queue: Tensor
     _keys: Tensor  # 2 N d: of the last forward, for the queue
 
@@ -87,9 +85,6 @@ class MoBY(MomentumObjective):
             "accuracy": (found[0][1] + found[1][1]) / 2,
             **signs(seen, joined),
         }
-
-    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        return self.loss(run_views(self.encoder, batch, range(2)), batch, step)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

@@ -49,9 +49,7 @@ def info_nce(q: Tensor, keys: Tensor, first: int, temperature: float) -> tuple[T
 class MoCoV3(MomentumObjective):
     """Student: encoder, projector, predictor. Teacher: momentum copies of encoder and projector."""
 
-    default_encoder = "student"
     couples_batch = True
-    n_views = 2
 
     def __init__(
         self,
@@ -91,9 +89,6 @@ class MoCoV3(MomentumObjective):
             "accuracy": (right_1 + right_2) / 2,
             **signs(seen, keys),  # of the teacher, over all processes
         }
-
-    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        return self.loss(run_views(self.encoder, batch, range(2)), batch, step)
 
     def chance(self, global_batch: int) -> dict[str, float]:
         """The loss of embeddings that say nothing, for the collapse watch."""

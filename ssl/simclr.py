@@ -15,7 +15,7 @@ from gcssl.config import AugmentConfig
 from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import BatchNorm, mlp
 from gcssl.ssl.gather import all_gather_no_grad, all_gather_with_grad, rank, reducer
-from gcssl.ssl.views import check_above_zero, check_at_least, pair_draw, run_views, signs
+from gcssl.ssl.views import ViewObjective, check_above_zero, check_at_least, pair_draw, signs
 
 
 @dataclass
@@ -45,12 +45,10 @@ def nt_xent(z: tuple[Tensor, Tensor], joined: tuple[Tensor, Tensor], first: int,
         return loss, (logits.detach().argmax(1) == partner).float().mean()
 
 
-class SimCLR(nn.Module):
+class SimCLR(ViewObjective):
     """Encoder and projector; no teacher."""
 
-    default_encoder = "student"
     couples_batch = True
-    n_views = 2
 
     def __init__(
         self,
@@ -77,12 +75,6 @@ class SimCLR(nn.Module):
         loss, accuracy = nt_xent(z, joined, rank() * len(z[0]), self.cfg.temperature)
         seen = [all_gather_no_grad(h) for h in features]  # N C
         return {"loss": loss, "accuracy": accuracy, **signs(seen, joined)}
-
-    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        return self.loss(run_views(self.encoder, batch, range(2)), batch, step)
-
-    def after_step(self, step: int) -> None:
-        """Nothing to commit."""
 
     def chance(self, global_batch: int) -> dict[str, float]:
         """The loss of embeddings that say nothing, for the collapse watch."""

@@ -88,6 +88,3 @@ class SimDINO(MomentumObjective):
         gathered = [all_gather_no_grad(h) for h in seen]
         terms = {"loss/agreement": agree.detach(), "loss/coding_rate": rate.detach()}
         return {"loss": loss, **terms, **signs(gathered, gathered)}
-
-    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        return self.loss(run_views(self.encoder, batch, range(self.n_views)), batch, step)

@@ -16,6 +16,7 @@ from gcssl.augment import SIMMIM, override
 from gcssl.config import AugmentConfig
 from gcssl.models.build import Backbone
 from gcssl.models.decoders import MapDecoder
+from gcssl.ssl.base import Objective
 from gcssl.ssl.masking import (
     MaskedDraw,
     check_ratio,
@@ -39,11 +40,8 @@ class SimMIMConfig:
     decoder_depth: int = 0  # transformer blocks before the linear head (FastMIM: 4)
 
 
-class SimMIM(nn.Module):
+class SimMIM(Objective):
     """Masked image modelling on any backbone; one that takes no mask token is masked in its pixels only."""
-
-    default_encoder = "student"
-    couples_batch = False
 
     def __init__(
         self,
@@ -86,12 +84,8 @@ class SimMIM(nn.Module):
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
         return self.loss(self.features(batch), batch)
 
-    def after_step(self, step: int) -> None:
-        """Nothing to commit."""
-
-    @torch.no_grad()
     def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """What `reconstruction` makes of the first samples. The caller has put the module in eval mode."""
+        """What `reconstruction` makes of the first samples."""
         few = first_samples(batch)
         x, mask = few["views"][0], few["masks"][0]
         seen = hide_pixels(x, mask, self.mask_color)

@@ -15,8 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gcssl.augment import MAE, View, ViewSpec, draw_view, override
 from gcssl.config import AugmentConfig
@@ -24,6 +23,7 @@ from gcssl.errors import UserError
 from gcssl.models.build import Backbone
 from gcssl.models.decoders import TokenDecoder
 from gcssl.models.gcvit import GCViT
+from gcssl.ssl.base import Objective
 from gcssl.ssl.masking import (
     STEM_STRIDE,
     default_unit,
@@ -102,11 +102,8 @@ def check_half(encoder: Backbone, img_size: tuple[int, int]) -> None:
         ) from None
 
 
-class UMMAE(nn.Module):
+class UMMAE(Objective):
     """Uniformly masked autoencoder on any backbone; one that takes no mask token is masked in its pixels only."""
-
-    default_encoder = "student"
-    couples_batch = False
 
     def __init__(
         self,
@@ -138,15 +135,8 @@ class UMMAE(nn.Module):
         x, mask = batch["views"][0], batch["masks"][0]
         return target_loss("norm_pixels", self.predict(batch), x, mask, self.unit)
 
-    def after_step(self, step: int) -> None:
-        """Nothing to commit."""
-
-    @torch.no_grad()
     def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """What `reconstruction` makes of the first samples; hidden: what the encoder sees, each unit in its place.
-
-        The caller has put the module in eval mode.
-        """
+        """What `reconstruction` makes of the first samples; hidden: what the encoder sees, each unit in its place."""
         few = first_samples(batch)
         x, (mask, second) = few["views"][0], few["masks"][:2]
         seen = hide_pixels(x, mask | upsample_mask(second, *mask.shape[1:]), fill_color(self.encoder))

@@ -13,7 +13,7 @@ from gcssl.config import AugmentConfig
 from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import mlp
 from gcssl.ssl.gather import all_gather_no_grad, all_gather_with_grad
-from gcssl.ssl.views import check_at_least, norm, pair_draw, run_views, signs
+from gcssl.ssl.views import ViewObjective, check_at_least, norm, pair_draw, signs
 
 
 @dataclass
@@ -38,12 +38,10 @@ def covariance_loss(z: Tensor) -> Tensor:
     return (cov.square().sum() - cov.diagonal().square().sum()) / z.shape[1]
 
 
-class VICReg(nn.Module):
+class VICReg(ViewObjective):
     """Encoder and expander; no teacher."""
 
-    default_encoder = "student"
     couples_batch = True
-    n_views = 2
 
     def __init__(
         self,
@@ -75,12 +73,6 @@ class VICReg(nn.Module):
         logged = {f"loss/{name}": term.detach() for name, term in terms.items()}
         seen = [all_gather_no_grad(h) for h in features]  # N C
         return {"loss": loss, **logged, **signs(seen, z)}
-
-    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        return self.loss(run_views(self.encoder, batch, range(2)), batch, step)
-
-    def after_step(self, step: int) -> None:
-        """Nothing to commit."""
 
     def chance(self, global_batch: int) -> dict[str, float]:  # noqa: ARG002
         """The loss of embeddings that say nothing, for the collapse watch."""

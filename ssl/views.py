@@ -17,6 +17,7 @@ from gcssl.log import say
 from gcssl.models.functional import at_least_fp32
 from gcssl.models.gcvit import GCViT
 from gcssl.models.heads import BatchNorm
+from gcssl.ssl.base import Objective
 from gcssl.ssl.gather import reducer
 
 
@@ -56,6 +57,19 @@ def run_views(call: Callable[[Tensor, Tensor | None], Tensor], batch: dict[str, 
 def run_maps(encoder: Any, batch: dict[str, Any], views: range) -> list[Tensor]:
     """The last maps B C h w of these views of the batch."""
     return run_views(lambda x, noise: encoder.forward_features(x, noise=noise), batch, views)
+
+
+class ViewObjective(Objective):
+    """An objective on several crops of an image, with `loss` on their pooled features."""
+
+    n_views: int = 2
+
+    def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """What `forward` returns, from the student's pooled features B C of all views."""
+        raise NotImplementedError
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        return self.loss(run_views(self.encoder, batch, range(self.n_views)), batch, step)
 
 
 def use_maps_alone(encoder: Any, objective: str) -> None:

@@ -85,7 +85,7 @@ def run(cfg: dict[str, Any], share: slice, side: int) -> dict[str, Any]:
     batch = make_batch(share, objective.draw, objective.encoder.n_noise, side)
     model = DistributedDataParallel(objective, broadcast_buffers=False) if dist.is_initialized() else objective
     out = model(batch, 0)
-    norms = objective.grad_norms(out, 0) if hasattr(objective, "grad_norms") else {}
+    norms = objective.grad_norms(out, 0)
     out["loss"].backward()
     own = {"prediction_std"}  # of a process's images, as its docstring says
     logged = {k: gather.all_reduce_mean(v) for k, v in out.items() if isinstance(v, Tensor) and k not in own}

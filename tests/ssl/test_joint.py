@@ -211,7 +211,8 @@ def test_keys_of_the_parts_arrive(make_objective: Make) -> None:
     joint = make_objective("joint", mask_ratio=0.5, mask_unit=16, momentum=0.9, temperature=0.5)
     assert (joint.masked.draw.ratio, joint.masked.draw.unit) == (0.5, 16)
     assert (joint.view.cfg.momentum, joint.view.cfg.temperature, joint.view.cfg.out_dim) == (0.9, 0.5, 16)
-    assert 0.9 < joint.momentum(0) == joint.view.momentum(0) < 0.91 and joint.momentum(99) == 1.0
+    first, last = joint.schedules(0)["momentum"], joint.schedules(99)["momentum"]
+    assert 0.9 < first == joint.view.momentum(0) < 0.91 and last == 1.0
 
 
 def test_teacher_follows_once_a_step_and_stays_in_eval_mode(make_objective: Make) -> None:
@@ -221,7 +222,7 @@ def test_teacher_follows_once_a_step_and_stays_in_eval_mode(make_objective: Make
     with torch.no_grad():
         joint.encoder.stem.conv1.weight.add_(1.0)
     joint.after_step(0)
-    torch.testing.assert_close(joint.teacher.stem.conv1.weight, start + 1 - joint.momentum(0))
+    torch.testing.assert_close(joint.teacher.stem.conv1.weight, start + 1 - joint.view.momentum(0))
 
 
 def test_pictures_are_those_of_the_masked_crop(make_objective: Make, make_batch: Make) -> None:

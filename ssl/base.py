@@ -1,0 +1,54 @@
+"""What the loop of pretrain.py asks of an objective."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Objective(nn.Module):
+    """Owns encoder, heads and buffers; gets tensors, returns scalars; does not step, log, save or move data.
+
+    A subclass is made from (its config, encoder, augment config, (H, W) of the images in pixels, total steps, steps an
+    epoch), sets `encoder` and `draw`, and writes `forward`. The rest does nothing unless it is written anew. A step is
+    that of the optimizer, from 0.
+    """
+
+    default_encoder = "student"  # student | teacher: the one that the objective's paper evaluates
+    couples_batch: Any = False  # whether the loss compares the images of a batch: then micro-batches give another loss
+    encoder: Any
+    draw: Callable[..., Any]  # (rng, (H, W)) -> a sample's ([(spec, view), ...], [mask h w or None, ...])
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
+        """`loss`, and what else is logged, from {"views": [B 3 H W, ...], "masks": [B h w, ...]}; changes no state."""
+        raise NotImplementedError
+
+    def freeze(self, step: int) -> None:
+        """Drop the gradients that step `step` must not use: called before they are clipped."""
+
+    def after_step(self, step: int) -> None:
+        """Commit what step `step` changes beside the parameters: teachers, centres, queues. Not called when skipped."""
+
+    def schedules(self, step: int) -> dict[str, float]:  # noqa: ARG002
+        """What was in force at step `step`, to be logged."""
+        return {}
+
+    def loss_changes(self, step: int) -> bool:  # noqa: ARG002
+        """Whether a term joins the loss at step `step`, so that earlier losses say nothing of a spike."""
+        return False
+
+    def chance(self, global_batch: int) -> dict[str, float]:  # noqa: ARG002
+        """What losses are while the embeddings say nothing, by their logged names: for the collapse watch."""
+        return {}
+
+    def measures(self, step: int, log_every: int, accumulate: int = 1) -> bool:  # noqa: ARG002
+        """Whether step `step` logs `grad_norms` too."""
+        return False
+
+    def grad_norms(self, out: dict[str, Any], step: int, scale: float = 1.0) -> dict[str, Tensor]:  # noqa: ARG002
+        """Norms of the gradients of parts of the loss, from what `forward` returned and before its backward pass."""
+        return {}
+
+    def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+        """Rows of images to be shown, n 3 H W in 0..1; called in eval mode without gradients."""
+        return {}

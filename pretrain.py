@@ -124,8 +124,8 @@ def drop_noise(
 
     shape: (views, rows, global batch); returns one (rows, B) tensor a view, at this batch's positions (on the CPU).
     """
-    uniform = torch.from_numpy(rng(seed, DROP_PATH, step).random(shape, dtype=np.float32))
-    return list(uniform[:, :, position].to(device))
+    uniform = torch.from_numpy(rng(seed, DROP_PATH, step).random(shape, dtype=np.float32))[:, :, position]
+    return list((uniform.pin_memory() if device.type == "cuda" else uniform).to(device, non_blocking=True))
 
 
 def fit(
@@ -270,7 +270,7 @@ def measure(probe: OnlineProbe, objective: Objective, step: int, log: RunLog, st
 
 def show_batch(objective: Objective, batch: dict[str, Any], step: int, log: RunLog) -> None:
     """Original, hidden and reconstructed images, from objectives that reconstruct."""
-    with gathered(objective), torch.no_grad():
+    with gathered(objective), torch.no_grad(), torch.compiler.set_stance("force_eager"):  # one process alone compiles
         if log.shows_images:
             objective.eval()
             log.images(step, objective.pictures(batch, step))

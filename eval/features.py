@@ -75,11 +75,11 @@ class Pace:
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, each module's own mode back afterwards."""
+    """Evaluation mode inside, and not compiled: a graph a batch size costs more than it saves; each mode back after."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, mode in modes:

@@ -298,14 +298,17 @@ def to_device(
     train.batch_size, but not the number of processes or micro-batches, is part of what a mixing run computes.
     """
     options, device = cfg.finetune, accelerator.device
-    batch["image"], batch["target"] = batch["image"].to(device), batch["label"].to(device)
+    position, target = batch.pop("position"), batch.pop("label")
+    batch["target"] = target
+    for key in ("image", "target", "index"):
+        batch[key] = batch[key].to(device, non_blocking=True)
     if mixes(options):
         seed_torch(cfg.train.seed, MIXUP, step)
         mixup = Mixup(options.mixup, options.cutmix, label_smoothing=options.smoothing, num_classes=classes)
         batch["image"], batch["target"] = mixup(batch["image"], batch["target"])
     if cfg.model.drop_path > 0 and backbone.n_noise:
         shape = (1, backbone.n_noise, sizes.global_batch)
-        batch["noise"] = drop_noise(cfg.train.seed, step, shape, batch["position"], device)
+        batch["noise"] = drop_noise(cfg.train.seed, step, shape, position, device)
     return batch
 
 

@@ -65,7 +65,9 @@ def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    inside = 1 if sys.platform == "darwin" else max(before, cores // local) if local else before
+    if local and ("TORCHELASTIC_RUN_ID" in os.environ or cores == os.cpu_count()):
+        cores //= local  # of all processes; srun gives each its own
+    inside = 1 if sys.platform == "darwin" else max(before, cores) if local else before
     try:
         _set_threads(inside, faiss)
         yield

@@ -219,6 +219,7 @@ def export_onnx(backbone: Backbone, info: dict[str, Any], out: Path) -> float:
         import onnxscript  # noqa: F401 (torch's exporter needs it)
     except ImportError as error:
         raise UserError(f"format=onnx: {error.name} is not installed; pip install 'gcssl[onnx]'") from None
+    say("export: tracing the model for ONNX; a large one takes minutes")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     free = ({0: torch.export.Dim("batch")},)  # traced with two images, tried with three
     program = torch.onnx.export(

@@ -378,7 +378,7 @@ def batch_to_device(
 ) -> dict[str, Any]:
     """The batch on `device`, its views normalised floats (coloured here unless augment.where=worker).
 
-    `params` stay on the host, where `colour` reads them; `bad` stays a list.
+    `params` stay on the host, where `colour` reads them, and go no further; `bad` stays a list.
     """
     augment = augment or AugmentConfig()
     out = dict(batch)
@@ -391,4 +391,5 @@ def batch_to_device(
         params = batch["params"][i] if augment.where == "device" else None
         views.append(colour(x.to(device, non_blocking=True), params, augment.colour == "fast", mean, std))
     out["views"] = views
+    out.pop("params", None)  # DDP would copy each of its small tensors to the device
     return out

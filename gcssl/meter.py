@@ -54,16 +54,15 @@ class Meter:
         local = torch.cat([losses, grad_norm.detach().float().reshape(1)])
         scaler = self.accelerator.scaler  # it skips infinite gradients by itself, until no scale is left to lower
         judged = local if scaler is None or scaler.get_scale() <= 1 else losses
-        flags = torch.stack(
-            [(~torch.isfinite(judged)).any().float(), local.new_tensor(stop), local.new_tensor(len(self.bad))]
-        )
-        packed = torch.cat([flags, local / self.accelerator.num_processes])
+        infinite = (~torch.isfinite(judged)).any().float().reshape(1)
+        flags = local.new_tensor([float(stop), float(len(self.bad))])
+        packed = torch.cat([infinite, flags, local / self.accelerator.num_processes])
         if self.accelerator.num_processes > 1:
             dist.all_reduce(packed)
-        infinite, stop_sum, bad, *means = packed.tolist()
+        wild, stop_sum, bad, *means = packed.tolist()
         self.outs = []
         values = dict(zip([*keys, "grad_norm"], means, strict=True))
-        return values | {"finite": infinite == 0, "stop": stop_sum > 0, "bad": bad > 0}
+        return values | {"finite": wild == 0, "stop": stop_sum > 0, "bad": bad > 0}
 
     @property
     def micro(self) -> int:

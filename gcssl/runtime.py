@@ -5,6 +5,7 @@ The run folder is in gcssl/runfolder.py, the exit codes in gcssl/errors.py.
 
 import ctypes
 import hashlib
+import itertools
 import logging
 import os
 import random
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from gcssl.config import RuntimeConfig, TrainConfig
+
+_TURNS = itertools.count()  # of main_process_first: all processes take the same ones
 
 
 def entry(main: Callable[[list[str]], None]) -> None:
@@ -192,9 +195,10 @@ def make_accelerator(train: "TrainConfig", runtime: "RuntimeConfig") -> "Acceler
     _, accumulate, _ = batch_layout(train, int(os.environ.get("WORLD_SIZE", "1")))
     _refuse_foreign_settings(train, accumulate)
     set_deterministic(train.deterministic)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, in convolutions as in torch's other products
     if train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision: given fp16 on a machine without a GPU, expected fp32 or bf16")
-    if train.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+    if train.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
         raise UserError(f"train.precision: {torch.cuda.get_device_name()} has no bf16, expected fp16 or fp32")
     # Accelerate keeps both as singletons and refuses other values; another run in this process may differ.
     AcceleratorState._reset_state()
@@ -231,16 +235,17 @@ def main_process_first(accelerator: "Accelerator") -> Iterator[None]:
         return
     from torch import distributed
 
-    group: Any = distributed.new_group(backend="gloo", timeout=timedelta(days=2))
+    store = distributed.distributed_c10d._get_default_store()  # no group of gloo, which needs a network of its own
+    turn, patience = f"gcssl/first/{next(_TURNS)}", timedelta(days=2)
     if not accelerator.is_main_process:
-        distributed.barrier(group)
+        store.wait([f"{turn}/main"], patience)
     try:
         yield
     finally:
-        if accelerator.is_main_process:
-            distributed.barrier(group)
-        distributed.barrier(group)
-        distributed.destroy_process_group(group)
+        store.set(f"{turn}/main", "")
+        if store.add(f"{turn}/count", 1) == accelerator.num_processes:
+            store.set(f"{turn}/all", "")
+        store.wait([f"{turn}/all"], patience)
 
 
 def keep_freed_memory() -> None:
@@ -292,6 +297,7 @@ def set_deterministic(on: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(on)
     torch.backends.cudnn.deterministic = on
+    torch.backends.cudnn.benchmark = not on
 
 
 class StopSignal:

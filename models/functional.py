@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MOST_WINDOWS = 65_535  # in a batch: with more, torch's memory-efficient kernel fails in its backward pass
+
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, body: str | None = None, blind: Tensor | None = None
@@ -28,7 +30,12 @@ def attend(
         raise ValueError(f"body must be 'matmul', 'sdpa' or None, got {body!r}")
     bias, shape = bias if away is None else bias + away[:, :, None, None], k.shape
     q, k, v = (t.expand(shape).flatten(0, 1) for t in (q, k, v))  # B*W K N D: what the fast kernels take
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1)).view(shape)
+    bias = bias.flatten(0, 1)  # B*W K N N, or 1 for B*W
+    if len(k) <= MOST_WINDOWS:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).view(shape)
+    cut = [t.split(MOST_WINDOWS) for t in (q, k, v, bias.expand(len(k), -1, -1, -1))]
+    out = [F.scaled_dot_product_attention(q, k, v, attn_mask=part) for q, k, v, part in zip(*cut, strict=True)]
+    return torch.cat(out).view(shape)
 
 
 def drop_path(x: Tensor, rate: float, noise: Tensor | None) -> Tensor:

@@ -34,8 +34,8 @@ ON_GPU = (
     "bench_masked --variant gcvit_xxtiny --ratio 0.6 0.75 --batch 64 --bf16",
     "bench_masked --variant gcvit_tiny --ratio 0.6 0.75 --batch 64 --bf16",
     "bench_eval --batch 64",
-    "bench_model --variant gcvit_tiny --compile --kinds train",
     "bench_input",
+    "bench_model --variant gcvit_tiny --compile --kinds train",  # last: compiling may take what is left
 )
 COMMANDS = ON_GPU if torch.cuda.is_available() else ON_CPU
 

@@ -13,6 +13,7 @@ parts="${*:-tests bench pretrain finetune}"
 cd "$(dirname "$0")/.."
 mkdir -p "$results"
 python=${PYTHON:-python3}
+"$python" -c "import gcssl.pretrain, datasets, faiss, tensorboard, xdist" || { echo "install what is missing first" >&2; exit 2; }
 end=$(( $(date +%s) + minutes * 60 ))
 left() { local s=$(( (end - $(date +%s)) / ${1:-1} )); echo $(( s > 1 ? s : 1 )); }  # a part of what is left
 keep() {  # the small files of a run folder and of its evaluations

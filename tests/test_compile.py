@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from gcssl.config import PretrainConfig, load_config
+from gcssl.eval.features import frozen
+from gcssl.log import RunLog
 from gcssl.patient import DoctorConfig, examine
-from gcssl.pretrain import pretrain
+from gcssl.pretrain import pretrain, show_batch
 from gcssl.runtime import seed_torch
 from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 
@@ -27,7 +29,7 @@ def step(objective: Any, batch: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_compiled_encoder_is_one_graph_a_size_and_computes_the_same(objective: str) -> None:
+def test_a_compiled_encoder_is_one_graph_a_size_and_computes_the_same(objective: str, tmp_path: Path) -> None:
     torch._dynamo.reset()
     cfg = load_config(DoctorConfig, [str(YAML / f"{objective}_gcvit_nano.yaml"), *SMALL], SCHEMAS)
     patient = examine(cfg)
@@ -45,6 +47,12 @@ def test_a_compiled_encoder_is_one_graph_a_size_and_computes_the_same(objective:
     assert graphs and min(graphs) > 100
     torch.testing.assert_close(again, loss)
     torch.testing.assert_close(others, grads)
+    known = len(graphs)
+    with RunLog(tmp_path, 2, 0, 1, ["tensorboard"], True) as log:
+        show_batch(objective_, batch, 1, log)
+    with frozen(objective_.encoder):
+        objective_.encoder(torch.rand(7, 3, *objective_.encoder.img_size))
+    assert len(graphs) == known, "what one process alone does, or once an epoch, must not wait for a compiler"
 
 
 @pytest.mark.slow

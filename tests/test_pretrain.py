@@ -380,7 +380,7 @@ def test_processes_that_share_no_folder_are_refused(whole: Path, tmp_path: Path)
     argv = command("simmim", tmp_path / "run", *EPOCHS, "train.batch_size=16", "data.workers=0")[2:]
     argv = [*(one for one in argv if not one.startswith("out=")), f"out={tmp_path / 'run'}"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*torchrun, str(tmp_path / "own.py"), *argv], cwd=ROOT, capture_output=True, text=True, env=env
     )

@@ -89,7 +89,13 @@ def start(
     program = out.with_name("program.py")
     program.write_text(PROGRAM)
     yaml = str(ROOT / f"configs/pretrain/{recipe}_gcvit_nano.yaml")
-    env = {**os.environ, "FAULT": fault, "PYTHONPATH": str(ROOT)}
+    env = {
+        **os.environ,
+        "FAULT": fault,
+        "PYTHONPATH": str(ROOT),
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     argv = [*launcher, str(program), yaml, *KEYS, f"out={out}", *keys]
     return subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -302,7 +302,7 @@ def test_mixing_is_a_function_of_the_step(tmp_path: Path, accelerator) -> None:
     how = {"cfg": cfg, "accelerator": accelerator, "backbone": backbone(), "sizes": run_sizes(cfg.train, 16, 1)}
 
     def mixed(step: int) -> list[torch.Tensor]:
-        batch = {"image": images.clone(), "label": labels, "position": torch.arange(4)}
+        batch = {"image": images.clone(), "label": labels, "position": torch.arange(4), "index": torch.arange(4)}
         batch = to_device(batch, step, **how, classes=3)
         return [batch["image"], batch["target"], batch["noise"][0]]
 

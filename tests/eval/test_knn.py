@@ -164,6 +164,24 @@ def test_a_search_takes_the_cores_that_torchrun_leaves_idle_and_gives_them_back(
         faiss.omp_set_num_threads(before)
 
 
+@pytest.mark.parametrize(("launcher", "threads"), [("srun", 6), ("torchrun", 3)])
+def test_cores_are_shared_where_a_launcher_has_not_done_so(
+    launcher: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    if launcher == "torchrun":
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    torch.set_num_threads(1)
+    try:
+        with _threads():
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_wrong_arguments_name_the_choices() -> None:
     (x, y), (qx, qy) = clusters(20, 15), clusters(5, 16)
     with pytest.raises(ValueError, match="auto, faiss, torch"):
@@ -172,9 +190,12 @@ def test_wrong_arguments_name_the_choices() -> None:
         knn_accuracy(x, y, qx, qy, ks=(5,), temperature=0)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_a_bank_on_the_gpu_gives_the_same_neighbours(backend: str) -> None:
+    if backend == "faiss":
+        pytest.importorskip("faiss")
     (x, _), (qx, _) = clusters(20_000, 21, dim=256), clusters(500, 22, dim=256)
     bank, queries = normalize(x, dim=1), normalize(qx, dim=1)
     want = search(bank, queries, 200, "torch")

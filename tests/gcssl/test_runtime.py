@@ -292,7 +292,7 @@ def test_fp16_needs_a_gpu() -> None:
 
 def test_bf16_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     with pytest.raises(UserError, match="train.precision: Tesla T4 has no bf16, expected fp16 or fp32"):
         make_accelerator(TrainConfig(precision="bf16"), RuntimeConfig())

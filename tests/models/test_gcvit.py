@@ -1,10 +1,12 @@
 """GC ViT against timm's class, the measured table of parameters and MACs, and its own promises."""
 
 import copy
+from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models.gcvit import GlobalContextVit
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -152,6 +154,29 @@ def test_two_attention_bodies_agree(shared: bool) -> None:
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="flash"):
         attend(q, k, v, bias, "flash")
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_more_windows_than_a_kernel_takes_are_cut_with_equal_results(own: bool, monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 4, 2, 9, 8, dtype=torch.float64, requires_grad=True) for _ in "qkv")
+    bias = torch.randn(2, 9, 9, dtype=torch.float64, requires_grad=True)
+    blind = torch.zeros(3, 4, 9, dtype=torch.bool)
+    blind[:, :, 5] = True
+    batches, sdpa = [], F.scaled_dot_product_attention
+
+    def counted(q: Any, *more: Any, **named: Any) -> Any:
+        batches.append(len(q))
+        return sdpa(q, *more, **named)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    found = []
+    for most in (12, 5):
+        monkeypatch.setattr("gcssl.models.functional.MOST_WINDOWS", most)
+        out = attend(q, k, v, bias, "sdpa", blind if own else None)
+        found.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v, bias))])
+    assert batches == [12, 5, 5, 2]
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_bfloat16_autocast_is_close_in_both_bodies() -> None:

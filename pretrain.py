@@ -168,8 +168,8 @@ def fit(
         for batch in meter.waiting(loader):
             batch = to_device(batch, step)
             meter.note(batch)
-            beats.tell(step)
             if meter.micro == 0:
+                beats.tell(step)
                 bad_steps.begin()
             with accelerator.accumulate(model):
                 seed_torch(train.seed, MODEL, step, accelerator.process_index, meter.micro)

@@ -209,7 +209,8 @@ def open_splits(data: DataConfig, size: tuple[int, int], only_test: bool = False
     if test is not None:
         return train, test, test.name
     rest, held = hold_out(train, "give a test split or more images")
-    say(f"no test split: {len(held)} images of {train.name} are held out as the test, {len(rest)} remain")
+    told = f"no test split: {len(held)} images of {train.name} are held out as the test, {len(rest)} remain"
+    say(f"{told}; a backbone pretrained on this data has seen them, without their labels")
     return train.select(rest), train.select(held), f"held-out slice of {train.name}"
 
 
@@ -247,7 +248,7 @@ def open_inputs(cfg: InputConfig, accelerator: "Accelerator", only_test: bool = 
     say(describe_test(labels_of(test), name))
     seen = info.get("class_names")
     if seen and train.classes and list(seen) != list(train.classes):
-        say(f"{cfg.backbone} was trained on other classes than those of {data.path}")
+        say(f"{cfg.backbone} was trained on other classes than those of {data.path}; frozen features do not mind")
     backbone = _ready(backbone, accelerator)
     return Inputs(cfg, cfg.backbone, backbone, info, train, test, name, n_classes, accelerator)
 

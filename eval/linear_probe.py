@@ -291,9 +291,10 @@ def _check(cfg: LinearProbeConfig) -> None:
         if not getattr(cfg, key):
             raise UserError(f"{key}: an empty list given, expected at least one value")
     if min(cfg.lrs) <= 0 or min(cfg.weight_decays) < 0:
-        raise UserError("lrs must be above 0 and weight_decays not below 0")
+        given = f"lrs={cfg.lrs}, weight_decays={cfg.weight_decays}"
+        raise UserError(f"{given}: lrs must be above 0 and weight_decays not below 0")
     if cfg.head_batch < 1 or (cfg.epochs is not None and cfg.epochs < 1):
-        raise UserError("head_batch and epochs must be at least 1")
+        raise UserError(f"head_batch={cfg.head_batch}, epochs={cfg.epochs}: both must be at least 1")
 
 
 def _hints(cfg: LinearProbeConfig, setting: Setting) -> None:

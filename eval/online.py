@@ -1,4 +1,5 @@
-"""What pretraining measures on its way: kNN and RankMe of the held-out slice, on the features evaluation uses."""
+"""What pretraining measures on its way, on the features evaluation uses: kNN of the held-out slice against the rest of
+train, and the rest's RankMe."""
 
 from typing import Any
 
@@ -44,7 +45,7 @@ class OnlineProbe:
         how = ((KNN_K,), TEMPERATURE, cfg.eval.backend, self.accelerator, torch.device("cpu"))
         value = 100.0 * sharded_correct(bank, queries, "last", *how).double().mean().item()
         rank = rankme(bank.x["last"])
-        told = f"{value:.1f} on {len(self.parts[1])} held-out training images, RankMe {rank:.1f}"
+        told = f"{value:.1f} on {len(self.parts[1])} held-out training images, RankMe {rank:.1f} of the others"
         say(f"step {step}: online knn/top1@{KNN_K} {told}")
         return {f"online_knn/top1@{KNN_K}": value, "online_rankme": rank}
 

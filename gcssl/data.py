@@ -152,6 +152,7 @@ def _find(cfg: DataConfig) -> Found:
     if root.is_dir() and not entries(root):
         raise UserError(f"data.path: {cfg.path} is empty, expected images, parquet, arrow or tar files")
     if any((root / part / name).is_file() for part in ("", "train") for name in METADATA):
+        say(f"data: images of {root} that its metadata file does not list are not used")
         return find_other(cfg, root)  # the datasets library pairs images with a metadata file
     if root.is_dir() and has_folders(cfg, root):
         looked = [folder for folder in (root, root / "train") if folder.is_dir()]
@@ -209,11 +210,14 @@ def _images(raw: Raw, name: str, train_classes: list[str] | None) -> Images:
 
 def _class_ids(raw: Raw, name: str, train_classes: list[str] | None) -> tuple[np.ndarray | None, list[str] | None]:
     """(ids int64 N, class names), those of train when given; (None, None) when a label is missing or -1."""
-    if raw.labels is None or any(value is None for value in raw.labels):
+    if raw.labels is None:
+        return None, None
+    missing = sum(value is None or (not isinstance(value, str) and value < 0) for value in raw.labels)
+    if missing:
+        if missing < len(raw.labels):
+            say(f"data: {missing} of {len(raw.labels)} labels of split {name} are missing, so it counts as unlabelled")
         return None, None
     values = np.asarray(raw.labels)
-    if np.issubdtype(values.dtype, np.integer) and values.min() < 0:
-        return None, None
     classes, ids = raw.classes, values
     if classes is None:
         unique, ids = np.unique(values, return_inverse=True)

@@ -1,6 +1,7 @@
 """Writing files so that a reader finds the old content or the new, never half of it."""
 
 import os
+import socket
 from pathlib import Path
 
 
@@ -34,7 +35,7 @@ def atomic_write(path: Path | str, content: bytes | str) -> None:
     Leaves no temporary file behind on an error.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{socket.gethostname()}.tmp")  # containers share ids
     try:
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

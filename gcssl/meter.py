@@ -53,7 +53,8 @@ class Meter:
         losses = torch.stack([torch.stack([out[k].to(grad_norm.device) for k in keys]) for out in self.outs]).mean(0)
         local = torch.cat([losses, grad_norm.detach().float().reshape(1)])
         scaler = self.accelerator.scaler  # it skips infinite gradients by itself, until no scale is left to lower
-        judged = local if scaler is None or scaler.get_scale() <= 1 else losses
+        loss = losses[keys.index("loss")]  # alone: gradient norms of parts are taken at the scaler's scale
+        judged = torch.stack([loss, local[-1] if scaler is None or scaler.get_scale() <= 1 else loss])
         infinite = (~torch.isfinite(judged)).any().float().reshape(1)
         flags = local.new_tensor([float(stop), float(len(self.bad))])
         packed = torch.cat([infinite, flags, local / self.accelerator.num_processes])

@@ -168,8 +168,9 @@ def pick_columns(features: dict[str, Any], cfg: DataConfig, where: str) -> tuple
         image = images[0]
     if image is None:
         what = "several image columns" if images else "no image column"
-        able = ", ".join(c for c, f in features.items() if _can_hold_images(f)) or f"none of {columns}"
-        raise UserError(f"data.image_column: {what} found by name in {where}, expected one of {able}")
+        able = ", ".join(c for c, f in features.items() if _can_hold_images(f))
+        expected = f"expected one of {able}" if able else f"and none of {columns} can hold images (bytes or paths)"
+        raise UserError(f"data.image_column: {what} found by name in {where}, {expected}")
     if not _can_hold_images(features[image]):
         held = getattr(features[image], "dtype", type(features[image]).__name__)
         raise UserError(
@@ -181,6 +182,8 @@ def pick_columns(features: dict[str, Any], cfg: DataConfig, where: str) -> tuple
         if len(labels) > 1:
             raise UserError(f"data.label_column: several in {cfg.path}, expected one of {', '.join(labels)}")
         label = labels[0] if labels else None
+        if label is None and (named := [c for c in LABEL_NAMES if c in features]):
+            say(f"data: column {named[0]} holds {features[named[0]]}, no integers or names, and is not used as labels")
     elif not _is_label(features[label]):
         raise UserError(f"data.label_column: {label} holds {features[label]}, expected integers or names")
     return image, label

@@ -1,6 +1,7 @@
 """Backbones by name, and back from what runs, exports, timm and NVlabs wrote."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ class Saved:
 
 
 def load_backbone(
-    spec: str, model: ModelConfig | None = None, encoder: str | None = None, exact: bool = False
+    spec: str | os.PathLike[str], model: ModelConfig | None = None, encoder: str | None = None, exact: bool = False
 ) -> tuple[Backbone, dict[str, Any]]:
     """The backbone that `spec` names, and its description (backbone_info's keys).
 
@@ -161,8 +162,10 @@ def load_backbone(
     exact: build what `model` says, img_size and window_ratio included, and load the weights into that, as a
     new run does.
     """
-    if not spec:
-        raise UserError("backbone: not given; expected a run folder, a checkpoint, a file, random or none")
+    if not spec or not isinstance(spec, str | os.PathLike):
+        given = f"given {spec!r}" if spec else "not given"
+        raise UserError(f"backbone: {given}; expected a run folder, a checkpoint, a file, random or none")
+    spec = os.fspath(spec)
     if spec in FRESH:
         model = model or ModelConfig()
         if not model.name:

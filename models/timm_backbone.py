@@ -279,8 +279,7 @@ def known_models() -> list[str]:
 
 def nearest_models(name: str, known: Sequence[str]) -> str:
     """The known names closest to `name`, for an error message."""
-    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.6)
-    return ", ".join(close) if close else ", ".join(list(known)[:9])
+    return ", ".join(difflib.get_close_matches(name or "gcvit_tiny", list(dict.fromkeys(known)), n=3, cutoff=0.0))
 
 
 # ---- timm's registry

@@ -119,7 +119,7 @@ def check_config(cfg: JointConfig) -> None:
     if cfg.share and cfg.masked not in SHARING:
         raise UserError(f"objective.share=true: {cfg.masked} drops what it hides; one of {', '.join(SHARING)} can")
     if len(cfg.weights) != 2 or min(cfg.weights) < 0 or max(cfg.weights) <= 0:
-        raise UserError(f"objective.weights={list(cfg.weights)} must be two numbers >= 0: masked, view")
+        raise UserError(f"objective.weights={list(cfg.weights)} must be two numbers >= 0, not both 0: masked, view")
     if cfg.balance and min(cfg.weights) == 0:
         raise UserError(f"objective.balance=true: weights={list(cfg.weights)} must both be above 0; 1 and 1 is even")
 

@@ -244,3 +244,26 @@ def test_a_timm_backbone_drops_the_same_paths_after_a_resume(tmp_path: Path, mon
     cut = pretrain(config("simmim", tmp_path / "cut", *keys))
     assert (whole / "backbone.safetensors").read_bytes() == (cut / "backbone.safetensors").read_bytes()
     assert [len(of_step) for of_step in seeds.values()] == [1, 1, 1] and len(set.union(*seeds.values())) == 3
+
+
+def test_the_seed_reaches_weights_order_crops_drop_path_and_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def note(batch: dict[str, Any], _: int) -> None:
+        order = batch["index"].argsort()
+        crops = {int(i): view for i, view in zip(batch["index"], batch["views"][0], strict=True)}
+        seen.append([batch["index"], crops, batch["noise"][0][:, order], torch.initial_seed()])
+
+    runs: list[list[Any]] = []
+    for place, seed in enumerate((0, 1, 0)):
+        seen: list[Any] = []
+        with monkeypatch.context() as patch:
+            watch(patch, "simmim", note)
+            keys = [f"train.seed={seed}", "model.drop_path=0.5", "train.steps=2", "train.blr=1e-30", "train.min_lr=0"]
+            run = pretrain(config("simmim", tmp_path / str(place), *keys))
+        [first, second] = seen
+        crops = first[1] | second[1]  # of all 16 images
+        weights = load_file(run / "backbone.safetensors")["stem.conv1.weight"]
+        runs.append([weights, first[0], torch.stack([crops[i] for i in range(16)]), first[2], torch.tensor(first[3])])
+    for name, *values in zip(("weights", "order", "crops", "drop path", "torch"), *runs, strict=True):
+        assert torch.equal(values[0], values[2]) and not torch.equal(values[0], values[1]), name

@@ -22,6 +22,7 @@ from gcssl.config import PretrainConfig, load_config
 from gcssl.errors import Preempted, UserError
 from gcssl.eval.online import OnlineProbe
 from gcssl.pretrain import build_pretrain_backbone, pretrain
+from gcssl.ssl.ema import momentum_at
 from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 from gcssl.ssl.simmim import SimMIM
 
@@ -236,7 +237,7 @@ def test_run_folder_holds_what_it_promises(tmp_path: Path, monkeypatch: pytest.M
 
     save_checkpoint = gcssl.state.save_checkpoint
     monkeypatch.setattr(gcssl.state, "save_checkpoint", spying)
-    out = pretrain(config("joint", tmp_path / "a", "train.steps=3", "eval.online_every=1"))
+    out = pretrain(config("joint", tmp_path / "a", "train.steps=3", "eval.online_every=1", "objective.momentum=0.8"))
     for name in (
         "config.yaml",
         "env.json",
@@ -262,6 +263,7 @@ def test_run_folder_holds_what_it_promises(tmp_path: Path, monkeypatch: pytest.M
         "data_wait",
     }
     assert wanted <= steps[0].keys()
+    assert [line["momentum"] for line in steps] == pytest.approx([momentum_at(step, 3, 0.8) for step in (1, 2, 3)])
     assert {"grad_norm/simmim", "grad_norm/mocov3"} <= steps[0].keys()
     assert any("online_knn/top1@20" in line for line in lines(out))
     info = json.loads((out / "backbone.json").read_text())

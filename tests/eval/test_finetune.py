@@ -317,6 +317,27 @@ def test_without_a_policy_colours_are_jittered(tmp_path: Path) -> None:
     assert "ColorJitter" in steps and "RandAugment" not in steps
 
 
+def test_the_full_recipe_erases_and_mixes_as_it_says(
+    tmp_path: Path, accelerator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for augment, erased in (("light", False), ("full", True)):
+        maker = TransformMaker(FinetuneOptions(augment=augment, reprob=0.3), (64, 64), (0.5,) * 3, (0.5,) * 3)
+        assert ("RandomErasing(p=0.3" in str(maker.transform)) == erased
+    given: list[Any] = []
+
+    class Noting(finetune.Mixup):
+        def __init__(self, *args: Any, **named: Any) -> None:
+            given.append((*args, named["label_smoothing"], named["num_classes"]))
+            super().__init__(*args, **named)
+
+    monkeypatch.setattr(finetune, "Mixup", Noting)
+    cfg = config(tmp_path, tmp_path, "finetune.mixup=0.7", "finetune.cutmix=0.6", "finetune.smoothing=0.2")
+    how = {"cfg": cfg, "accelerator": accelerator, "backbone": backbone(), "sizes": run_sizes(cfg.train, 16, 1)}
+    four = {"label": torch.tensor([0, 1, 2, 0]), "position": torch.arange(4), "index": torch.arange(4)}
+    to_device({"image": torch.rand(4, 3, 64, 64), **four}, 0, **how, classes=3)
+    assert given == [(0.7, 0.6, 0.2, 3)]
+
+
 def test_no_draw_of_the_full_transform_fails() -> None:
     """RandAugment's rarest magnitudes included: its strongest posterize came to be refused by Pillow 13."""
     image = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)

@@ -306,6 +306,8 @@ def test_a_run_is_judged_on_its_own_data_and_keeps_the_result(
     folder: Path, tmp_path: Path, accelerator: Accelerator, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = make_run(tmp_path / "run", folder)
+    both = run(KnnConfig(backbone=str(path), ks=[5, 20], name="both"), accelerator)
+    assert both["correct"]["metric"] == "knn/top1@20"  # what published figures use is what is compared
     result = run(KnnConfig(backbone=str(path), ks=[5], compare="random"), accelerator)
     assert json.loads((path / "eval" / "knn.json").read_text())["knn/top1@5"] == result["knn/top1@5"]
     assert (result["step"], result["encoder"], result["n_test"]) == (7, "student", 27)

@@ -176,10 +176,12 @@ class SameCrops(Inputs):
     def __init__(self, inputs: Inputs) -> None:
         super().__init__(**vars(inputs))
         self.epochs: list[int] = []
+        self.drawn: set[tuple[tuple[float, float], str]] = set()
 
     def features(self, images: Any, kinds: tuple[str, ...], random: Any = None, epoch: int = 0) -> Any:
         if random is not None:
             self.epochs.append(epoch)
+            self.drawn.add((random.scale, random.interpolation))
         return super().features(images, kinds)
 
 
@@ -215,10 +217,11 @@ def test_cached_and_augmented_agree_when_the_crop_is_the_whole_image(
     cfg = config(folder, tmp_path)
     inputs = SameCrops(open_inputs(cfg, accelerator))
     a = probe(inputs, cfg)
-    b = probe(inputs, config(folder, tmp_path, protocol="augmented"))
+    b = probe(inputs, config(folder, tmp_path, protocol="augmented", scale=[0.3, 0.9]))
     assert a["metrics"] == b["metrics"]
     assert a["notes"]["chosen"] == b["notes"]["chosen"]
     assert inputs.epochs == [0, 1, 2]  # new crops in each
+    assert inputs.drawn == {((0.3, 0.9), inputs.crop.interpolation)}
 
 
 @pytest.mark.parametrize("failing", [0, 1])

@@ -66,9 +66,10 @@ def test_features_that_are_not_numbers_end_the_run_as_its_losses_would(tmp_path:
 
 
 def test_the_probe_asks_for_the_held_out_images_and_knows_only_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def knn(bank: Any, queries: Any, *_: Any) -> Tensor:
+    def knn(bank: Any, queries: Any, kind: str, ks: Any, temperature: float, *_: Any) -> Tensor:
+        assert (kind, tuple(ks), temperature) == ("last", (20,), 0.07)
         asked.append((bank.y, queries.y))
         return torch.tensor([[True], [False]])
 
@@ -82,6 +83,7 @@ def test_the_probe_asks_for_the_held_out_images_and_knows_only_the_others(
     probe = online.online_probe(cfg, images, Namespace(), SIZES)
     assert probe is not None
     found = probe(1, Namespace(encoder=None, default_encoder="student"))
+    assert f"RankMe {len(held_out(images)[0]):.1f} of the others" in capsys.readouterr().out
     [(bank, queries)] = asked
     assert sorted([*bank, *queries]) == list(range(64))
     assert queries.tolist() == held_out(images)[1].tolist()

@@ -127,3 +127,7 @@ def test_chance_losses_are_what_equal_embeddings_give() -> None:
         out = objective(batch, 0)
         for key, value in objective.chance(4).items():
             assert out[key].item() == pytest.approx(value, rel=0.01), (name, key)
+
+
+def test_a_sign_must_stay_for_a_hundred_steps() -> None:
+    assert CollapseWatch({}).patience == 100

@@ -515,6 +515,8 @@ def test_columns_are_found_or_asked_for(tmp_path: Path) -> None:
     assert "expected one of the columns" in refused(tmp_path, label_column="nope")
     pq.write_table(pa.table({"text": ["a"], "n": [1]}), tmp_path / "train.parquet")
     assert "no image column" in refused(tmp_path) and refused(tmp_path).endswith("expected one of text")
+    pq.write_table(pa.table({"m": [2], "n": [1]}), tmp_path / "train.parquet")
+    assert refused(tmp_path).endswith("and none of m, n can hold images (bytes or paths)")
     pq.write_table(pa.table({"photos": [[b"a"]], "n": [1]}), tmp_path / "train.parquet")
     pq.write_table(pa.table({"image": [{"x": 1}]}), tmp_path / "other.parquet")
     assert "image of" in refused(tmp_path / "other.parquet") and "holds dict" in refused(tmp_path / "other.parquet")
@@ -646,3 +648,24 @@ def test_a_vanished_file_is_a_bad_image(tmp_path: Path) -> None:
     with pytest.raises(BadImage):
         images.load(0)
     images.load(1)
+
+
+def test_a_table_without_rows_holds_no_images(tmp_path: Path) -> None:
+    table(0).to_parquet(tmp_path / "train.parquet")
+    assert refused(tmp_path).endswith("holds no images")
+
+
+def test_labels_that_are_missing_here_and_there_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = table(6).to_pandas()
+    rows["label"] = ["a", "b", None, "b", None, "a"]
+    rows.to_parquet(tmp_path / "train.parquet")
+    assert opened(tmp_path).train.labels is None
+    assert "2 of 6 labels of split train are missing, so it counts as unlabelled" in capsys.readouterr().out
+
+
+def test_a_label_column_of_another_type_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = table(6).to_pandas()
+    rows["label"] = [0.5, 1.0, 0.5, 1.0, 0.5, 1.0]
+    rows.to_parquet(tmp_path / "train.parquet")
+    assert opened(tmp_path).train.labels is None
+    assert "column label holds Value('float64')" in capsys.readouterr().out

@@ -58,7 +58,7 @@ def test_a_loss_scaler_answers_for_infinite_gradients_until_its_scale_is_1(accel
         monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=scale))
         accelerator.scaler.scale(torch.ones(1))  # sets the scale up
         meter = Meter(accelerator)
-        meter.add({"loss": torch.tensor(1.0)})
+        meter.add({"loss": torch.tensor(1.0), "grad_norm/simmim": torch.tensor(float("inf"))})  # taken at that scale
         finite[scale] = meter.reduce(torch.tensor(float("nan")), stop=False)["finite"]
     assert finite == {2.0: True, 1.0: False}
 

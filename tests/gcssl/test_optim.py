@@ -173,9 +173,20 @@ def test_lars_adapts_what_is_decayed_and_has_momentum() -> None:
     torch.testing.assert_close(net.bias, before["bias"] - 0.5 * (1 + 1.9) * net.bias.grad)
 
 
-def test_lamb_leaves_clipping_to_the_run() -> None:
+def test_lamb_leaves_clipping_to_the_run_and_has_its_betas() -> None:
     groups = param_groups(Net().named_parameters(), 0.1)
-    assert make_optimizer(groups, TrainConfig(optimizer="lamb")).defaults["max_grad_norm"] is None
+    lamb = make_optimizer(groups, TrainConfig(optimizer="lamb", betas=[0.8, 0.9])).defaults
+    assert lamb["max_grad_norm"] is None and lamb["betas"] == (0.8, 0.9)
+
+
+def test_sgd_has_momentum() -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = make_optimizer(param_groups([("weight", weight)], 0.0), TrainConfig(optimizer="sgd"))
+    set_lr(optimizer, 1.0)
+    weight.grad = torch.ones(1)
+    for _ in range(2):
+        optimizer.step()
+    assert weight.item() == pytest.approx(-(1 + 1.9))
 
 
 def test_no_fused_optimizer_behind_a_loss_scaler() -> None:

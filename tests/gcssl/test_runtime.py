@@ -302,6 +302,9 @@ def test_deterministic_turns_nondeterministic_kernels_off_and_on() -> None:
     try:
         make_accelerator(TrainConfig(deterministic=True), RuntimeConfig())
         assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+        assert not torch.backends.cudnn.allow_tf32
     finally:
         make_accelerator(TrainConfig(), RuntimeConfig())
     assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.deterministic and torch.backends.cudnn.benchmark

@@ -13,7 +13,16 @@ import gcssl
 from gcssl.checkpoint import save_checkpoint, write_backbone
 from gcssl.config import AugmentConfig, ModelConfig
 from gcssl.errors import UserError
-from gcssl.models.build import BACKBONES, AskedModel, Saved, backbone_info, build_backbone, check_asked, load_backbone
+from gcssl.models.build import (
+    BACKBONES,
+    AskedModel,
+    Saved,
+    backbone_info,
+    build_backbone,
+    check_asked,
+    from_config,
+    load_backbone,
+)
 from gcssl.models.gcvit import GCViT
 from gcssl.models.timm_backbone import TimmBackbone
 from gcssl.ssl.simmim import SimMIM, SimMIMConfig
@@ -104,6 +113,8 @@ def test_random_is_one_model_and_leaves_the_random_state_alone() -> None:
     drawn = torch.rand(1)
     again, _ = load_backbone("random", CONFIG)
     assert same(first.state_dict(), again.state_dict())
+    torch.manual_seed(0)
+    assert same(first.state_dict(), from_config(CONFIG).state_dict())  # seed 0, as is promised
     torch.manual_seed(5)
     assert torch.equal(torch.rand(1), drawn)
     torch.manual_seed(5)
@@ -348,3 +359,21 @@ def test_paths_that_hold_nothing(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=str(path)) as caught:
             load_backbone(str(path))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", [None, 5, ""])
+def test_what_names_no_backbone_is_refused(spec: object) -> None:
+    with pytest.raises(UserError, match="^backbone: .*given.*expected a run folder, a checkpoint, a file"):
+        load_backbone(spec)  # type: ignore[arg-type]
+
+
+def test_a_path_names_a_backbone_too(tmp_path: Path) -> None:
+    model = nano()
+    write_backbone(tmp_path, model.state_dict(), backbone_info(model))
+    assert same(load_backbone(tmp_path)[0].state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["nope", ""])
+def test_unknown_names_get_few_suggestions(name: str) -> None:
+    with pytest.raises(UserError, match="nearest: [^,]*, [^,]*, [^,]*$"):
+        load_backbone(f"timm:{name}")

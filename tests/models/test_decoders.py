@@ -80,3 +80,13 @@ def test_the_map_decoder_equals_a_slow_version() -> None:
             tokens = tokens + block.mlp.fc2(torch.nn.functional.gelu(block.mlp.fc1(block.norm2(tokens))))
         tokens = torch.nn.functional.layer_norm(tokens, (64,), decoder.norm.weight, decoder.norm.bias, 1e-5)
         torch.testing.assert_close(got[i].flatten(1).T, tokens)
+
+
+def test_linears_start_as_published() -> None:
+    for decoder in (MapDecoder(8, 32, 2), TokenDecoder(8, (4, 4), cell=32, split=1, dim=32, depth=2)):
+        linears = [m for m in decoder.modules() if isinstance(m, torch.nn.Linear)]
+        assert len(linears) >= 8
+        for linear in linears:  # Glorot and Bengio's uniform: sqrt(6 / (in + out)), whose deviation is bound / sqrt(3)
+            bound = (6 / sum(linear.weight.shape)) ** 0.5
+            assert linear.weight.abs().max() <= bound and not linear.bias.any()
+            assert abs(linear.weight.std() * 3**0.5 / bound - 1) < 0.1

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gcssl.models.heads import BatchNorm, Reduce, mlp
+from gcssl.models.heads import BatchNorm, DINOHead, Reduce, mlp
 
 
 def test_batch_norm_equals_torchs_and_keeps_no_state() -> None:
@@ -54,3 +54,9 @@ def test_mlp_layers() -> None:
     assert layers[-1].weight is None and layers[1].weight is not None
     y = layers(torch.randn(64, 8))
     torch.testing.assert_close(y.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
+
+
+def test_dinos_head_starts_as_published() -> None:
+    for layer in DINOHead(64, 512, 64, 16).mlp:
+        if isinstance(layer, nn.Linear):
+            assert 0.019 < layer.weight.std() < 0.021 and not layer.bias.any()

@@ -142,3 +142,10 @@ def test_student_and_not_teacher_learns(make_objective: Make, batch: dict[str, A
 def test_bad_values_are_refused(make_objective: Make, cfg: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"objective.{next(iter(cfg))}="):
         make_objective("ibot", **cfg)
+
+
+def test_a_masked_crop_hides_one_region_at_least(make_objective: Make) -> None:
+    draw = make_objective("ibot", mask_prob=1.0, mask_ratio=0.11, mask_ratio_var=0.1).draw
+    for seed in range(20):
+        _, masks = draw(np.random.default_rng(seed), (64, 64))  # 2 x 2 regions: 0.04 to 0.84 of one
+        assert all(m is None or m.any() for m in masks) and masks[0].any()

@@ -184,6 +184,10 @@ def test_balance_brings_the_gradients_to_the_ratio_of_the_weights(make_objective
     assert [step for step in range(105) if plain.measures(step, 10)] == [9, 59]
     assert [step for step in range(35) if joint.measures(step, 10)] == [0, 9, 10, 20, 30]
     assert not any(plain.measures(step, 10, accumulate=2) for step in range(105))  # a micro-batch's are others
+    scale, joint.measured = joint.scale.clone(), torch.tensor([8.0, 1.0])
+    raw = joint.measured / (scale * torch.tensor([3.0, 1.0]))
+    joint.commit_scale(10)  # after the first ten steps, a tenth of the way
+    torch.testing.assert_close(joint.scale, scale + 0.1 * (raw.mean() / raw - scale))
     scale = joint.scale.clone()
     joint.after_step(1)  # not a balancing step: nothing measured, nothing moves
     assert torch.equal(joint.scale, scale) and not make_objective("joint").balances(0)
@@ -199,12 +203,15 @@ def test_draw_matches_what_forward_reads(make_objective: Make, share: bool) -> N
 
 
 def test_overrides_of_the_pair_leave_the_masked_crop_alone(make_encoder: Make) -> None:
-    augment = AugmentConfig(scale=[0.2, 1.0], blur_p=[0.5, 0.5], jitter_p=0.3, flip_p=0.0)
+    augment = AugmentConfig(scale=[0.2, 1.0], blur_p=[0.6, 0.5], jitter_p=0.3, flip_p=0.0, ratio=[0.5, 2.0])
+    augment.interpolation = "nearest"
     cfg = JointConfig(hidden_dim=8, out_dim=4)
     views, _ = Joint(cfg, make_encoder(), augment, (64, 64), 10, 1).draw(np.random.default_rng(0), (64, 64))
     specs = [spec for spec, _ in views]
     assert [s.scale for s in specs] == [(0.2, 1.0), (0.2, 1.0), (0.67, 1.0)]
     assert [s.jitter_p for s in specs] == [0.3, 0.3, 0.0] and [s.flip_p for s in specs] == [0.0] * 3
+    assert [s.blur_p for s in specs] == [0.6, 0.5, 0.0]
+    assert {(s.ratio, s.interpolation) for s in specs} == {((0.5, 2.0), "nearest")}
 
 
 def test_keys_of_the_parts_arrive(make_objective: Make) -> None:

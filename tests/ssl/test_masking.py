@@ -115,3 +115,13 @@ def test_blocks_hide_the_exact_count_in_connected_pieces() -> None:
         neighbours.append([(m[1:] & m[:-1]).sum() + (m[:, 1:] & m[:, :-1]).sum() for m in (block, scattered)])
     blocky, random = np.mean(neighbours, 0)
     assert blocky > 1.5 * random
+
+
+def test_blocks_are_tall_and_wide() -> None:
+    """BEiT's algorithm 1: aspect ratios of 0.3 to 1/0.3."""
+    shapes = []
+    for seed in range(300):
+        mask = draw_blocks(np.random.default_rng(seed), (16, 16), 12)
+        shapes.append((np.ptp(np.flatnonzero(mask.any(1))) + 1, np.ptp(np.flatnonzero(mask.any(0))) + 1))
+    pieces = [h / w for h, w in shapes if h * w <= 16]  # of one block, nearly
+    assert min(pieces) < 0.5 and max(pieces) > 2

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gcssl.augment import SIMCLR
 from gcssl.ssl.simclr import nt_xent
 
 Make = Callable[..., Any]
@@ -70,3 +71,7 @@ def test_head_is_the_published_one(make_objective: Make) -> None:
     assert [type(m).__name__ for m in layers] == ["Linear", "BatchNorm", "ReLU"] * 2 + ["Linear", "BatchNorm"]
     assert layers[-1].weight is not None and layers[-1].bias is None  # a scale, no shift
     assert layers[1].weight is not None and layers[1].bias is not None
+
+
+def test_crops_are_resized_as_published() -> None:
+    assert SIMCLR.interpolation == "bicubic"

@@ -5,11 +5,6 @@ view is f(seed, epoch, image, view). No worker holds state, so any worker count 
 batches.
 """
 
-import atexit
-import contextlib
-import multiprocessing
-import signal
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,15 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader
 
 from gcssl.augment import View, ViewSpec, colour, crop_resize
 from gcssl.config import AugmentConfig, TrainConfig
 from gcssl.data import BadImage, Images
-from gcssl.errors import UserError, one_line
+from gcssl.errors import UserError
 from gcssl.optim import scaled_lr
 from gcssl.runtime import batch_layout, rng
 from gcssl.streams import AUGMENT, ORDER, REPLACE
+from gcssl.workers import ReportingSet, WorkerLoader
 
 REPLACEMENTS = 20  # bad images in a row before the set is called broken
 
@@ -134,27 +130,7 @@ def run_sizes(train: TrainConfig, n_images: int, world: int) -> Sizes:
     return Sizes(batch_size, accumulate, world, global_batch, steps_per_epoch, total)
 
 
-class _Told(Dataset[dict[str, Any]]):
-    """A set over images whose workers tell what they read, so that the image which hangs or kills one is named."""
-
-    def __init__(self, images: Images) -> None:
-        self.images = images
-        self.reading: Any = None  # what each worker reads now, -1 for none: shared memory, set by _Loader
-
-    def load(self, index: int) -> np.ndarray:
-        self._tell(index)
-        try:
-            return self.images.load(index)
-        finally:
-            self._tell(-1)
-
-    def _tell(self, index: int) -> None:
-        info = get_worker_info()
-        if self.reading is not None and info is not None:
-            self.reading[info.id] = index
-
-
-class TrainSet(_Told):
+class TrainSet(ReportingSet):
     """Items by (epoch, image, position). `make(image, label, key)` turns a decoded image into a dict of
     arrays.
 
@@ -237,94 +213,16 @@ def _stack(values: list[Any], key: str) -> Any:
 
 def train_loader(dataset: TrainSet, plan: BatchPlan, workers: int, timeout: int) -> DataLoader[Any]:
     """One loader for the whole rest of the run; a worker that dies or hangs ends it with one line."""
-    return _Loader(
+    return WorkerLoader(
         dataset,
         batch_sampler=plan,
         num_workers=workers,
         collate_fn=collate,
-        timeout=timeout if workers else 0,
-        worker_init_fn=_start_worker,
-        multiprocessing_context=_context() if workers else None,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=2 if workers else None,
-        generator=torch.Generator().manual_seed(0),  # torch draws from it; nothing of a batch comes from there
+        timeout=timeout,
     )
 
 
-class _Loader(DataLoader[Any]):
-    """A DataLoader whose failures are one line."""
-
-    def __iter__(self) -> Any:
-        dataset = self.dataset
-        if isinstance(dataset, _Told) and self.num_workers:
-            dataset.reading = multiprocessing.get_context("fork" if _can_fork() else "spawn").Array(
-                "q", [-1] * self.num_workers, lock=False
-            )
-        iterator: Any = self._started() if self.num_workers else super().__iter__()
-        while True:
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            except UserError as error:  # raised in a worker: torch puts the traceback before the message
-                line = str(error).strip().split("\n")[-1]
-                raise UserError(line.removeprefix("gcssl.errors.UserError: ")) from None
-            except RuntimeError as error:
-                if "DataLoader" not in str(error) or "Caught" in str(error):
-                    raise
-                raise UserError(self._what_died(error)) from error
-            yield batch
-
-    def _started(self) -> Any:
-        """The iterator, its workers known to `_end_workers`; one that the system does not start ends with one line."""
-        others = set(multiprocessing.active_children())
-        try:
-            iterator: Any = super().__iter__()
-        except OSError as error:
-            for worker in set(multiprocessing.active_children()) - others:
-                worker.kill()
-            given = f"data.workers={self.num_workers}: a worker cannot be started ({one_line(error)})"
-            raise UserError(f"{given}; lower it, or raise the limits on open files and processes") from None
-        _WORKERS.update(iterator._workers)
-        return iterator
-
-    def _what_died(self, error: RuntimeError) -> str:
-        reason = " ".join(str(error).split())
-        dataset = self.dataset
-        if not isinstance(dataset, _Told) or dataset.reading is None:
-            return reason
-        files = [dataset.images.where(index) for index in dataset.reading if index >= 0]
-        doing = f"workers were reading {', '.join(files)}" if files else "no worker was reading a file"
-        return f"{reason[:200]}; {doing} (data.workers={self.num_workers}, data.timeout={self.timeout:g} s)"
-
-
-_WORKERS: weakref.WeakSet[Any] = weakref.WeakSet()  # weak: a process that is held keeps its file descriptors
-
-
-@atexit.register  # after multiprocessing's own, so called before it
-def _end_workers() -> None:
-    """At exit: a worker whose batches nobody will ask for ignores SIGTERM, and would be waited for without end."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker is killed
-    for worker in list(_WORKERS):
-        with contextlib.suppress(ValueError):  # closed already
-            worker.kill()
-
-
-def _can_fork() -> bool:
-    return "fork" in multiprocessing.get_all_start_methods() and torch.utils.data.get_worker_info() is None
-
-
-def _context() -> str:
-    return "fork" if _can_fork() else "spawn"
-
-
-def _start_worker(_: int) -> None:
-    """Signals are the main process's business, which lets its workers finish."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a scheduler may send to every process of a job
-        signal.signal(number, signal.SIG_IGN)
-
-
-class _EvalSet(_Told):
+class _EvalSet(ReportingSet):
     def __init__(self, images: Images, indices: np.ndarray, size: tuple[int, int], pixels: Pixels) -> None:
         super().__init__(images)
         self.indices, self.size, self.pixels = indices, size, pixels
@@ -356,16 +254,12 @@ def eval_loader(
     pixels: makes the input (3, *size) from (image, index). timeout: seconds that a worker may take for one
     batch. An image that cannot be decoded comes as zeros with ok False; label is -1 where there is none.
     """
-    return _Loader(
+    return WorkerLoader(
         _EvalSet(images, np.asarray(indices, np.int64), size, pixels),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=collate,
-        timeout=timeout if workers else 0,
-        worker_init_fn=_start_worker,
-        multiprocessing_context=_context() if workers else None,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(0),
+        timeout=timeout,
     )
 
 

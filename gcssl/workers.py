@@ -1,0 +1,119 @@
+"""The processes that read images ahead: what they read is known, and a failure of theirs ends the run with one line."""
+
+import atexit
+import contextlib
+import multiprocessing
+import signal
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from gcssl.data import Images
+from gcssl.errors import UserError, one_line
+
+
+class ReportingSet(Dataset[dict[str, Any]]):
+    """A set over images whose workers report what they read, so that the image which hangs or kills one is named."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+        self.reading: Any = None  # what each worker reads now, -1 for none: shared memory, set by WorkerLoader
+
+    def load(self, index: int) -> np.ndarray:
+        self._report(index)
+        try:
+            return self.images.load(index)
+        finally:
+            self._report(-1)
+
+    def _report(self, index: int) -> None:
+        info = get_worker_info()
+        if self.reading is not None and info is not None:
+            self.reading[info.id] = index
+
+
+class WorkerLoader(DataLoader[Any]):
+    """A DataLoader whose failures are one line."""
+
+    def __init__(self, dataset: ReportingSet, *, num_workers: int, timeout: int, **how: Any) -> None:
+        """timeout: seconds that a worker may take for one batch."""
+        super().__init__(
+            dataset,
+            num_workers=num_workers,
+            timeout=timeout if num_workers else 0,
+            worker_init_fn=_start_worker,
+            multiprocessing_context=_context() if num_workers else None,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(0),  # torch draws from it; nothing of a batch comes from there
+            **how,
+        )
+
+    def __iter__(self) -> Any:
+        if self.num_workers:
+            dataset: Any = self.dataset
+            dataset.reading = multiprocessing.get_context("fork" if _can_fork() else "spawn").Array(
+                "q", [-1] * self.num_workers, lock=False
+            )
+        iterator: Any = self._started() if self.num_workers else super().__iter__()
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except UserError as error:  # raised in a worker: torch puts the traceback before the message
+                line = str(error).strip().split("\n")[-1]
+                raise UserError(line.removeprefix("gcssl.errors.UserError: ")) from None
+            except RuntimeError as error:
+                if "DataLoader" not in str(error) or "Caught" in str(error):
+                    raise
+                raise UserError(self._what_died(error)) from error
+            yield batch
+
+    def _started(self) -> Any:
+        """The iterator, its workers known to `_end_workers`; one that the system does not start ends with one line."""
+        others = set(multiprocessing.active_children())
+        try:
+            iterator: Any = super().__iter__()
+        except OSError as error:
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
+            given = f"data.workers={self.num_workers}: a worker cannot be started ({one_line(error)})"
+            raise UserError(f"{given}; lower it, or raise the limits on open files and processes") from None
+        _WORKERS.update(iterator._workers)
+        return iterator
+
+    def _what_died(self, error: RuntimeError) -> str:
+        reason = " ".join(str(error).split())
+        dataset: Any = self.dataset
+        files = [dataset.images.where(index) for index in dataset.reading or () if index >= 0]
+        doing = f"workers were reading {', '.join(files)}" if files else "no worker was reading a file"
+        return f"{reason[:200]}; {doing} (data.workers={self.num_workers}, data.timeout={self.timeout:g} s)"
+
+
+_WORKERS: weakref.WeakSet[Any] = weakref.WeakSet()  # weak: a process that is held keeps its file descriptors
+
+
+@atexit.register  # after multiprocessing's own, so called before it
+def _end_workers() -> None:
+    """At exit: a worker whose batches nobody will ask for ignores SIGTERM, and would be waited for without end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker is killed
+    for worker in list(_WORKERS):
+        with contextlib.suppress(ValueError):  # closed already
+            worker.kill()
+
+
+def _can_fork() -> bool:
+    return "fork" in multiprocessing.get_all_start_methods() and torch.utils.data.get_worker_info() is None
+
+
+def _context() -> str:
+    return "fork" if _can_fork() else "spawn"
+
+
+def _start_worker(_: int) -> None:
+    """Signals are the main process's business, which lets its workers finish."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a scheduler may send to every process of a job
+        signal.signal(number, signal.SIG_IGN)

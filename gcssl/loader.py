@@ -18,6 +18,7 @@ from gcssl.augment import View, ViewSpec, colour, crop_resize
 from gcssl.config import AugmentConfig, TrainConfig
 from gcssl.data import BadImage, Images
 from gcssl.errors import UserError
+from gcssl.log import say
 from gcssl.optim import scaled_lr
 from gcssl.runtime import batch_layout, rng
 from gcssl.streams import AUGMENT, ORDER, REPLACE
@@ -126,6 +127,8 @@ def run_sizes(train: TrainConfig, n_images: int, world: int) -> Sizes:
             f"train.{given}={getattr(train, given)}: the global batch of {global_batch} exceeds the {n_images}"
             f" training images; lower {' and '.join(lower)}"
         )
+    if (left := n_images % global_batch) > n_images / 10:
+        say(f"an epoch leaves out {left} of {n_images} images, others each time: batches of {global_batch} are whole")
     total = train.steps if train.steps is not None else train.epochs * steps_per_epoch
     return Sizes(batch_size, accumulate, world, global_batch, steps_per_epoch, total)
 

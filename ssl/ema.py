@@ -1,13 +1,13 @@
 """Momentum (teacher) networks: an exponential moving average of the student's parameters."""
 
 import copy
-import math
 from typing import Self
 
 import torch
 from torch import nn
 
 from gcssl.badsteps import tracked_norms
+from gcssl.optim import cosine
 from gcssl.ssl.views import ViewObjective
 
 
@@ -45,8 +45,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, m: float) -> None:
 
 def momentum_at(step: int, total: int, m0: float) -> float:
     """Cosine from m0 at step 0 to 1 at step `total` (BYOL, arXiv:2006.07733, section 3.1)."""
-    done = min(max(step / max(total, 1), 0.0), 1.0)
-    return 1.0 - (1.0 - m0) * 0.5 * (1.0 + math.cos(math.pi * done))
+    return cosine(step, total, m0, 1.0)
 
 
 class MomentumObjective(ViewObjective):

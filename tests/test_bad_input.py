@@ -135,6 +135,14 @@ def test_a_batch_larger_than_the_set_names_the_keys_to_lower(given: dict[str, in
     assert line.startswith(f"{key}: the global batch of 2048") and line.endswith(f"703 training images; lower {lower}")
 
 
+@pytest.mark.parametrize(("n_images", "said"), [(250, True), (1290, False), (256, False)])
+def test_images_that_an_epoch_leaves_out_are_told(
+    n_images: int, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_sizes(TrainConfig(batch_size=128), n_images, 1)
+    assert ("leaves out 122 of 250 images" in capsys.readouterr().out) == said
+
+
 def test_a_warm_up_longer_than_the_run_is_said() -> None:
     for warmup, said in ((10, True), (3, False), (0, False)):
         train = TrainConfig(epochs=3, batch_size=8, warmup_epochs=warmup)

@@ -470,7 +470,7 @@ def test_tables_lie_in_the_folder_or_one_below(tmp_path: Path) -> None:
     assert "give the folder that holds them" in refused(tmp_path)
 
 
-def test_images_beside_a_metadata_file(tmp_path: Path) -> None:
+def test_images_beside_a_metadata_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
     lines = ["file_name,label"]
@@ -478,7 +478,11 @@ def test_images_beside_a_metadata_file(tmp_path: Path) -> None:
         (folder / f"{name}.png").write_bytes(encoded(colour))
         lines.append(f"{name}.png,{name}")
     (folder / "metadata.csv").write_text("\n".join(lines))
-    assert_labels_match_pixels(opened(folder, cache_dir=str(tmp_path / "cache")).train)
+    (folder / "unlisted.png").write_bytes(encoded((9, 9, 9)))
+    train = opened(folder, cache_dir=str(tmp_path / "cache")).train
+    assert len(train) == len(COLOURS)
+    assert_labels_match_pixels(train)
+    assert "that its metadata file does not list are not used" in capsys.readouterr().out
 
 
 def test_the_test_split_is_the_first_labelled_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,12 +142,11 @@ def forward_all(
     device, mine = accelerator.device, indices[accelerator.process_index :: accelerator.num_processes]
     rows: dict[str, np.ndarray] = {}
     labels, good = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.bool)]
-    probe = torch.zeros(1, 3, *crop.size, device=device)  # a process without images still knows the shapes
     with frozen(model), autocast(device, pace.precision):
-        if not len(mine):
+        if not len(mine):  # a process without images still knows the shapes
+            probe = torch.zeros(1, 3, *crop.size, device=device)
             rows = {name: out[:0].float().cpu().numpy() for name, out in call(probe).items()}
-        how = (crop.size, crop, pace.batch_size, pace.workers, pace.timeout)
-        done = 0
+        done, how = 0, (crop.size, crop, pace.batch_size, pace.workers, pace.timeout)
         for batch in eval_loader(images, mine, *how) if len(mine) else ():
             x = batch["image"].to(device, non_blocking=True).float().div_(255)
             for name, out in call(normalize(x, model.mean, model.std)).items():

@@ -46,6 +46,16 @@ def test_links_are_relative_and_lead_somewhere(name: str) -> None:
     assert link.exists() and link.resolve() == ROOT / name
 
 
+def test_functions_and_files_stay_short() -> None:
+    long = []
+    for path in [ROOT / "pretrain.py", *(p for d in ("gcssl", *FOLDERS, "scripts") for p in (ROOT / d).glob("*.py"))]:
+        text = path.read_text()
+        assert text.count("\n") <= (300 if path.name == "pretrain.py" else 400), path
+        functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+        long += [f.name for f in functions if f.end_lineno is not None and f.end_lineno - f.lineno >= 50]
+    assert set(long) == {"fit"}  # a step reads in one place
+
+
 def test_each_mutant_finds_what_it_breaks() -> None:
     for mutant in MUTANTS:
         assert (ROOT / mutant.file).read_text().count(mutant.old) >= 1, mutant.guard

@@ -277,7 +277,9 @@ def _with_objective(default: T, layers: list[dict[str, Any]], objectives: dict[s
     elif default.objective is None:
         keys = ", ".join(sorted({str(key) for layer in layers for key in layer})[:5])
         among = f" among {keys}" if keys else ""
-        raise UserError(f"objective.name: not given{among}, expected one of {choices}")
+        raise UserError(
+            f"objective.name: not given{among}, expected one of {choices}; or give a yaml of configs/pretrain"
+        )
     return default
 
 

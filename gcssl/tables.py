@@ -127,7 +127,10 @@ def find_other(cfg: DataConfig, root: Path) -> Found:
     try:
         tables = datasets.load_dataset(str(root), cache_dir=cfg.cache_dir)
     except Exception as error:
-        raise UserError(f"data.path: {root} cannot be opened by the datasets library ({one_line(error)})") from error
+        told = f"data.path: {root} cannot be opened by the datasets library ({one_line(error)})"
+        if "metadata files" in told:
+            told += "; a metadata file needs the column file_name, and a csv is separated by commas"
+        raise UserError(told) from error
     return {name: partial(_raw, cfg, root, name, partial(_same, table)) for name, table in tables.items()}
 
 

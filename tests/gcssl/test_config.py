@@ -173,7 +173,9 @@ def test_refusals(argument: str, line: str) -> None:
 
 
 def test_an_objective_must_be_chosen_and_keeps_to_its_keys() -> None:
-    with pytest.raises(UserError, match="objective.name: not given, expected one of pixels, pairs, both"):
+    with pytest.raises(
+        UserError, match="objective.name: not given, expected one of pixels, pairs, both; or give a yaml"
+    ):
         load()
     assert refusal("objective.name=pairs", "objective.mask_ratio=.5").startswith("objective.mask_ratio: no such")
     assert refusal("objective.name=both", "objective.mode=max").startswith("objective.mode: given max, expected one")

@@ -673,3 +673,9 @@ def test_a_label_column_of_another_type_is_told(tmp_path: Path, capsys: pytest.C
     rows.to_parquet(tmp_path / "train.parquet")
     assert opened(tmp_path).train.labels is None
     assert "column label holds Value('float64')" in capsys.readouterr().out
+
+
+def test_a_metadata_file_with_other_columns_is_told_which_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(COLOURS["ant"]))
+    (tmp_path / "metadata.csv").write_text("file;label\na.png;1\n")
+    assert refused(tmp_path).endswith("needs the column file_name, and a csv is separated by commas")

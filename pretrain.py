@@ -270,7 +270,7 @@ def measure(probe: OnlineProbe, objective: Objective, step: int, log: RunLog, st
 
 def show_batch(objective: Objective, batch: dict[str, Any], step: int, log: RunLog) -> None:
     """Original, hidden and reconstructed images, from objectives that reconstruct."""
-    with gathered(objective), torch.no_grad(), torch.compiler.set_stance("force_eager"):  # one process alone compiles
+    with gathered(objective), torch.no_grad(), torch.compiler.set_stance("force_eager"):  # the others wait
         if log.shows_images:
             objective.eval()
             log.images(step, objective.pictures(batch, step))

@@ -298,8 +298,7 @@ def to_device(
     train.batch_size, but not the number of processes or micro-batches, is part of what a mixing run computes.
     """
     options, device = cfg.finetune, accelerator.device
-    position, target = batch.pop("position"), batch.pop("label")
-    batch["target"] = target
+    position, batch["target"] = batch.pop("position"), batch.pop("label")
     for key in ("image", "target", "index"):
         batch[key] = batch[key].to(device, non_blocking=True)
     if mixes(options):

@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python=${PYTHON:-.venv/bin/python} out=${OUT:-runs/cifar}
 step=$1 start=$2
-declare -A epochs=([mocov3]=24 [joint]=15 [simmim]=36)  # equal time, not equal epochs
+declare -A epochs=([mocov3]=24 [joint]=15 [simmim]=36)  # equal time, not equal epochs; EPOCHS sets another number
 
 finetune() {  # NAME EPOCHS AUGMENT LR DROP_PATH more...
     local from=("backbone=$out/$start")
@@ -25,7 +25,7 @@ finetune() {  # NAME EPOCHS AUGMENT LR DROP_PATH more...
 case $step in
 pretrain)
     "$python" pretrain.py "configs/pretrain/${start}_gcvit_nano.yaml" "data.path=$data" data.workers=1 "out=$out/$start" \
-        "train.epochs=${epochs[$start]}" "train.precision=${PRECISION:-bf16}"
+        "train.epochs=${EPOCHS:-${epochs[$start]}}" "train.precision=${PRECISION:-bf16}"
     "$python" -m gcssl.eval.knn "backbone=$out/$start" compare=random
     "$python" -m gcssl.eval.linear_probe "backbone=$out/$start" compare=random
     ;;

@@ -54,9 +54,7 @@ class WorkerLoader(DataLoader[Any]):
     def __iter__(self) -> Any:
         if self.num_workers:
             dataset: Any = self.dataset
-            dataset.reading = multiprocessing.get_context("fork" if _can_fork() else "spawn").Array(
-                "q", [-1] * self.num_workers, lock=False
-            )
+            dataset.reading = multiprocessing.get_context(_context()).Array("q", [-1] * self.num_workers, lock=False)
         iterator: Any = self._started() if self.num_workers else super().__iter__()
         while True:
             try:
@@ -105,12 +103,9 @@ def _end_workers() -> None:
             worker.kill()
 
 
-def _can_fork() -> bool:
-    return "fork" in multiprocessing.get_all_start_methods() and torch.utils.data.get_worker_info() is None
-
-
 def _context() -> str:
-    return "fork" if _can_fork() else "spawn"
+    can_fork = "fork" in multiprocessing.get_all_start_methods() and get_worker_info() is None
+    return "fork" if can_fork else "spawn"
 
 
 def _start_worker(_: int) -> None:

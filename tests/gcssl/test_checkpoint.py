@@ -419,6 +419,21 @@ def test_atomic_write_keeps_the_old_content_when_it_fails(tmp_path: Path, monkey
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"] and json.loads(path.read_text()) == {"a": 1}
 
 
+def test_processes_of_one_number_on_two_hosts_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers on several nodes count their processes from 1."""
+    path, real_replace = tmp_path / "x.json", os.replace
+
+    def meanwhile(old: Path, new: Path) -> None:
+        monkeypatch.setattr(os, "replace", real_replace)
+        monkeypatch.setattr("socket.gethostname", lambda: "the other")
+        atomic_write(path, "theirs")
+        real_replace(old, new)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    atomic_write(path, "ours")
+    assert path.read_text() == "ours" and [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
 def test_atomic_write_has_the_new_name_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the folder's fsync a power cut may bring the old content back."""
     done: list[int | str] = []

@@ -185,6 +185,7 @@ def test_batch_to_device_normalises_and_keeps_the_rest() -> None:
     out = batch_to_device(batch, "cpu", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), AugmentConfig(where="worker"))
     torch.testing.assert_close(out["views"][0], batch["views"][0] / 255)
     assert out["bad"] == [] and torch.equal(out["index"], batch["index"]) and out["masks"][1] is None
+    assert "params" in batch and "params" not in out  # DDP would move what is left on the host, tensor by tensor
 
 
 def test_collate_stacks_other_tensors_and_joins_lists() -> None:

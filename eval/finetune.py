@@ -25,43 +25,24 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from gcssl.checkpoint import write_backbone
-from gcssl.config import (
-    CheckpointConfig,
-    DataConfig,
-    LogConfig,
-    RuntimeConfig,
-    TrainConfig,
-    config_dict,
-    load_config,
-)
+from gcssl.config import CheckpointConfig, DataConfig, LogConfig, RuntimeConfig, TrainConfig, load_config
 from gcssl.errors import UserError
 from gcssl.eval.features import Pace, count_bad, forward_all
 from gcssl.eval.inputs import (
     AskedData,
     Inputs,
+    asked_result,
     built_model,
-    check_specs,
     common_notes,
     count_classes,
-    data_of,
     describe_test,
     hold_out,
     labels_of,
     model_of,
     open_splits,
-    result_path,
-    run_config,
+    report,
 )
-from gcssl.eval.metrics import (
-    check_result,
-    comparison,
-    packed,
-    percent,
-    result_table,
-    settings_of,
-    topk_correct,
-    write_result,
-)
+from gcssl.eval.metrics import comparison, packed, percent, topk_correct
 from gcssl.loader import Sizes, TrainSet, run_sizes
 from gcssl.log import say
 from gcssl.models.build import FRESH, AskedModel, Backbone, backbone_info, from_config_on_meta, load_backbone
@@ -168,7 +149,7 @@ class TransformMaker:
 def run(cfg: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any]:
     """Fine-tune, or resume the fine-tuning, from cfg.backbone and cfg.compare; writes and returns the result."""
     begin = time.perf_counter()
-    check_specs(cfg.backbone, cfg.compare)
+    cfg, run_cfg, path, settings = asked_result("finetune", cfg)
     if cfg.compare not in (None, *FRESH):
         raise UserError(f"compare={cfg.compare}: fine-tuning compares with {' or '.join(FRESH)}")
     batch_size, _, _ = batch_layout(cfg.train, accelerator.num_processes)
@@ -177,25 +158,16 @@ def run(cfg: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any]:
     if cfg.train.shard:
         raise UserError("train.shard: given true, expected false: it is for pretraining")
     TransformMaker(cfg.finetune, (32, 32), (0.5,) * 3, (0.5,) * 3)  # refuses a wrong auto_augment before any work
-    run_cfg = run_config(cfg.backbone)
-    path = result_path(cfg, "finetune", run_cfg)
-    cfg = dataclasses.replace(cfg, data=data_of(cfg, run_cfg))  # the result's settings name the data that was judged
-    settings = settings_of(config_dict(cfg))
     folder = path.parent if cfg.name else path.parent / "finetune"
-    check_result(path, settings)
     cfg = of_backbone(cfg, run_cfg)
     ours = finetune(cfg, accelerator, folder, cfg.backbone)
     notes = ours["notes"]
-    correct = packed(ours, notes["n_test"] + notes["n_bad"])
-    result = {**ours["metrics"], **notes, "correct": correct}
+    result = {**ours["metrics"], **notes, "correct": packed(ours, notes["n_test"] + notes["n_bad"])}
     if cfg.compare:
         theirs = finetune(cfg, accelerator, folder / cfg.compare, cfg.compare)
         result["compare"] = comparison(cfg.compare, ours, theirs)
-    if accelerator.is_main_process:
-        write_result(path, result, settings)
-    for line in result_table(result, cfg.backbone, cfg.compare):
-        say(line)
-    say(f"finetune: {result['n_test']} test images, {time.perf_counter() - begin:.1f} s, written to {path}")
+    result["seconds"] = round(time.perf_counter() - begin, 2)
+    report("finetune", cfg, path, settings, result, accelerator.is_main_process)
     return result
 
 
@@ -214,7 +186,6 @@ def of_backbone(cfg: FinetuneConfig, run: dict[str, Any] | None) -> FinetuneConf
 
 def finetune(cfg: FinetuneConfig, accelerator: Accelerator, folder: Path, spec: str) -> dict[str, Any]:
     """One run from backbone `spec` in `folder`: {"metrics", "notes", "correct", "index"} of the test images."""
-    begin = time.perf_counter()
     inputs = open_run(cfg, accelerator, spec)
     train, backbone = inputs.train, inputs.backbone
     objective = Classifier(backbone, cfg.finetune)
@@ -244,7 +215,7 @@ def finetune(cfg: FinetuneConfig, accelerator: Accelerator, folder: Path, spec: 
         **common_notes(inputs, cfg.train.precision, cfg.train.seed), **judged["notes"], "protocol": "fine-tuned",
         "features": "logits", "epochs": sizes.total_steps / sizes.steps_per_epoch, "steps": sizes.total_steps,
         "global_batch": sizes.global_batch, "finetune": dataclasses.asdict(cfg.finetune), "blr": cfg.train.blr,
-        "drop_path": cfg.model.drop_path, "seconds": round(time.perf_counter() - begin, 2),
+        "drop_path": cfg.model.drop_path,
     }  # fmt: skip
     return judged
 

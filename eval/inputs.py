@@ -308,6 +308,29 @@ def common_notes(inputs: Inputs, precision: str, seed: int) -> dict[str, Any]:
     }
 
 
+def asked_result(task: str, cfg: Any) -> tuple[Any, dict[str, Any] | None, Path, dict[str, Any]]:
+    """(cfg with its data named, config of the run evaluated, the result's path, its settings), before any work.
+
+    UserError where a backbone or the data are missing, or where the path holds a result of other settings.
+    """
+    check_specs(cfg.backbone, cfg.compare)
+    run = run_config(cfg.backbone)
+    path = result_path(cfg, task, run)
+    cfg = dataclasses.replace(cfg, data=data_of(cfg, run))  # the result's settings name the data that was judged
+    settings = settings_of(config_dict(cfg))
+    check_result(path, settings)
+    return cfg, run, path, settings
+
+
+def report(task: str, cfg: Any, path: Path, settings: dict[str, Any], result: dict[str, Any], main: bool) -> None:
+    """Write the result (the main process does) and print its table."""
+    if main:
+        write_result(path, result, settings)
+    for line in result_table(result, cfg.backbone, cfg.compare):
+        say(line)
+    say(f"{task}: {result['n_test']} test images, {result['seconds']:.1f} s, written to {path}")
+
+
 def evaluate(
     task: str,
     cfg: Any,
@@ -320,15 +343,10 @@ def evaluate(
     judge returns {"metrics": {name: percent}, "notes": {...}, "paired": a metric's name,
     "correct": N bool under that metric, "index": N} of the test images.
     """
-    check_specs(cfg.backbone, cfg.compare)
+    begin = time.perf_counter()
     if cfg.batch_size < 1:
         raise UserError(f"batch_size={cfg.batch_size}: expected at least 1")
-    run = run_config(cfg.backbone)
-    path = result_path(cfg, task, run)
-    cfg = dataclasses.replace(cfg, data=data_of(cfg, run))  # the result's settings name the data that was judged
-    settings = settings_of(config_dict(cfg))
-    check_result(path, settings)
-    begin = time.perf_counter()
+    cfg, _, path, settings = asked_result(task, cfg)
     inputs = open_inputs(cfg, accelerator, only_test)
     other = other_inputs(inputs, cfg.compare) if cfg.compare else None  # before any work is done
     ours = judge(inputs, inputs.cfg)
@@ -337,12 +355,8 @@ def evaluate(
     if other is not None:
         result["compare"] = comparison(cfg.compare, ours, judge(other, other.cfg))
     result["seconds"] = round(time.perf_counter() - begin, 2)
-    if accelerator.is_main_process:
-        write_result(path, result, settings)
+    report(task, cfg, path, settings, result, accelerator.is_main_process)
     accelerator.wait_for_everyone()
-    for line in result_table(result, cfg.backbone, cfg.compare):
-        say(line)
-    say(f"{task}: {result['n_test']} test images, {result['seconds']:.1f} s, written to {path}")
     return result
 
 

@@ -29,7 +29,7 @@ from gcssl.meter import BadSamples, Meter
 from gcssl.models.build import Backbone, backbone_info, check_exists, from_config, load_backbone
 from gcssl.optim import groups_table, make_optimizer, param_groups, rates_at, set_lr
 from gcssl.runfolder import RunFolder, broadcast, check_writable
-from gcssl.runtime import StopSignal, entry, main_process_first, make_accelerator, rng, seed_torch
+from gcssl.runtime import StopSignal, check_accelerator, entry, main_process_first, make_accelerator, rng, seed_torch
 from gcssl.shard import check_shard, gathered, shard, whole, whole_tensor
 from gcssl.ssl.base import Objective
 from gcssl.ssl.gather import average_
@@ -96,10 +96,10 @@ def pretrain_sizes(cfg: PretrainConfig, n_images: int, world: int, couples: bool
     """Batch and steps on `world` processes; refuses accumulation where the objective would compute another loss."""
     sizes = run_sizes(cfg.train, n_images, world)
     if couples and (sizes.accumulate > 1 or sizes.global_batch < 2):
-        keys = ("view", "koleo_weight", "balance")
-        given = [f" objective.{key}={x}" for key in keys if (x := getattr(cfg.objective, key, None))]
+        keys = {key: getattr(cfg.objective, key, None) for key in ("view", "koleo_weight", "balance")}
         raise UserError(
-            f"train.accumulate={sizes.accumulate}, batch_size={sizes.batch_size}: {cfg.objective.name}{','.join(given)}"
+            f"train.accumulate={sizes.accumulate}, batch_size={sizes.batch_size}: {cfg.objective.name}"
+            f"{','.join(f' objective.{key}={x}' for key, x in keys.items() if x)}"
             " compares the images of a batch, two at least, and none across micro-batches; use more processes, a larger"
             " batch or another setting"
         )
@@ -144,6 +144,7 @@ def fit(
     What a step must not leave behind, and what ends a run, is in `skip` and `watch_collapse`.
     """
     train = cfg.train
+    check_accelerator(accelerator, train, sizes.accumulate)
     objective.to(accelerator.device)
     bad_steps = BadSteps(run.path, train, objective)
     watch = CollapseWatch(objective.chance(sizes.global_batch))
@@ -262,9 +263,8 @@ def watch_collapse(step: int, values: dict[str, float], watch: CollapseWatch, st
 
 def measure(probe: OnlineProbe, objective: Objective, step: int, log: RunLog, stop: StopSignal) -> None:
     """The online probe after a checkpoint: a signal ends it at once, and the next start repeats it."""
-    with stop.at_once(step, log.total_steps):
-        with gathered(objective):
-            found = probe(step, objective)
+    with stop.at_once(step, log.total_steps), gathered(objective):
+        found = probe(step, objective)
     log.scalars(step, found)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gcssl.errors import UserError
-from gcssl.eval.metrics import mcnemar, percent, table, unpacked
+from gcssl.eval.metrics import mcnemar, table, unpacked
 from gcssl.runtime import entry
 
 
@@ -19,11 +19,11 @@ def compare(first: Path, second: Path) -> dict[str, float | int]:
     a, b = read(first), read(second)
     if a["test_fingerprint"] != b["test_fingerprint"]:
         raise UserError(f"{second}: judged on other images ({b['test_split']}) than {first} ({a['test_split']})")
-    metrics = [result["correct"]["metric"] for result in (a, b)]
-    if metrics[0] != metrics[1]:
-        raise UserError(f"{second}: {metrics[1]} cannot be paired with {metrics[0]} of {first}")
-    correct_a, correct_b = unpacked(a["correct"]), unpacked(b["correct"])
-    return {"a": percent(correct_a), "b": percent(correct_b), **mcnemar(correct_a, correct_b)}
+    metric, other = a["correct"]["metric"], b["correct"]["metric"]
+    if metric != other:
+        raise UserError(f"{second}: {other} cannot be paired with {metric} of {first}")
+    pair = mcnemar(unpacked(a["correct"]), unpacked(b["correct"]))  # an image that one could not decode is wrong there
+    return {"a": a[metric], "b": b[metric], **pair}
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -190,8 +190,10 @@ def finetune(cfg: FinetuneConfig, accelerator: Accelerator, folder: Path, spec: 
     train, backbone = inputs.train, inputs.backbone
     objective = Classifier(backbone, cfg.finetune)
     sizes = run_sizes(cfg.train, len(train), accelerator.num_processes)
-    facts: dict[str, Any] = {"data": train.fingerprint, "backbone": spec}
-    if spec not in FRESH:
+    facts: dict[str, Any] = {"data": train.fingerprint}
+    if spec in FRESH:
+        facts["backbone"] = spec
+    else:
         facts["weights"] = weights_digest(backbone)  # a run that `spec` names may have trained on since
     if mixes(cfg.finetune):
         facts["train.batch_size"] = sizes.batch_size  # the images that are mixed with each other

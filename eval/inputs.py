@@ -26,7 +26,6 @@ from gcssl.models.build import (
     from_dict,
     load_backbone,
 )
-from gcssl.models.windows import pair
 from gcssl.runfolder import check_writable
 from gcssl.runtime import main_process_first, make_accelerator
 from gcssl.sources import Files
@@ -90,11 +89,9 @@ class Inputs:
     def crop(self) -> Crop:
         """The evaluation crop: what was asked for, else the backbone's own."""
         cfg, info = self.cfg, self.info
-        asked = cfg.model.img_size
-        size = pair(asked) if asked is not None else self.backbone.img_size
         squash = info.get("crop_mode") == "squash" and cfg.crop_pct is None
         pct = float(info["crop_pct"] if cfg.crop_pct is None else cfg.crop_pct)
-        return Crop(size, pct, cfg.interpolation or info["interpolation"], squash)
+        return Crop(self.backbone.img_size, pct, cfg.interpolation or info["interpolation"], squash)
 
     @property
     def pace(self) -> Pace:
@@ -259,6 +256,8 @@ def describe_test(labels: np.ndarray, name: str) -> str:
     n, most = len(labels), counts.max()
     coarse = f", so each is {100 / n:.1f} points" if n < FEW else ""
     uneven = f"; {100 * most / n:.1f} % of them are of one class" if most > 1.5 * n / len(counts) else ""
+    if len(counts) == 1:
+        return f"judged on {name}: {n} images, all of one class: what follows says nothing of the others"
     return f"judged on {name}: {n} images of {len(counts)} classes{coarse}{uneven}"
 
 

@@ -18,12 +18,12 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from gcssl.config import DataConfig
-from gcssl.errors import UserError, one_line
-from gcssl.folders import entries, find_folders, has_folders
+from gcssl.errors import UserError, check_machine, one_line
+from gcssl.folders import entries, find_folders, has_folders, split_folders
 from gcssl.log import say
 from gcssl.shapes import CLASSES, shapes_split
 from gcssl.sources import TEST_NAMES, TRAIN_NAMES, Found, Raw, Reader
-from gcssl.tables import HUB_NAME, TABLES, find_hub, find_other, find_tables
+from gcssl.tables import HUB_NAME, TABLES, find_hub, find_other, find_tables, load_other
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit; larger files are refused as decompression bombs
 # none of these decoders starts a program; that of JPEG opens MPO too
@@ -55,16 +55,20 @@ class Images:
         return len(self.reader)
 
     def load(self, i: int) -> np.ndarray:
-        """Image i in RGB: uint8 H W 3; raises BadImage."""
+        """Image i in RGB: uint8 H W 3; raises BadImage, or Failure where the machine is at fault."""
         try:
             source = self.reader.read(int(i))
         except Exception as error:  # a corrupt page of a table
+            check_machine(error, self.where(i))
             raise BadImage(one_line(error)) from error
         return source if isinstance(source, np.ndarray) else decode(source)
 
     def describe(self) -> str:
         """One line: what was found."""
-        kinds = "without labels" if self.classes is None else f"in {len(self.classes)} classes"
+        kinds = "without labels"
+        if self.classes is not None:
+            few = ", ".join(self.classes[:3]) + (", ..." if len(self.classes) > 3 else "")
+            kinds = f"in {len(self.classes)} classes ({few})"
         return f"data: {self.name} {len(self)} images {kinds}"
 
     def where(self, i: int) -> str:
@@ -123,6 +127,8 @@ def open_data(cfg: DataConfig, img_size: tuple[int, int] = (64, 64), only_test: 
     if cfg.val_labels is not None and not Path(cfg.val_labels).is_file():  # read only when the test split is opened
         raise UserError(f"data.val_labels: given {cfg.val_labels}, no such file")
     found = _find(cfg)
+    if cfg.val_labels is not None and not any(name.lower() in TEST_NAMES or name == cfg.val_split for name in found):
+        raise UserError(f"data.val_labels: given {cfg.val_labels}, but {cfg.path} has no val folder; leave it out")
     if cfg.val_split is not None and cfg.val_split not in found:
         raise UserError(f"data.val_split: given {cfg.val_split}, expected one of {', '.join(found)}")
     if cfg.val_split is not None and not only_test and cfg.val_split == _train_name(cfg, found):
@@ -151,9 +157,13 @@ def _find(cfg: DataConfig) -> Found:
         )
     if root.is_dir() and not entries(root):
         raise UserError(f"data.path: {cfg.path} is empty, expected images, parquet, arrow or tar files")
-    if any((root / part / name).is_file() for part in ("", "train") for name in METADATA):
+    listed = [root / part / name for part in ("", "train") for name in METADATA if (root / part / name).is_file()]
+    if listed:  # the datasets library pairs images with it
+        if listed[0].parent == root and (splits := split_folders(cfg, root)):
+            told = f"{listed[0]} beside the folders {', '.join(splits)} would not be read"
+            raise UserError(f"data.path: {told}; give each of them one, with the names of its own files")
         say(f"data: images of {root} that its metadata file does not list are not used")
-        return find_other(cfg, root)  # the datasets library pairs images with a metadata file
+        return load_other(cfg, root)
     if root.is_dir() and has_folders(cfg, root):
         looked = [folder for folder in (root, root / "train") if folder.is_dir()]
         if any(entry.name.lower().endswith(TABLES) for folder in looked for entry in entries(folder)):
@@ -279,12 +289,13 @@ def _fingerprint(images: Images) -> str:
                 source = source.read_bytes()
             digest.update(source if isinstance(source, bytes) else source.tobytes())
         except Exception as error:  # a damaged one is as good a mark as a sound one
+            check_machine(error, images.where(i))
             digest.update(type(error).__name__.encode())
     return digest.hexdigest()
 
 
 def decode(source: bytes | Path | str) -> np.ndarray:
-    """Encoded bytes or a file -> RGB in true colours, uint8 H W 3, turned as EXIF says; any failure is a BadImage.
+    """Encoded bytes or a file -> RGB in true colours, uint8 H W 3, turned as EXIF says; its own faults are BadImages.
 
     16-bit grey is divided by 257 (Pillow's own conversion saturates), float grey is read as 0..1, 0..255 or
     0..65535 by its maximum, transparency is laid on white, of an animation the first frame is taken. ICC
@@ -305,6 +316,7 @@ def decode(source: bytes | Path | str) -> np.ndarray:
     except UnidentifiedImageError as error:  # its message is the file's name
         raise BadImage(f"none of the formats {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow raises a dozen types on damaged files
+        check_machine(error, "an image" if isinstance(source, bytes) else str(source))
         raise BadImage(one_line(error)) from error
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gcssl.config import load_config
+from gcssl.data import held_out
 from gcssl.errors import UserError
 from gcssl.eval.knn import search
 from gcssl.keys import nearest
@@ -75,20 +76,21 @@ def check_classes(patient: Patient) -> Finding:
 
 
 def check_duplicates(patient: Patient) -> Finding:
-    if "val" not in patient.seen:
-        return Finding("ok", "no test split")
-    train, val = patient.seen["train"], patient.seen["val"]
+    train, images, judges = patient.seen["train"], patient.data.train, "held-out"
+    if "val" in patient.seen and patient.data.test is not None:
+        val, images, judges = patient.seen["val"], patient.data.test, "test"
+    else:  # what evaluations hold out then
+        held = np.isin(train.index, held_out(images)[1])
+        train, val = train.part(~held), train.part(held)
     if not len(train.index) or not len(val.index):
         return Finding("warn", "nothing that can be decoded to compare")
     same = set(train.hashes) & set(val.hashes)
     similarity, nearest = search(train.thumbnails, val.thumbnails, 1, patient.cfg.eval.backend)
     alike = (similarity[:, 0] > ALIKE).nonzero().flatten().tolist()
-    told = f"of {len(val.index)} test images {len(same)} are pixel by pixel among {len(train.index)} of the "
+    told = f"of {len(val.index)} {judges} images {len(same)} are pixel by pixel among {len(train.index)} of the "
     told += f"{len(patient.data.train)} training images, {len(alike)} nearly so"
     if not alike and not same:
         return Finding("ok", told)
-    images = patient.data.test
-    assert images is not None
     if alike:
         one = images.where(int(val.index[alike[0]]))
         other = patient.data.train.where(int(train.index[int(nearest[alike[0], 0])]))

@@ -37,6 +37,19 @@ class LostProcess(Failure):
     """Another process of the run hung or died."""
 
 
+FAULTS = (
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH, errno.ECONNRESET, errno.ECONNABORTED,
+)  # fmt: skip
+
+
+def check_machine(error: Exception, what: str) -> None:
+    """Failure where reading `what` failed by the machine: no open files or memory left, a file server that is away."""
+    if isinstance(error, OSError) and error.errno in FAULTS:
+        told = f"{what} cannot be read: {error.strerror}; this says nothing of the image"
+        raise Failure(f"{told}: look after the machine, and run the same command again") from error
+
+
 def is_full_disk(error: BaseException) -> bool:
     """Nothing in the program is wrong: exit 1, in one line too."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

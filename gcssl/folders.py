@@ -2,6 +2,8 @@
 
 import csv
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,9 @@ from gcssl.errors import UserError
 from gcssl.log import say
 from gcssl.sources import TEST_NAMES, TRAIN_NAMES, Files, Found, Raw
 
-SUFFIXES = tuple(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .jp2 .avif".split())
+SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .jp2 .j2k .avif".split())
+TABLES = (".csv", ".json", ".jsonl")
+NO_CLASSES = {*TRAIN_NAMES, *TEST_NAMES, "images", "image", "imgs", "img", "masks", "mask", "labels", "annotations"}
 KAGGLE = Path("ILSVRC/Data/CLS-LOC")  # below the folder that Kaggle's archive unpacks into
 KAGGLE_LABELS = "LOC_val_solution.csv"
 
@@ -34,6 +38,11 @@ def has_folders(cfg: DataConfig, root: Path) -> bool:
     """Whether folders of images tell splits or classes apart; one other folder may be the pictures of a readme."""
     splits, others = _names(cfg, _base(root)[0])
     return bool(splits) or len(others) > 1
+
+
+def split_folders(cfg: DataConfig, root: Path) -> list[str]:
+    """Folders of images in root that are named as splits."""
+    return _names(cfg, root)[0] if root.is_dir() else []
 
 
 def _base(root: Path) -> tuple[Path, str | None]:
@@ -64,6 +73,8 @@ def _splits(cfg: DataConfig, root: Path, default_labels: str | None) -> Found:
             say(f"data: {root} has the splits {', '.join(splits)}; not used beside them: {rest}")
     elif not splits or others:  # a class may be called train: then its sisters are classes too
         return {"train": partial(_labelled_tree, root)} if _has_image(root) else {}
+    if cfg.val_labels is None:
+        _tell_unread(root)
     found: Found = {}
     for name in splits:
         if name == train or train is None:
@@ -86,13 +97,20 @@ def _names(cfg: DataConfig, root: Path) -> tuple[list[str], list[str]]:
 def _labelled_tree(root: Path) -> Raw:
     """Class folders, or images without labels. One class alone says nothing: unlabelled."""
     names, labels, classes = _tree(root)
+    _tell_unread(root)
     if len(classes) < 2:
-        tables = (".csv", ".json", ".jsonl")
-        if unread := sorted(entry.name for entry in entries(root) if entry.name.lower().endswith(tables)):
-            known = "one folder of images a class, or a metadata.csv with the columns file_name and label"
-            say(f"data: {root / unread[0]} is not read; labels come from {known}")
         return Raw(Files(root, names))
+    if odd := [name for name in classes if NO_CLASSES & set(re.split(r"[-_. ]", name.lower()))]:
+        told = f"data: {root}: folders are taken as classes, {', '.join(odd[:3])} too"
+        say(f"{told}; one of them alone is trained on by data.train_split={odd[0]}")
     return Raw(Files(root, names), labels, classes)
+
+
+def _tell_unread(root: Path) -> None:
+    """A table of labels that is not used."""
+    if unread := sorted(entry.name for entry in entries(root) if entry.name.lower().endswith(TABLES)):
+        known = "one folder of images a class, or a metadata.csv with the columns file_name and label"
+        say(f"data: {root / unread[0]} is not read; labels come from {known}")
 
 
 def _test_tree(root: Path, train: Path, val_labels: str | None, needs_labels: bool) -> Raw:
@@ -135,22 +153,33 @@ def read_label_file(path: Path, names: list[str]) -> list[str]:
 
 def _tree(root: Path) -> tuple[list[str], list[int], list[str]]:
     """(file names relative to root, class ids, class names), sorted; with images at the top no classes."""
+    others: Counter[str] = Counter()
+    found = _tree_of_images(root, others)
+    if others:
+        told = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(3))
+        say(f"data: {root}: by their names no images, so not used: {told}")
+    return found
+
+
+def _tree_of_images(root: Path, others: Counter[str]) -> tuple[list[str], list[int], list[str]]:
+    """The same; counts the suffixes of `others`, the files that are no images by their names."""
     flat = _images(root)
     if flat:
         beside = _classes(root)
         if not beside:
+            _count([e.name for e in entries(root) if _holds(e.is_file)], others)
             return flat, [], []
         mixed = f"{root} holds images ({flat[0]}) beside folders of images ({beside[0]})"
         if any(name.lower() in (*TRAIN_NAMES, *TEST_NAMES) for name in beside):
             raise UserError(f"data.path: {mixed}, expected one or the other; move one of them away")
         say(f"data: {mixed}: all are taken, without classes")
-        return _below(root), [], []
+        return _below(root, others), [], []
     names: list[str] = []
     labels: list[int] = []
     classes: list[str] = []
     folders = _folders(root)
     for folder in folders:
-        files = _below(root / folder)
+        files = _below(root / folder, others)
         if files:
             names += [f"{folder}/{file}" for file in files]
             labels += [len(classes)] * len(files)
@@ -194,13 +223,20 @@ def _refuse(error: OSError) -> NoReturn:
     raise UserError(f"data.path: {error.filename} cannot be listed: {error.strerror}; mend it or move it away")
 
 
-def _below(root: Path) -> list[str]:
+def _below(root: Path, others: Counter[str]) -> list[str]:
     """All image files below root, relative to it, sorted."""
     names = []
     for folder, files in _walk(root):
         prefix = os.path.relpath(folder, root)
         names += [file if prefix == "." else f"{prefix}/{file}" for file in files if _is_image(file)]
+        _count(files, others)
     return sorted(names)
+
+
+def _count(files: list[str], others: Counter[str]) -> None:
+    """Add the suffixes of files that are no images by their names; those of tables are told apart."""
+    names = [file for file in files if not _is_image(file) and not file.startswith(".")]
+    others.update(Path(name).suffix or "without a suffix" for name in names if not name.lower().endswith(TABLES))
 
 
 def _has_image(root: Path) -> bool:

@@ -224,7 +224,8 @@ def _unknown(key: str, value: Any, known: dict[str, Leaf]) -> str:
     )
     if near:
         return f"no such key; did you mean {near[0]}?"
-    return f"no such key; {parent or 'the config'} has {', '.join(sorted(siblings)) or 'none'}"
+    recipe = "; each objective has a recipe of its own, configs/pretrain/<name>_*.yaml" if parent == "objective" else ""
+    return f"no such key; {parent or 'the config'} has {', '.join(sorted(siblings)) or 'none'}{recipe}"
 
 
 def check_limits(key: str, value: Any, leaf: Leaf) -> None:

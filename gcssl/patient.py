@@ -48,6 +48,11 @@ class Scan:
     thumbnails: Tensor  # n 256
     bad: list[tuple[str, str]]  # where, why
 
+    def part(self, chosen: np.ndarray) -> "Scan":
+        """Those of `chosen`, a bool for each image."""
+        hashes = [one for one, taken in zip(self.hashes, chosen, strict=True) if taken]
+        return Scan(self.index[chosen], self.sides[chosen], hashes, self.thumbnails[torch.from_numpy(chosen)], [])
+
 
 class _Look(Dataset[Any]):
     def __init__(self, images: Images, indices: np.ndarray) -> None:

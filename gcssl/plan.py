@@ -102,7 +102,8 @@ def speed(cfg: PlanConfig, sizes: Sizes) -> tuple[float, str]:
     if cfg.plan.images_per_s is not None:
         return cfg.plan.images_per_s, "given: plan.images_per_s"
     told = first_steps(cfg, cfg.plan.minutes, sizes)
-    return rate(told), f"measured here: {len(told)} steps"
+    few = ", too few to tell: raise plan.minutes" if len(told) < 5 else ""
+    return rate(told), f"measured here: {len(told)} steps{few}"
 
 
 def patient_of(cfg: PlanConfig) -> Patient:

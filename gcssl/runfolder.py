@@ -41,6 +41,7 @@ FREE_KEYS = (
     "allow_env",
 )
 DATA_KEYS = ("data.path", "data.cache_dir")
+BACKBONE_KEYS = ("backbone", "encoder")
 BATCH_KEYS = ("train.batch_size", "train.accumulate", "train.global_batch")
 PRODUCTS = (
     "checkpoints",
@@ -202,7 +203,8 @@ class RunFolder:
             raise UserError(f"out: {self.path} holds {', '.join(used)} but no config.yaml; give another folder")
         old_facts = self._read_json("env.json").get("facts", {})
         free = FREE_KEYS + (BATCH_KEYS if "global_batch" in self.facts else ())
-        free += DATA_KEYS if "data" in self.facts and self.facts["data"] == old_facts.get("data") else ()
+        for fact, keys in (("data", DATA_KEYS), ("weights", BACKBONE_KEYS)):  # the same, wherever it lies now
+            free += keys if fact in self.facts and self.facts[fact] == old_facts.get(fact) else ()
         known = flatten(self.defaults) | flatten(old)  # a key that is newer than the run had its default
         lines = [line for line in diff_configs(known, self.config) if not is_free(line.split(":")[0], free)]
         common = old_facts.keys() & self.facts.keys()

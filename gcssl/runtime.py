@@ -226,6 +226,15 @@ def make_accelerator(train: "TrainConfig", runtime: "RuntimeConfig") -> "Acceler
     return accelerator
 
 
+def check_accelerator(accelerator: "Accelerator", train: "TrainConfig", accumulate: int) -> None:
+    """ValueError where it was made for another train section: it would compute in its own precision, untold."""
+    wanted = ("no" if train.precision == "fp32" else train.precision, accumulate)
+    given = (accelerator.mixed_precision, accelerator.gradient_accumulation_steps)
+    if given != wanted:
+        told = "accelerator: given precision and accumulation"
+        raise ValueError(f"{told} {given}, expected {wanted}: use make_accelerator(cfg.train, cfg.runtime)")
+
+
 @contextmanager
 def main_process_first(accelerator: "Accelerator") -> Iterator[None]:
     """The main process runs the block before the others do, and all leave it together, however long it takes: copying

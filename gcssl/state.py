@@ -73,6 +73,7 @@ class RunState:
         encoder = self.objective.encoder
         state = {"optimizer": optimizer, "default_encoder": default_encoder}
         state |= {"mean": list(encoder.mean), "std": list(encoder.std), "class_names": self.classes}
+        state["num_classes"] = encoder.num_classes
         state |= {name: judge.state_dict() for name, judge in self.judges.items()}
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()

@@ -115,21 +115,32 @@ def _offline(yes: bool) -> Iterator[None]:
 
 
 def find_other(cfg: DataConfig, root: Path) -> Found:
-    """Images named or packed by other files that load_dataset opens: metadata.csv, csv, json, zip."""
+    """Images named or packed by other files that load_dataset opens: csv, json, zip."""
+    expected = "images, or parquet, arrow or tar files in it or one folder below"
+    if root.is_file():
+        told = f"is one file, expected parquet, arrow or tar, or a folder of images; unpack a {root.suffix}"
+        csv = "is one file; give its folder, which holds the images that it names"
+        raise UserError(f"data.path: {root} {csv if root.suffix.lower() in ('.csv', '.json', '.jsonl') else told}")
+    kinds = {file.suffix.lower() for file in root.iterdir()}
+    if kinds & {".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}:
+        raise UserError(f"data.path: {root} holds compressed files, expected {expected}; unpack them")
+    if not kinds & {".csv", ".json", ".jsonl", ".zip"}:
+        raise UserError(f"data.path: no images in {root}, expected {expected}; give the folder that holds them")
+    return load_other(cfg, root)
+
+
+def load_other(cfg: DataConfig, root: Path) -> Found:
+    """The splits that load_dataset finds in a folder: of images beside a metadata file, csv, json, zip."""
     import datasets
 
-    if root.is_file():
-        raise UserError(f"data.path: {root} is one file, expected parquet, arrow or tar, or a folder of images")
-    kinds = {file.suffix.lower() for file in root.iterdir()}
-    if not kinds & {".csv", ".json", ".jsonl", ".zip"}:
-        expected = "images, or parquet, arrow or tar files in it or one folder below"
-        raise UserError(f"data.path: no images in {root}, expected {expected}; give the folder that holds them")
     try:
         tables = datasets.load_dataset(str(root), cache_dir=cfg.cache_dir)
     except Exception as error:
-        told = f"data.path: {root} cannot be opened by the datasets library ({one_line(error)})"
-        if "metadata files" in told:
-            told += "; a metadata file needs the column file_name, and a csv is separated by commas"
+        told = f"data.path: {root} cannot be opened by the datasets library ({one_line(error.__cause__ or error)})"
+        if any(root.glob("*.zip")):
+            told += "; unpack the zip"
+        elif any([*root.glob("metadata.*"), *root.glob("*/metadata.*")]):
+            told += "; a metadata file needs the column file_name, a csv commas, and every split a file of its own"
         raise UserError(told) from error
     return {name: partial(_raw, cfg, root, name, partial(_same, table)) for name, table in tables.items()}
 

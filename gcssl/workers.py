@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from gcssl.data import Images
-from gcssl.errors import UserError, one_line
+from gcssl.errors import Failure, UserError, one_line
 
 
 class ReportingSet(Dataset[dict[str, Any]]):
@@ -61,9 +61,9 @@ class WorkerLoader(DataLoader[Any]):
                 batch = next(iterator)
             except StopIteration:
                 return
-            except UserError as error:  # raised in a worker: torch puts the traceback before the message
+            except (UserError, Failure) as error:  # raised in a worker: torch puts the traceback before the message
                 line = str(error).strip().split("\n")[-1]
-                raise UserError(line.removeprefix("gcssl.errors.UserError: ")) from None
+                raise type(error)(line.removeprefix(f"gcssl.errors.{type(error).__name__}: ")) from None
             except RuntimeError as error:
                 if "DataLoader" not in str(error) or "Caught" in str(error):
                     raise

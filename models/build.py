@@ -314,8 +314,7 @@ def read_run(path: Path, encoder: str | None) -> Saved:
         raise UserError(f"{path}: its checkpoint holds no {which} encoder")
     built = from_config_on_meta(from_dict(ModelConfig, config["model"]))
     objective = (config.get("objective") or {}).get("name")
-    head = state.get("head.fc.weight")
-    args = {**built.model_args, "num_classes": 0 if head is None else head.shape[0]}
+    args = {**built.model_args, "num_classes": loaded.state.get("num_classes", 0)}
     info = backbone_info(built, step=loaded.step, objective=objective, encoder=which)
     info |= {key: loaded.state[key] for key in ("mean", "std", "class_names") if key in loaded.state}
     info |= {key: config[key] for key in ("crop_pct", "interpolation") if config.get(key)}  # that fine-tuning judges by

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 
+def upsample_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """B h w -> B height width by repetition. ValueError when h w do not divide height width."""
+    h, w = mask.shape[-2:]
+    if height % h or width % w:
+        raise ValueError(f"a mask of {h}x{w} units does not tile {height}x{width}")
+    return mask.repeat_interleave(height // h, -2).repeat_interleave(width // w, -1)  # B H W
+
+
 def spread(mask: Tensor | None, h: int, w: int) -> Tensor | None:
     """The sites B h w 1 that a mask of units covers; None of none."""
-    if mask is None:
-        return None
-    mh, mw = mask.shape[1:]
-    if h % mh or w % mw:
-        raise ValueError(f"a mask of {mh} x {mw} units does not divide a grid of {h} x {w} tokens")
-    return mask.repeat_interleave(h // mh, 1).repeat_interleave(w // mw, 2)[..., None]
+    return None if mask is None else upsample_mask(mask, h, w)[..., None]
 
 
 def hide(x: Tensor, sites: Tensor | None, value: float = 0.0) -> Tensor:

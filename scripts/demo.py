@@ -89,7 +89,7 @@ def bf16_is_fast() -> bool:
 
 def evaluate(out: Path, precision: str, quick: bool) -> dict[str, Any]:
     """The three evaluations, each beside an untrained backbone: {metric: value, ..., "compare": {...}}."""
-    from gcssl.config import load_config
+    from gcssl.config import TrainConfig, load_config
     from gcssl.eval import finetune, knn, linear_probe
     from gcssl.runtime import make_accelerator, quiet_libraries
 
@@ -102,15 +102,13 @@ def evaluate(out: Path, precision: str, quick: bool) -> dict[str, Any]:
         (finetune, finetune.FinetuneConfig, tune, few),
     ]
     merged: dict[str, Any] = {"compare": {}}
-    accelerator = None
     for number, (module, schema, files, settings) in enumerate(jobs, 2):
         name = module.__name__.rpartition(".")[2]
         argv = [*files, f"backbone={out}", "compare=random", *settings]
         heading(number, name, " ".join([*LAUNCH, "-m", f"gcssl.eval.{name}", *argv]))
         cfg = load_config(schema, argv)
-        train = getattr(cfg, "train", finetune.FinetuneConfig().train)
-        accelerator = accelerator or make_accelerator(train, cfg.runtime)
-        result = module.run(cfg, accelerator)
+        train = getattr(cfg, "train", TrainConfig(precision=cfg.precision))
+        result = module.run(cfg, make_accelerator(train, cfg.runtime))
         merged |= {key: value for key, value in result.items() if "/" in key}
         merged["compare"] |= result["compare"]
     return merged

@@ -110,12 +110,15 @@ def check_config(cfg: JointConfig) -> None:
     """UserError for an unknown part, weights that cannot be, or a key of neither part."""
     for key, choices in (("masked", MASKED), ("view", VIEW)):
         if getattr(cfg, key) not in choices:
-            raise UserError(f"objective.{key}={getattr(cfg, key)} is unknown; one of {sorted(choices)}")
+            raise UserError(f"objective.{key}={getattr(cfg, key)} is unknown; one of {', '.join(sorted(choices))}")
     known = {f.name for schema in (MASKED[cfg.masked][1], VIEW[cfg.view][1]) for f in dataclasses.fields(schema)}
     optional = [f.name for f in dataclasses.fields(JointConfig) if f.default is None]
     if foreign := [name for name in optional if getattr(cfg, name) is not None and name not in known]:
         unset = " ".join(f"objective.{name}=null" for name in foreign)
-        raise UserError(f"objective.{foreign[0]}: neither {cfg.masked} nor {cfg.view} has it; leave it out: {unset}")
+        kept = [name for name in optional if getattr(cfg, name) is not None and name in known]
+        told = f"neither {cfg.masked} nor {cfg.view} has it; leave it out: {unset}"
+        recipes = f"; {', '.join(kept)} stay as given: compare the parts' own in configs/pretrain" if kept else ""
+        raise UserError(f"objective.{foreign[0]}: {told}{recipes}")
     if cfg.share and cfg.masked not in SHARING:
         raise UserError(f"objective.share=true: {cfg.masked} drops what it hides; one of {', '.join(SHARING)} can")
     if len(cfg.weights) != 2 or min(cfg.weights) < 0 or max(cfg.weights) <= 0:
@@ -248,12 +251,13 @@ class Joint(Objective):
         return {f"loss/{self.names[1]}" if key == "loss" else key: value for key, value in parts.items()}
 
     @torch.no_grad()
-    def commit_scale(self, step: int) -> None:
+    def commit_scale(self) -> None:
         """Move the scales towards those at which the unweighted parts' gradients would be of equal norm."""
         assert self.measured is not None
         raw = self.measured.to(self.scale) / (self.scale * self.scale.new_tensor(self.weights))
         wanted = (raw.mean() / raw.clamp(min=1e-12)).clamp(1 / MOST_SCALE, MOST_SCALE)
-        self.scale.lerp_(wanted, 1.0 if step < BALANCE_EVERY else 0.1)
+        first = (self.scale == 1).all()  # a step that fp16 skips commits nothing: the first is not always step 0
+        self.scale.lerp_(wanted, torch.where(first, 1.0, 0.1))
         self.measured = None
 
     def freeze(self, step: int) -> None:
@@ -267,7 +271,7 @@ class Joint(Objective):
         self.masked.after_step(step)
         self.view.after_step(step)
         if self.measured is not None:
-            self.commit_scale(step)
+            self.commit_scale()
 
     def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """The masked part's original, hidden and reconstructed images."""

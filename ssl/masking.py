@@ -17,6 +17,7 @@ from gcssl.errors import UserError
 from gcssl.log import say
 from gcssl.models.build import Backbone
 from gcssl.models.gcvit import GCViT
+from gcssl.models.hidden import upsample_mask
 from gcssl.ssl.views import use_maps_alone
 
 STEM_STRIDE = 4
@@ -118,14 +119,6 @@ def keep_units(x: Tensor, mask: Tensor) -> Tensor:
     blocks = blocks.permute(0, 1, 2, 4, 5, 7, 3, 6).flatten(6)  # B C h u w u 4
     index = kept.view(b, 1, h, 1, w, 1, 1).expand(*blocks.shape[:-1], 1)
     return blocks.gather(-1, index).reshape(b, c, height // 2, width // 2)
-
-
-def upsample_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """B h w -> B height width by repetition. ValueError when h w do not divide height width."""
-    h, w = mask.shape[-2:]
-    if height % h or width % w:
-        raise ValueError(f"a mask of {h}x{w} units does not tile {height}x{width}")
-    return mask.repeat_interleave(height // h, -2).repeat_interleave(width // w, -1)  # B H W
 
 
 def hide_pixels(x: Tensor, mask: Tensor, color: Tensor | float = 0.0) -> Tensor:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from gcssl.errors import UserError
 from gcssl.eval.compare import compare, main
-from gcssl.eval.metrics import mcnemar, packed, unpacked
+from gcssl.eval.metrics import mcnemar, packed, percent, unpacked
 
 
 def written(path: Path, correct: Tensor, fingerprint: str = "x", metric: str = "knn/top1@20") -> Path:
     judged = {"paired": metric, "correct": correct, "index": torch.arange(len(correct))}
-    result = {"test_split": "test", "test_fingerprint": fingerprint, "correct": packed(judged, len(correct))}
+    result = {"test_split": "test", "test_fingerprint": fingerprint, metric: percent(correct)}
+    result["correct"] = packed(judged, len(correct))
     path.write_text(json.dumps(result))
     return path
 
@@ -36,6 +37,13 @@ def test_two_results_are_paired(tmp_path: Path, capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[1:] == ["60.00", "20"] and lines[2].split()[1:] == ["50.00", "10"]
     assert lines[3] == "McNemar's exact test: p = 0.099"
+
+
+def test_the_printed_top1_is_the_results_own_where_an_image_could_not_be_decoded(tmp_path: Path) -> None:
+    file = written(tmp_path / "a", torch.tensor([True, True, False, False]))
+    result = json.loads(file.read_text())
+    file.write_text(json.dumps({**result, "knn/top1@20": 66.7}))  # of three images, the fourth being undecodable
+    assert compare(file, file)["a"] == 66.7
 
 
 def test_what_cannot_be_paired_is_refused(tmp_path: Path) -> None:

@@ -71,6 +71,21 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path, acceler
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_an_unfinished_run_of_a_timm_model_keeps_its_head(folder: Path, tmp_path: Path, accelerator) -> None:
+    cut = config(folder, tmp_path, "model.name=resnet10t", "model.window_ratio=null", "train.max_hours=0.0")
+    with pytest.raises(Preempted):
+        finetune.run(cut, accelerator)
+    backbone, _ = load_backbone(str(tmp_path / "finetune"))
+    assert backbone.num_classes == 3 and backbone(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+
+
+def test_an_accelerator_of_another_train_section_is_refused(folder: Path, tmp_path: Path, accelerator) -> None:
+    """It would train in fp32, or step after every micro-batch, and the result would say otherwise."""
+    for key in ("train.precision=bf16", "train.accumulate=2"):
+        with pytest.raises(ValueError, match=r"given precision and accumulation \('no', 1\), expected"):
+            finetune.run(config(folder, tmp_path / key, key), accelerator)
+
+
 def test_validate_finds_the_fine_tuned_accuracy_again(folder: Path, tmp_path: Path, accelerator) -> None:
     result = finetune.run(config(folder, tmp_path), accelerator)
     argv = [f"backbone={tmp_path / 'finetune'}", f"data.path={folder}", f"out={tmp_path / 'v'}", "data.workers=0"]
@@ -95,6 +110,10 @@ def test_a_result_is_of_the_weights_that_the_backbone_holds_now(folder: Path, tm
     more = ["log.every=20", "checkpoint.keep=3", "train.max_hours=5"]
     again = finetune.run(load_config(FinetuneConfig, [*argv, *more]), accelerator)
     assert again["correct"] == first["correct"]
+    (tmp_path / "out/finetune.json").unlink()
+    there = finetune.run(load_config(FinetuneConfig, [f"backbone={spec}/../m", *argv[1:]]), accelerator)
+    assert there["correct"] == first["correct"]  # the same weights by another path: the run goes on
+    (tmp_path / "out/finetune.json").unlink()
     saved(spec, seed=2)
     with pytest.raises(UserError, match="backbone: other weights than this run began with"):
         finetune.run(load_config(FinetuneConfig, argv), accelerator)
@@ -161,13 +180,15 @@ def test_undecodable_test_images_are_counted_and_told(broken_folder: Path, tmp_p
     assert "1 of 27 images cannot be decoded" in capsys.readouterr().out
 
 
-def test_a_mixing_run_keeps_its_micro_batch(folder: Path, tmp_path: Path, accelerator) -> None:
+@pytest.mark.usefixtures("accelerator")  # sets the device
+def test_a_mixing_run_keeps_its_micro_batch(folder: Path, tmp_path: Path) -> None:
     """Mixup's partners are those of the micro-batch, so 8 + 8 mixes other images than 16."""
     short = ["train.global_batch=16", "train.max_hours=0.0"]
     for augment in ("full", "light"):
         out = tmp_path / augment
+        first = config(folder, out, f"finetune.augment={augment}", *short)
         with pytest.raises(Preempted):
-            finetune.run(config(folder, out, f"finetune.augment={augment}", *short), accelerator)
+            finetune.run(first, make_accelerator(first.train, first.runtime))
         other = config(folder, out, f"finetune.augment={augment}", "train.global_batch=16", "train.batch_size=8")
         if augment == "full":
             with pytest.raises(UserError, match="train.batch_size: 16 -> 8"):

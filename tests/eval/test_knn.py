@@ -328,6 +328,7 @@ def test_a_result_says_which_images_judge_and_what_one_class_would_score() -> No
     assert told(300, 50, 50) == "judged on val: 400 images of 3 classes; 75.0 % of them are of one class"
     assert told(50, 50) == "judged on val: 100 images of 2 classes"
     assert told(8, 12) == "judged on val: 20 images of 2 classes, so each is 5.0 points"
+    assert told(2) == "judged on val: 2 images, all of one class: what follows says nothing of the others"
 
 
 @pytest.mark.parametrize(

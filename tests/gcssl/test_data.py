@@ -19,7 +19,8 @@ import gcssl.data
 import gcssl.tables
 from gcssl.config import DataConfig
 from gcssl.data import BadImage, Images, held_out, open_data
-from gcssl.errors import UserError
+from gcssl.errors import Failure, UserError
+from gcssl.loader import TrainSet, train_loader
 from gcssl.tables import find_tables
 
 COLOURS = {"cat": (200, 30, 40), "ant": (20, 190, 60), "dog": (30, 40, 210)}  # not in alphabetical order
@@ -90,6 +91,7 @@ def test_nested_and_foreign_files_in_class_folders(tmp_path: Path) -> None:
     (tmp_path / "train" / "cat" / "more").mkdir()
     (tmp_path / "train" / "cat" / "more" / "x.PNG").write_bytes(encoded(COLOURS["cat"]))
     (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "train" / "cat" / "._cat_0.png").write_text("what macOS leaves beside a file")
     (tmp_path / "train" / ".cache").mkdir()
     (tmp_path / "train" / ".cache" / "y.png").write_bytes(b"")
     (tmp_path / "annotations").mkdir()
@@ -166,7 +168,7 @@ def test_links_that_lead_back_add_no_image_and_no_class(tmp_path: Path, target: 
 
 def test_what_was_found_is_told(tmp_path: Path) -> None:
     write_tree(tmp_path / "train")
-    assert opened(tmp_path).train.describe() == "data: train 9 images in 3 classes"
+    assert opened(tmp_path).train.describe() == "data: train 9 images in 3 classes (ant, cat, dog)"
     assert opened(tmp_path / "train" / "ant").train.describe() == "data: train 3 images without labels"
 
 
@@ -204,7 +206,7 @@ def test_labels_that_cannot_be_had_from_a_folder_are_told(tmp_path: Path, capsys
     (tmp_path / "flat" / "labels.csv").write_text("file,label\na.png,cat\n")
     assert opened(tmp_path / "flat").train.labels is None
     assert "labels.csv is not read; labels come from one folder" in capsys.readouterr().out
-    assert "labels.csv is one file, expected" in refused(tmp_path / "flat" / "labels.csv")
+    assert "labels.csv is one file; give its folder" in refused(tmp_path / "flat" / "labels.csv")
 
 
 def test_a_flat_val_without_or_with_wrong_labels_is_refused(tmp_path: Path) -> None:
@@ -230,6 +232,14 @@ def test_a_test_split_that_cannot_be_opened_hinders_no_pretraining(tmp_path: Pat
     write_tree(tmp_path / "other/train", classes=("ant", "dog"))
     write_tree(tmp_path / "other/val")
     assert len(opened(tmp_path / "other").train) == 6
+
+
+def test_a_flat_test_folder_may_have_no_labels(tmp_path: Path) -> None:
+    write_tree(tmp_path / "train")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test/1.png").write_bytes(encoded((1, 2, 3)))
+    splits = opened(tmp_path)
+    assert len(splits.train) == 9 and splits.test is None
 
 
 def test_a_class_that_train_lacks_is_refused(tmp_path: Path) -> None:
@@ -514,6 +524,9 @@ def test_columns_are_found_or_asked_for(tmp_path: Path) -> None:
     two = two.cast_column("colour", datasets.ClassLabel(names=["a", "b", "c"]))
     two.to_parquet(tmp_path / "train.parquet")
     assert "expected one of kind, colour" in refused(tmp_path)
+    two.select_columns(["image", "kind"]).rename_column("image", "photo").to_parquet(tmp_path / "train.parquet")
+    assert_labels_match_pixels(opened(tmp_path, label_column="kind").train)  # whatever its name
+    two.to_parquet(tmp_path / "train.parquet")
     assert_labels_match_pixels(opened(tmp_path, label_column="kind").train)
     assert "expected one of the columns image, caption, kind, colour" in refused(tmp_path, image_column="nope")
     assert "expected one of the columns" in refused(tmp_path, label_column="nope")
@@ -645,6 +658,49 @@ def test_select_keeps_labels_and_images_together(tmp_path: Path) -> None:
     assert part.where(0).endswith("dog_2.png")
 
 
+def test_a_metadata_file_a_split_gives_labels_and_one_for_all_is_refused(tmp_path: Path) -> None:
+    """The datasets library reads only those in the folders of the splits."""
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for name, colour in COLOURS.items():
+            (tmp_path / split / f"{name}.png").write_bytes(encoded(colour))
+        rows = [f"{name}.png,{name}" for name in COLOURS]
+        (tmp_path / split / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    splits = opened(tmp_path, cache_dir=str(tmp_path / "cache"))
+    assert_labels_match_pixels(splits.train)
+    assert_labels_match_pixels(splits.test)
+    for split in ("train", "val"):
+        (tmp_path / split / "metadata.csv").unlink()
+    rows = [f"{split}/{name}.png,{name}" for split in ("train", "val") for name in COLOURS]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    assert "metadata.csv beside the folders train, val would not be read; give each" in refused(tmp_path)
+
+
+def test_files_that_are_no_images_by_their_names_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path / "tree")
+    for name in ("1.heic", "2.heic", "bare", "._x.heic", "t.csv"):
+        (tmp_path / "tree/ant" / name).write_bytes(b"")
+    (tmp_path / "tree/dog/3.jfif").write_bytes(encoded(COLOURS["dog"]))
+    assert len(opened(tmp_path / "tree").train) == 10
+    assert "tree: by their names no images, so not used: 2 .heic, 1 without a suffix\n" in capsys.readouterr().out
+    assert len(opened(tmp_path / "tree/ant").train) == 3
+    assert "ant: by their names no images, so not used: 2 .heic, 1 without a suffix\n" in capsys.readouterr().out
+
+
+def test_folders_that_may_be_no_classes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path, classes=("cat", "ant"))
+    opened(tmp_path)
+    assert capsys.readouterr().out == ""
+    os.rename(tmp_path / "cat", tmp_path / "train_images")
+    (tmp_path / "train.csv").write_text("x")
+    opened(tmp_path)
+    told = capsys.readouterr().out
+    assert "train_images too; one of them alone is trained on by data.train_split=train_images" in told
+    assert "train.csv is not read; labels come from one folder of images a class" in told
+    assert len(opened(tmp_path, train_split="train_images").train) == 3
+    assert "has no val folder; leave it out" in refused(tmp_path, val_labels=str(tmp_path / "train.csv"))
+
+
 def test_a_vanished_file_is_a_bad_image(tmp_path: Path) -> None:
     write_tree(tmp_path / "train")
     images = opened(tmp_path).train
@@ -652,6 +708,27 @@ def test_a_vanished_file_is_a_bad_image(tmp_path: Path) -> None:
     with pytest.raises(BadImage):
         images.load(0)
     images.load(1)
+
+
+@pytest.mark.fault("a file server that is away, no open files left", "the run ends in one line, no image is replaced")
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EMFILE])
+def test_a_fault_of_the_machine_is_no_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    write_tree(tmp_path / "train")
+    images = opened(tmp_path).train
+    loader = train_loader(TrainSet(images, lambda image, *_: {"image": image}, 0), [[(0, 4, 0)]], 1, 60)
+
+    def away(*_: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "read_bytes", away)
+    with pytest.raises(Failure, match=rf"^\S*cat_1.png cannot be read: {os.strerror(number)}; this says nothing"):
+        next(iter(loader))  # raised in its worker
+    table = images_of(np.array([0, 1]))
+    monkeypatch.setattr(type(table.reader), "read", away)
+    with pytest.raises(Failure, match=r"^1 cannot be read"):
+        table.load(1)
+    with pytest.raises(Failure, match=r"^0 cannot be read"):
+        Images(table.reader, None, None, "train")  # else it would be another set of images
 
 
 def test_a_table_without_rows_holds_no_images(tmp_path: Path) -> None:
@@ -678,4 +755,4 @@ def test_a_label_column_of_another_type_is_told(tmp_path: Path, capsys: pytest.C
 def test_a_metadata_file_with_other_columns_is_told_which_it_needs(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(COLOURS["ant"]))
     (tmp_path / "metadata.csv").write_text("file;label\na.png;1\n")
-    assert refused(tmp_path).endswith("needs the column file_name, and a csv is separated by commas")
+    assert refused(tmp_path).endswith("needs the column file_name, a csv commas, and every split a file of its own")

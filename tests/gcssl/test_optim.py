@@ -8,7 +8,8 @@ from torch import nn
 
 from gcssl.config import TrainConfig
 from gcssl.keys import CHOICES
-from gcssl.optim import cosine, groups_table, lr_at, make_optimizer, param_groups, scaled_lr, set_lr
+from gcssl.loader import Sizes
+from gcssl.optim import cosine, groups_table, lr_at, make_optimizer, param_groups, rates_at, scaled_lr, set_lr
 
 
 class Attention(nn.Module):
@@ -105,6 +106,14 @@ def test_lr_in_closed_form() -> None:
     rising = [lr_at(step, total, warmup, lr, end) for step in range(total)]
     assert rising[:11] == sorted(rising[:11]) and rising[10:] == sorted(rising[10:], reverse=True)
     assert lr_at(0, 5, 0, lr, end) == lr and lr_at(3, 3, 10, lr, 0.0) > 0  # no warm-up; warm-up longer than the run
+
+
+def test_warm_up_and_weight_decay_of_an_update() -> None:
+    train = TrainConfig(blr=1.0, lr_rule="none", min_lr=0.0, warmup_epochs=0.5, weight_decay=0.04, weight_decay_end=0.4)
+    sizes = Sizes(8, 1, 1, 8, steps_per_epoch=10, total_steps=25)
+    rates = [rates_at(train, step, sizes) for step in range(25)]
+    assert [lr for lr, _ in rates[:6]] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0])  # half an epoch
+    assert rates[15] == pytest.approx((0.5, 0.4 - 0.18 * (1 + math.cos(0.6 * math.pi))))
 
 
 def test_cosine_ends() -> None:

@@ -145,7 +145,7 @@ def test_a_fine_tuned_run_that_is_not_finished_gives_the_average_that_it_judges(
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     tensors = {f"encoder.{k}": v for k, v in raw.state_dict().items()}
     tensors |= {f"ema.module.{k}": v for k, v in average.state_dict().items()}
-    save_checkpoint(tmp_path, 3, {"model": tensors}, {}, keep=2)
+    save_checkpoint(tmp_path, 3, {"model": tensors}, {"num_classes": 3}, keep=2)
     backbone, info = load_backbone(str(tmp_path))
     assert same(backbone.state_dict(), average.state_dict()) and info["encoder"] == "ema"
     with pytest.raises(UserError, match="no student encoder; leave encoder out"):

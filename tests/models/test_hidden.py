@@ -142,7 +142,7 @@ def test_checkpointing_and_bf16(encoder: GCViT) -> None:
 
 
 def test_units_that_split_a_token_are_refused(encoder: GCViT) -> None:
-    with pytest.raises(ValueError, match="does not divide a grid of 4 x 4 tokens"):
+    with pytest.raises(ValueError, match="does not tile 4x4"):
         encoder.forward_visible(images(), mask_of(side=8), dense=True)
 
 

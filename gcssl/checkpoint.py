@@ -249,7 +249,7 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         plain = tensor.detach().cpu().contiguous()
         place = plain.untyped_storage().data_ptr()
-        if place in seen or plain.untyped_storage().nbytes() != plain.numel() * plain.element_size():
+        if place in seen:
             plain = plain.clone()
         seen.add(place)
         result[name] = plain

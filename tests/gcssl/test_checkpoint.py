@@ -1,5 +1,6 @@
 """Checkpoints under faults: kills at each stage, damage, a full disk, pruning; and exact optimizer state."""
 
+import errno
 import hashlib
 import json
 import os
@@ -390,7 +391,10 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
         load_optimizer(other, *optimizer_tensors(one))
 
 
-def test_the_backbone_comes_back_and_damage_is_seen(tmp_path: Path) -> None:
+def test_the_backbone_comes_back_and_damage_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     tensors = {"w": torch.randn(4, 4), "b": torch.zeros(4)}
     write_backbone(tmp_path, tensors, {"name": "nano"})
     before = hashlib.sha256((tmp_path / "backbone.safetensors").read_bytes()).hexdigest()
@@ -404,6 +408,10 @@ def test_the_backbone_comes_back_and_damage_is_seen(tmp_path: Path) -> None:
         read_backbone(tmp_path)
     with pytest.raises(UserError, match="no such file"):
         read_backbone(tmp_path / "nothing")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(CannotWrite):
+        write_backbone(tmp_path, tensors, {"name": "nano"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["backbone.json", "backbone.safetensors"]
 
 
 def test_atomic_write_keeps_the_old_content_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import copy
 import fcntl
 import functools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -284,6 +285,42 @@ def test_a_folder_in_use_is_refused_and_a_killed_run_frees_it(tmp_path: Path) ->
             assert str(os.getpid()) in (tmp_path / ".lock").read_text()
     finally:
         os.killpg(holder.pid, signal.SIGKILL)
+
+
+def test_a_process_that_a_run_forked_does_not_keep_its_lock(tmp_path: Path) -> None:
+    """A loader's worker may outlive a run that was killed."""
+    end = multiprocessing.get_context("fork").Event()
+    with RunFolder(tmp_path, config()):
+        worker = multiprocessing.get_context("fork").Process(target=end.wait, args=(60,))
+        worker.start()
+    with RunFolder(tmp_path, config()):
+        assert worker.is_alive()
+    end.set()
+    worker.join()
+
+
+def test_what_holds_nothing_is_no_earlier_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    with RunFolder(tmp_path, config()) as run:
+        assert not run.resumed
+
+
+def test_the_last_twenty_starts_are_kept(tmp_path: Path) -> None:
+    for _ in range(23):
+        with RunFolder(tmp_path, config()) as run:
+            run.start()
+    assert len(json.loads((tmp_path / "env.json").read_text())["earlier"]) == 20
+
+
+def test_progress_does_not_hide_that_another_process_failed(tmp_path: Path) -> None:
+    with contextlib.suppress(RuntimeError), RunFolder(tmp_path, config()) as run:
+        run.start()
+        told = {**status(tmp_path), "state": "failed", "reason": "process 1: out of memory"}
+        (tmp_path / "status.json").write_text(json.dumps(told))
+        run.progress(7)
+        raise RuntimeError("connection lost")
+    assert status(tmp_path)["reason"] == "process 1: out of memory"
 
 
 def test_the_lock_is_freed_when_the_run_ends(tmp_path: Path) -> None:

@@ -29,26 +29,26 @@ class Objective(nn.Module):
     def after_step(self, step: int) -> None:
         """Commit what step `step` changes beside the parameters: teachers, centres, queues. Not called when skipped."""
 
-    def schedules(self, step: int) -> dict[str, float]:  # noqa: ARG002
+    def schedules(self, step: int) -> dict[str, float]:
         """What was in force at step `step`, to be logged."""
         return {}
 
-    def loss_changes(self, step: int) -> bool:  # noqa: ARG002
+    def loss_changes(self, step: int) -> bool:
         """Whether a term joins the loss at step `step`, so that earlier losses say nothing of a spike."""
         return False
 
-    def chance(self, global_batch: int) -> dict[str, float]:  # noqa: ARG002
+    def chance(self, global_batch: int) -> dict[str, float]:
         """What losses are while the embeddings say nothing, by their logged names: for the collapse watch."""
         return {}
 
-    def measures(self, step: int, log_every: int, accumulate: int = 1) -> bool:  # noqa: ARG002
+    def measures(self, step: int, log_every: int, accumulate: int = 1) -> bool:
         """Whether step `step` logs `grad_norms` too."""
         return False
 
-    def grad_norms(self, out: dict[str, Any], step: int, scale: float = 1.0) -> dict[str, Tensor]:  # noqa: ARG002
+    def grad_norms(self, out: dict[str, Any], step: int, scale: float = 1.0) -> dict[str, Tensor]:
         """Norms of the gradients of parts of the loss, from what `forward` returned and before its backward pass."""
         return {}
 
-    def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Rows of images to be shown, n 3 H W in 0..1; called in eval mode without gradients."""
         return {}

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gcssl.config import AugmentConfig
+from gcssl.models.build import Backbone
 from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import mlp
 from gcssl.ssl.ema import MomentumObjective, momentum_copy
@@ -39,17 +40,17 @@ class BYOL(MomentumObjective):
     def __init__(
         self,
         cfg: BYOLConfig,
-        encoder: nn.Module,
+        encoder: Backbone,
         augment: AugmentConfig,
-        img_size: tuple[int, int],  # noqa: ARG002
+        img_size: tuple[int, int],
         total_steps: int,
-        steps_per_epoch: int,  # noqa: ARG002
+        steps_per_epoch: int,
     ) -> None:
         super().__init__()
         check_at_least(cfg, hidden_dim=1, out_dim=1)
         check_share(cfg, "momentum")
         self.total_steps, self.start_momentum = total_steps, cfg.momentum
-        dim: int = encoder.num_features  # type: ignore[assignment]
+        dim = encoder.num_features
         self.encoder = encoder
         # Linear, batch norm, ReLU, Linear; no norm at the end (section 3.3)
         self.projector = mlp([dim, cfg.hidden_dim, cfg.out_dim], norm)[:-1]
@@ -58,7 +59,7 @@ class BYOL(MomentumObjective):
         self.momentum_projector = momentum_copy(self.projector)
         self.draw = pair_draw(augment)
 
-    def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Loss from the student's pooled features B C of the two views; the teacher sees both views whole."""
         with torch.no_grad():
             seen = run_views(self.teacher, batch, range(2))  # B C

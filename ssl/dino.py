@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gcssl.config import AugmentConfig
+from gcssl.models.build import Backbone
 from gcssl.models.heads import DINOHead
 from gcssl.ssl.ema import momentum_copy
 from gcssl.ssl.prototypes import (
@@ -35,9 +36,9 @@ class DINO(PrototypeObjective):
     def __init__(
         self,
         cfg: DINOConfig,
-        encoder: nn.Module,
+        encoder: Backbone,
         augment: AugmentConfig,
-        img_size: tuple[int, int],  # noqa: ARG002
+        img_size: tuple[int, int],
         total_steps: int,
         steps_per_epoch: int,
     ) -> None:
@@ -47,7 +48,7 @@ class DINO(PrototypeObjective):
         self.start_momentum, self.n_views = cfg.momentum, 2 + cfg.local_crops
         self.draw = multi_crop_draw(cfg, encoder, augment)
         self.encoder = encoder
-        dim: int = encoder.num_features  # type: ignore[assignment]
+        dim = encoder.num_features
         self.projector = DINOHead(dim, cfg.hidden_dim, cfg.bottleneck_dim, cfg.out_dim, not cfg.norm_last_layer)
         self.teacher = momentum_copy(encoder)
         self.momentum_projector = momentum_copy(self.projector)

@@ -77,7 +77,7 @@ class EsViT(PrototypeObjective):
         cfg: EsViTConfig,
         encoder: Any,
         augment: AugmentConfig,
-        img_size: tuple[int, int],  # noqa: ARG002
+        img_size: tuple[int, int],
         total_steps: int,
         steps_per_epoch: int,
     ) -> None:

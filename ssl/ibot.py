@@ -93,7 +93,7 @@ class IBOT(PrototypeObjective):
         cfg: IBOTConfig,
         encoder: Any,
         augment: AugmentConfig,
-        img_size: tuple[int, int],  # noqa: ARG002
+        img_size: tuple[int, int],
         total_steps: int,
         steps_per_epoch: int,
     ) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gcssl.augment import View, ViewSpec
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
+from gcssl.models.build import Backbone
 from gcssl.models.gcvit import GCViT
 from gcssl.ssl.base import Objective
 from gcssl.ssl.byol import BYOL, BYOLConfig
@@ -148,7 +149,7 @@ class Joint(Objective):
     def __init__(
         self,
         cfg: JointConfig,
-        encoder: nn.Module,
+        encoder: Backbone,
         augment: AugmentConfig,
         img_size: tuple[int, int],
         total_steps: int,

@@ -53,8 +53,8 @@ class LocalMIM(Objective):
         encoder: Backbone,
         augment: AugmentConfig,
         img_size: tuple[int, int],
-        total_steps: int,  # noqa: ARG002
-        steps_per_epoch: int,  # noqa: ARG002
+        total_steps: int,
+        steps_per_epoch: int,
     ) -> None:
         super().__init__()
         unit = cfg.mask_unit if cfg.mask_unit is not None else default_unit(img_size)
@@ -95,10 +95,10 @@ class LocalMIM(Objective):
         parts = {f"loss/stage{i}": out["loss"].detach() for i, out in enumerate(outs, 1)}
         return {**outs[-1], "loss": torch.stack([out["loss"] for out in outs]).mean(), **parts}
 
-    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         return self.loss(self.features(batch), batch)
 
-    def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """What `reconstruction` makes of the last stage's prediction."""
         few = first_samples(batch)
         x, mask = few["views"][0], few["masks"][0]

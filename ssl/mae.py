@@ -47,8 +47,8 @@ class MAE(Objective):
         encoder: Backbone,
         augment: AugmentConfig,
         img_size: tuple[int, int],
-        total_steps: int,  # noqa: ARG002
-        steps_per_epoch: int,  # noqa: ARG002
+        total_steps: int,
+        steps_per_epoch: int,
     ) -> None:
         super().__init__()
         if not isinstance(encoder, GCViT):
@@ -74,11 +74,11 @@ class MAE(Objective):
         features = self.encoder.forward_visible(x, mask, noise, self.dense, self.n_visible)  # B C H/32 W/32
         return self.decoder(features, upsample_mask(mask, *features.shape[2:]))
 
-    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         x, mask = batch["views"][0], batch["masks"][0]
         return target_loss("norm_pixels", self.predict(batch), x, mask, self.unit)
 
-    def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """What `reconstruction` makes of the first samples."""
         few = first_samples(batch)
         x, mask = few["views"][0], few["masks"][0]

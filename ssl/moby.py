@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gcssl.config import AugmentConfig
+from gcssl.models.build import Backbone
 from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import mlp
 from gcssl.ssl.ema import MomentumObjective, momentum_copy
@@ -50,18 +51,18 @@ class MoBY(MomentumObjective):
     def __init__(
         self,
         cfg: MoBYConfig,
-        encoder: nn.Module,
+        encoder: Backbone,
         augment: AugmentConfig,
-        img_size: tuple[int, int],  # noqa: ARG002
+        img_size: tuple[int, int],
         total_steps: int,
-        steps_per_epoch: int,  # noqa: ARG002
+        steps_per_epoch: int,
     ) -> None:
         super().__init__()
         check_at_least(cfg, hidden_dim=1, out_dim=1, queue=1)
         check_above_zero(cfg, "temperature")
         check_share(cfg, "momentum")
         self.cfg, self.total_steps, self.start_momentum = cfg, total_steps, cfg.momentum
-        dim: int = encoder.num_features  # type: ignore[assignment]
+        dim = encoder.num_features
         self.encoder = encoder
         # Linear, batch norm, ReLU, Linear; no norm at the end
         self.projector = mlp([dim, cfg.hidden_dim, cfg.out_dim], norm)[:-1]
@@ -71,7 +72,7 @@ class MoBY(MomentumObjective):
         self.register_buffer("queue", F.normalize(torch.randn(2, cfg.queue, cfg.out_dim), dim=-1))  # newest first
         self.draw = pair_draw(augment)
 
-    def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Loss from the student's pooled features B C of the two views; the teacher sees both views whole."""
         with torch.no_grad():
             seen = run_views(self.teacher, batch, range(2))  # B C
@@ -93,6 +94,6 @@ class MoBY(MomentumObjective):
         self.queue.copy_(torch.cat([keys, self.queue], 1)[:, : self.queue.shape[1]])
         super().after_step(step)
 
-    def chance(self, global_batch: int) -> dict[str, float]:  # noqa: ARG002
+    def chance(self, global_batch: int) -> dict[str, float]:
         """The loss of embeddings that say nothing, for the collapse watch."""
         return {"loss": 2.0 * math.log(1 + self.cfg.queue)}

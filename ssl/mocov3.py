@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gcssl.config import AugmentConfig
+from gcssl.models.build import Backbone
 from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import mlp
 from gcssl.ssl.ema import MomentumObjective, momentum_copy
@@ -54,18 +55,18 @@ class MoCoV3(MomentumObjective):
     def __init__(
         self,
         cfg: MoCoV3Config,
-        encoder: nn.Module,
+        encoder: Backbone,
         augment: AugmentConfig,
-        img_size: tuple[int, int],  # noqa: ARG002
+        img_size: tuple[int, int],
         total_steps: int,
-        steps_per_epoch: int,  # noqa: ARG002
+        steps_per_epoch: int,
     ) -> None:
         super().__init__()
         check_at_least(cfg, hidden_dim=1, projector_layers=1, predictor_layers=0, out_dim=1)
         check_above_zero(cfg, "temperature")
         check_share(cfg, "momentum")
         self.cfg, self.total_steps, self.start_momentum = cfg, total_steps, cfg.momentum
-        dim: int = encoder.num_features  # type: ignore[assignment]
+        dim = encoder.num_features
         self.encoder = encoder
         self.projector = mlp([dim, *[cfg.hidden_dim] * (cfg.projector_layers - 1), cfg.out_dim], norm)
         between = [cfg.hidden_dim] * (cfg.predictor_layers - 1)
@@ -74,7 +75,7 @@ class MoCoV3(MomentumObjective):
         self.momentum_projector = momentum_copy(self.projector)
         self.draw = pair_draw(augment)
 
-    def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Loss from the student's pooled features B C of the two views; the teacher sees both views whole."""
         with torch.no_grad():
             taught = run_views(self.teacher, batch, range(2))  # B C

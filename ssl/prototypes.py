@@ -155,7 +155,7 @@ class PrototypeObjective(MomentumObjective):
             parts |= {"loss": loss + self.cfg.koleo_weight * spread, "loss/koleo": spread.detach()}
         return parts
 
-    def chance(self, global_batch: int) -> dict[str, float]:  # noqa: ARG002
+    def chance(self, global_batch: int) -> dict[str, float]:
         """The loss of embeddings that say nothing, for the collapse watch."""
         return {"loss/view": math.log(self.cfg.out_dim)}
 

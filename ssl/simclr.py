@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gcssl.augment import SIMCLR
 from gcssl.config import AugmentConfig
+from gcssl.models.build import Backbone
 from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import BatchNorm, mlp
 from gcssl.ssl.gather import all_gather_no_grad, all_gather_with_grad, rank, reducer
@@ -53,22 +54,22 @@ class SimCLR(ViewObjective):
     def __init__(
         self,
         cfg: SimCLRConfig,
-        encoder: nn.Module,
+        encoder: Backbone,
         augment: AugmentConfig,
-        img_size: tuple[int, int],  # noqa: ARG002
-        total_steps: int,  # noqa: ARG002
-        steps_per_epoch: int,  # noqa: ARG002
+        img_size: tuple[int, int],
+        total_steps: int,
+        steps_per_epoch: int,
     ) -> None:
         super().__init__()
         check_at_least(cfg, hidden_dim=1, projector_layers=1, out_dim=1)
         check_above_zero(cfg, "temperature")
         self.cfg = cfg
-        dim: int = encoder.num_features  # type: ignore[assignment]
+        dim = encoder.num_features
         self.encoder = encoder
         self.projector = mlp([dim, *[cfg.hidden_dim] * (cfg.projector_layers - 1), cfg.out_dim], _norm)
         self.draw = pair_draw(augment, SIMCLR, SIMCLR)
 
-    def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Loss from the pooled features B C of the two views."""
         z = self.projector(features[0]), self.projector(features[1])  # B d
         joined = all_gather_with_grad(z[0]), all_gather_with_grad(z[1])  # N d

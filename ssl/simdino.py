@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gcssl.config import AugmentConfig
+from gcssl.models.build import Backbone
 from gcssl.models.heads import DINOHead
 from gcssl.ssl.ema import MomentumObjective, momentum_copy
 from gcssl.ssl.gather import all_gather_no_grad, all_reduce_sum_with_grad, world_size
@@ -52,11 +53,11 @@ class SimDINO(MomentumObjective):
     def __init__(
         self,
         cfg: SimDINOConfig,
-        encoder: nn.Module,
+        encoder: Backbone,
         augment: AugmentConfig,
-        img_size: tuple[int, int],  # noqa: ARG002
+        img_size: tuple[int, int],
         total_steps: int,
-        steps_per_epoch: int,  # noqa: ARG002
+        steps_per_epoch: int,
     ) -> None:
         super().__init__()
         check_above_zero(cfg, "coeff", "eps")
@@ -64,12 +65,12 @@ class SimDINO(MomentumObjective):
         self.start_momentum, self.n_views = cfg.momentum, 2 + cfg.local_crops
         self.draw = multi_crop_draw(cfg, encoder, augment)
         self.encoder = encoder
-        dim: int = encoder.num_features  # type: ignore[assignment]
+        dim = encoder.num_features
         self.projector = DINOHead(dim, cfg.hidden_dim, cfg.bottleneck_dim, count=0)
         self.teacher = momentum_copy(encoder)
         self.momentum_projector = momentum_copy(self.projector)
 
-    def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Loss from the student's pooled features B C of all crops; the teacher sees the two large ones whole.
 
         The coding rate is that of the mean of student's and teacher's embedding of each large crop.

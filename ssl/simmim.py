@@ -49,8 +49,8 @@ class SimMIM(Objective):
         encoder: Backbone,
         augment: AugmentConfig,
         img_size: tuple[int, int],
-        total_steps: int,  # noqa: ARG002
-        steps_per_epoch: int,  # noqa: ARG002
+        total_steps: int,
+        steps_per_epoch: int,
     ) -> None:
         super().__init__()
         unit = cfg.mask_unit if cfg.mask_unit is not None else default_unit(img_size)
@@ -81,10 +81,10 @@ class SimMIM(Objective):
         x, mask = batch["views"][0], batch["masks"][0]
         return target_loss(self.target, self.head(features), x, mask, self.cell)
 
-    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         return self.loss(self.features(batch), batch)
 
-    def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """What `reconstruction` makes of the first samples."""
         few = first_samples(batch)
         x, mask = few["views"][0], few["masks"][0]

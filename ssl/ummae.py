@@ -111,8 +111,8 @@ class UMMAE(Objective):
         encoder: Backbone,
         augment: AugmentConfig,
         img_size: tuple[int, int],
-        total_steps: int,  # noqa: ARG002
-        steps_per_epoch: int,  # noqa: ARG002
+        total_steps: int,
+        steps_per_epoch: int,
     ) -> None:
         super().__init__()
         self.unit = unit = cfg.mask_unit if cfg.mask_unit is not None else min(16, default_unit(img_size))
@@ -131,11 +131,11 @@ class UMMAE(Objective):
         seen = hide_pixels(keep_units(x, mask), second, fill_color(self.encoder))  # B 3 H/2 W/2
         return self.decoder(self.encoder.forward_features(seen, second, self.mask_token, noise), mask)
 
-    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         x, mask = batch["views"][0], batch["masks"][0]
         return target_loss("norm_pixels", self.predict(batch), x, mask, self.unit)
 
-    def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """What `reconstruction` makes of the first samples; hidden: what the encoder sees, each unit in its place."""
         few = first_samples(batch)
         x, (mask, second) = few["views"][0], few["masks"][:2]

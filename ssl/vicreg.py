@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gcssl.config import AugmentConfig
+from gcssl.models.build import Backbone
 from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import mlp
 from gcssl.ssl.gather import all_gather_no_grad, all_gather_with_grad
@@ -46,21 +47,21 @@ class VICReg(ViewObjective):
     def __init__(
         self,
         cfg: VICRegConfig,
-        encoder: nn.Module,
+        encoder: Backbone,
         augment: AugmentConfig,
-        img_size: tuple[int, int],  # noqa: ARG002
-        total_steps: int,  # noqa: ARG002
-        steps_per_epoch: int,  # noqa: ARG002
+        img_size: tuple[int, int],
+        total_steps: int,
+        steps_per_epoch: int,
     ) -> None:
         super().__init__()
         check_at_least(cfg, hidden_dim=1, out_dim=1, invariance=0, variance=0, covariance=0)
         self.cfg = cfg
-        dim: int = encoder.num_features  # type: ignore[assignment]
+        dim = encoder.num_features
         self.encoder = encoder
         self.projector = mlp([dim, cfg.hidden_dim, cfg.hidden_dim, cfg.out_dim], norm)[:-1]
         self.draw = pair_draw(augment)
 
-    def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Loss from the pooled features B C of the two views; its three terms are logged unweighted."""
         z = [all_gather_with_grad(at_least_fp32(self.projector(h))) for h in features]  # N d
         with torch.autocast(z[0].device.type, enabled=False):
@@ -74,6 +75,6 @@ class VICReg(ViewObjective):
         seen = [all_gather_no_grad(h) for h in features]  # N C
         return {"loss": loss, **logged, **signs(seen, z)}
 
-    def chance(self, global_batch: int) -> dict[str, float]:  # noqa: ARG002
+    def chance(self, global_batch: int) -> dict[str, float]:
         """The loss of embeddings that say nothing, for the collapse watch."""
         return {"loss/variance": 0.99}

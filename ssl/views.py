@@ -14,6 +14,7 @@ from gcssl.augment import BYOL_1, BYOL_2, View, ViewSpec, draw_view, override
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.log import say
+from gcssl.models.build import Backbone
 from gcssl.models.functional import at_least_fp32
 from gcssl.models.gcvit import GCViT
 from gcssl.models.heads import BatchNorm
@@ -172,7 +173,7 @@ class MultiCropConfig:
     local_scale: list[float] = field(default_factory=lambda: [0.05, 0.4])
 
 
-def multi_crop_draw(cfg: MultiCropConfig, encoder: nn.Module, augment: AugmentConfig) -> CropDraw:
+def multi_crop_draw(cfg: MultiCropConfig, encoder: Backbone, augment: AugmentConfig) -> CropDraw:
     """DINO's crops: two large ones of BYOL's colours and scale 0.4 to 1, and `local_crops` small ones.
 
     `augment` overrides all of them, but for `scale`, which speaks of the large ones. A list of blur_p or

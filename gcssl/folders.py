@@ -12,10 +12,9 @@ from typing import NoReturn
 from gcssl.config import DataConfig
 from gcssl.errors import UserError
 from gcssl.log import say
-from gcssl.sources import TEST_NAMES, TRAIN_NAMES, Files, Found, Raw
+from gcssl.sources import LISTS, TEST_NAMES, TRAIN_NAMES, Files, Found, Raw
 
 SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .jp2 .j2k .avif".split())
-TABLES = (".csv", ".json", ".jsonl")
 NO_CLASSES = {*TRAIN_NAMES, *TEST_NAMES, "images", "image", "imgs", "img", "masks", "mask", "labels", "annotations"}
 KAGGLE = Path("ILSVRC/Data/CLS-LOC")  # below the folder that Kaggle's archive unpacks into
 KAGGLE_LABELS = "LOC_val_solution.csv"
@@ -108,7 +107,7 @@ def _labelled_tree(root: Path) -> Raw:
 
 def _tell_unread(root: Path) -> None:
     """A table of labels that is not used."""
-    if unread := sorted(entry.name for entry in entries(root) if entry.name.lower().endswith(TABLES)):
+    if unread := sorted(entry.name for entry in entries(root) if entry.name.lower().endswith(LISTS)):
         known = "one folder of images a class, or a metadata.csv with the columns file_name and label"
         say(f"data: {root / unread[0]} is not read; labels come from {known}")
 
@@ -236,7 +235,7 @@ def _below(root: Path, others: Counter[str]) -> list[str]:
 def _count(files: list[str], others: Counter[str]) -> None:
     """Add the suffixes of files that are no images by their names; those of tables are told apart."""
     names = [file for file in files if not _is_image(file) and not file.startswith(".")]
-    others.update(Path(name).suffix or "without a suffix" for name in names if not name.lower().endswith(TABLES))
+    others.update(Path(name).suffix or "without a suffix" for name in names if not name.lower().endswith(LISTS))
 
 
 def _has_image(root: Path) -> bool:

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
+LISTS = (".csv", ".json", ".jsonl")  # files that may hold labels
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("validation", "valid", "val", "dev", "test", "testing")  # in order of preference
 

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from gcssl.config import DataConfig
 from gcssl.errors import UserError, one_line
 from gcssl.log import say
-from gcssl.sources import TEST_NAMES, TRAIN_NAMES, Found, Raw
+from gcssl.sources import LISTS, TEST_NAMES, TRAIN_NAMES, Found, Raw
 
 if TYPE_CHECKING:
     import datasets
 
 TABLES = (".parquet", ".arrow", ".tar")
+PACKED = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")  # of which load_dataset reads the first
 IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "pixels")
 LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class", "target", "category", "y")
 TAR_END = bytes(1024)
@@ -118,13 +119,13 @@ def find_other(cfg: DataConfig, root: Path) -> Found:
     """Images named or packed by other files that load_dataset opens: csv, json, zip."""
     expected = "images, or parquet, arrow or tar files in it or one folder below"
     if root.is_file():
-        told = f"is one file, expected parquet, arrow or tar, or a folder of images; unpack a {root.suffix}"
-        csv = "is one file; give its folder, which holds the images that it names"
-        raise UserError(f"data.path: {root} {csv if root.suffix.lower() in ('.csv', '.json', '.jsonl') else told}")
+        told = "is one file, expected parquet, arrow or tar, or a folder of images"
+        hints = dict.fromkeys(PACKED, "; unpack it") | dict.fromkeys(LISTS, "; give the folder of the images it names")
+        raise UserError(f"data.path: {root} {told}{hints.get(root.suffix.lower(), '')}")
     kinds = {file.suffix.lower() for file in root.iterdir()}
-    if kinds & {".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}:
+    if kinds & {*PACKED[1:]}:
         raise UserError(f"data.path: {root} holds compressed files, expected {expected}; unpack them")
-    if not kinds & {".csv", ".json", ".jsonl", ".zip"}:
+    if not kinds & {*LISTS, PACKED[0]}:
         raise UserError(f"data.path: no images in {root}, expected {expected}; give the folder that holds them")
     return load_other(cfg, root)
 

@@ -206,7 +206,7 @@ def test_labels_that_cannot_be_had_from_a_folder_are_told(tmp_path: Path, capsys
     (tmp_path / "flat" / "labels.csv").write_text("file,label\na.png,cat\n")
     assert opened(tmp_path / "flat").train.labels is None
     assert "labels.csv is not read; labels come from one folder" in capsys.readouterr().out
-    assert "labels.csv is one file; give its folder" in refused(tmp_path / "flat" / "labels.csv")
+    assert refused(tmp_path / "flat" / "labels.csv").endswith("give the folder of the images it names")
 
 
 def test_a_flat_val_without_or_with_wrong_labels_is_refused(tmp_path: Path) -> None:
@@ -729,6 +729,15 @@ def test_a_fault_of_the_machine_is_no_bad_image(tmp_path: Path, monkeypatch: pyt
         table.load(1)
     with pytest.raises(Failure, match=r"^0 cannot be read"):
         Images(table.reader, None, None, "train")  # else it would be another set of images
+
+
+def test_what_is_packed_is_to_be_unpacked(tmp_path: Path) -> None:
+    for name in ("train.tar.gz", "train.zip"):
+        (tmp_path / name).write_bytes(b"x")
+        assert refused(tmp_path / name).endswith("unpack it")
+    assert refused(tmp_path).endswith("unpack them")
+    (tmp_path / "train.tar.gz").unlink()
+    assert refused(tmp_path).endswith("unpack the zip")
 
 
 def test_a_table_without_rows_holds_no_images(tmp_path: Path) -> None:

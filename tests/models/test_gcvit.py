@@ -353,7 +353,7 @@ def test_hidden_tokens_are_written_over() -> None:
     everything = torch.ones(2, 2, 2, dtype=torch.bool)
     same = model.forward_features(x, everything, token)
     assert torch.equal(same[0], same[1])
-    with pytest.raises(ValueError, match="3 x 3"):
+    with pytest.raises(ValueError, match="3x3"):
         model.forward_features(x, torch.ones(2, 3, 3, dtype=torch.bool), token)
 
 

@@ -115,7 +115,7 @@ def test_masks_that_leave_unequal_counts_are_refused() -> None:
     mask[0] = True
     with pytest.raises(ValueError, match=r"leave \[0, 5\] units visible: expected equally many"):
         count_visible(mask)
-    with pytest.raises(ValueError, match="does not divide"):
+    with pytest.raises(ValueError, match="does not tile"):
         encoder_of(128, WIDE).forward_visible(images((128, 128)), torch.zeros(2, 8, 8, dtype=torch.bool))
 
 

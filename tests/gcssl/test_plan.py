@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gcssl.config import load_config
 from gcssl.errors import UserError
+from gcssl.loader import run_sizes
 from gcssl.patient import Patient
-from gcssl.plan import PlanConfig, count, main, patient_of, rows, saved_mib, si
+from gcssl.plan import PlanConfig, count, main, patient_of, rows, saved_mib, si, speed
 from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 
 YAML = Path(__file__).parents[2] / "configs/pretrain"
@@ -76,6 +77,13 @@ def test_hours_and_price() -> None:
     assert found["time"] == f"{60 * hours:.2g} minutes" and found["price"] == f"{hours * 4 * 2:.2f}"
     alone = {name: value for name, value, _ in rows(config("simmim", *keys))}
     assert "efficiency" not in alone and alone["time"] == f"{256 * 3600 / 100 / 3600:.3g} hours"
+
+
+@pytest.mark.parametrize(("steps", "told"), [(4, "4 steps, too few to tell: raise plan.minutes"), (5, "5 steps")])
+def test_few_steps_say_little_of_the_speed(monkeypatch: pytest.MonkeyPatch, steps: int, told: str) -> None:
+    monkeypatch.setattr("gcssl.plan.first_steps", lambda *_: [{"images_per_s": 10.0}] * steps)
+    cfg = config("simmim", "plan.images_per_s=null")
+    assert speed(cfg, run_sizes(cfg.train, 256, 1)) == (pytest.approx(10.0), f"measured here: {told}")
 
 
 def test_the_speed_is_measured_where_none_is_given(capfd: pytest.CaptureFixture[str]) -> None:

@@ -276,6 +276,11 @@ def test_keys_of_neither_part_are_refused(make_objective: Make, cfg: dict[str, A
         make_objective("joint", **cfg)
 
 
+def test_keys_that_would_keep_another_parts_values_are_named(make_objective: Make) -> None:
+    with pytest.raises(UserError, match="temperature=null; out_dim, .*stay as given: compare the parts' own"):
+        make_objective("joint", view="dino", out_dim=128, temperature=0.1, hidden_dim=None)
+
+
 def test_every_key_of_every_part_is_a_key_of_joint() -> None:
     def keys(schema: Any) -> set[str]:
         return {f.name for f in dataclasses.fields(schema)}

@@ -4,6 +4,7 @@ The run folder is in gcssl/runfolder.py, the exit codes in gcssl/errors.py.
 """
 
 import ctypes
+import functools
 import hashlib
 import itertools
 import logging
@@ -192,6 +193,8 @@ def make_accelerator(train: "TrainConfig", runtime: "RuntimeConfig") -> "Acceler
         InitProcessGroupKwargs,
     )
 
+    from gcssl.log import say
+
     _, accumulate, _ = batch_layout(train, int(os.environ.get("WORLD_SIZE", "1")))
     _refuse_foreign_settings(train, accumulate)
     set_deterministic(train.deterministic)
@@ -200,6 +203,8 @@ def make_accelerator(train: "TrainConfig", runtime: "RuntimeConfig") -> "Acceler
         raise UserError("train.precision: given fp16 on a machine without a GPU, expected fp32 or bf16")
     if train.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
         raise UserError(f"train.precision: {torch.cuda.get_device_name()} has no bf16, expected fp16 or fp32")
+    if train.precision == "bf16" and not bf16_is_fast():
+        say("precision bf16: products in it are slower than in fp32 on this processor; precision fp32 will be faster")
     # Accelerate keeps both as singletons and refuses other values; another run in this process may differ.
     AcceleratorState._reset_state()
     GradientState._reset_state()
@@ -224,6 +229,22 @@ def make_accelerator(train: "TrainConfig", runtime: "RuntimeConfig") -> "Acceler
         keep_freed_memory()
     accelerator.wait_for_everyone()  # a process that ends at once must not leave others half connected
     return accelerator
+
+
+@functools.cache
+def bf16_is_fast() -> bool:
+    """On a GPU, or where a trial on this CPU says so: one that has the instructions can be slower with them."""
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b, times = torch.ones(512, 256, dtype=dtype), torch.ones(256, 512, dtype=dtype), []
+        for _ in range(5):  # a second in all where they are emulated
+            start = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return torch.cuda.is_available() or seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
 
 
 def check_accelerator(accelerator: "Accelerator", train: "TrainConfig", accumulate: int) -> None:

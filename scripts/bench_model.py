@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gcssl.models.build import build_backbone
 from gcssl.models.convert import load_weights
 from gcssl.plan import saved_mib
-from gcssl.runtime import entry
+from gcssl.runtime import bf16_is_fast, entry
 from scripts.timing import Step, alternate, device, markdown, peak_mib, ratios, seconds, write
 
 
@@ -160,6 +160,9 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     on_gpu = torch.cuda.is_available()
+    if args.bf16 and not bf16_is_fast():
+        print("bf16 is left out: its products are slower than those of fp32 on this processor")
+        args.bf16 = False
     peak = {bf16: matmul_peak(bf16) for bf16 in sorted({on_gpu, on_gpu or args.bf16})}
     told = [f"{value:.3g} in {'bf16' if bf16 else 'fp32'}" for bf16, value in peak.items()]
     print(f"{device()}: TFLOP/s of a matrix product: {', '.join(told)}")

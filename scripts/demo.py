@@ -15,7 +15,7 @@ from typing import Any
 
 from gcssl.errors import UserError
 from gcssl.runfolder import check_writable
-from gcssl.runtime import entry
+from gcssl.runtime import bf16_is_fast, entry
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = ".demo"  # in a folder that a demo made
@@ -70,21 +70,6 @@ def heading(number: int, what: str, command: str) -> None:
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def bf16_is_fast() -> bool:
-    """On a GPU, or where a trial on this CPU says so: one that has the instructions can be slower with them."""
-    import torch
-
-    def seconds(dtype: torch.dtype) -> float:
-        a, b, times = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 1024, dtype=dtype), []
-        for _ in range(10):
-            start = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return torch.cuda.is_available() or seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
 
 
 def evaluate(out: Path, precision: str, quick: bool) -> dict[str, Any]:

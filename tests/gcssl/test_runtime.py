@@ -18,6 +18,7 @@ from gcssl.errors import CannotWrite, NumericStop, Preempted, UserError, outcome
 from gcssl.runtime import (
     StopSignal,
     batch_layout,
+    bf16_is_fast,
     entry,
     make_accelerator,
     rng,
@@ -308,3 +309,20 @@ def test_deterministic_turns_nondeterministic_kernels_off_and_on() -> None:
         make_accelerator(TrainConfig(), RuntimeConfig())
     assert not torch.are_deterministic_algorithms_enabled()
     assert not torch.backends.cudnn.deterministic and torch.backends.cudnn.benchmark
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_slow_bf16_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fast: bool) -> None:
+    monkeypatch.setattr("gcssl.runtime.bf16_is_fast", lambda: fast)
+    for precision in ("fp32", "bf16"):
+        make_accelerator(TrainConfig(precision=precision), RuntimeConfig())
+        assert ("slower than in fp32" in capsys.readouterr().out) == (precision == "bf16" and not fast)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX2",
+    reason="is about processors that certainly lack bf16 instructions",
+)
+def test_emulated_bf16_is_not_fast() -> None:
+    assert not bf16_is_fast()

@@ -111,7 +111,7 @@ def build_pretrain_backbone(cfg: PretrainConfig) -> Backbone:
     seed_torch(cfg.train.seed, INIT)
     if cfg.model.weights and not list_checkpoints(Path(cfg.out)):  # a checkpoint holds all that came from them
         check_exists(cfg.model.weights, "model.weights")
-        backbone, info = load_backbone(cfg.model.weights, cfg.model, cfg.encoder, exact=True)
+        backbone, info = load_backbone(cfg.model.weights, cfg.model, exact=True)
         say(f"model.weights: a new run from {cfg.model.weights} (step {info.get('step') or 'unknown'})")
         return backbone
     return from_config(cfg.model)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gcssl.errors import UserError
+from gcssl.errors import UserError, one_line
 from gcssl.eval.metrics import mcnemar, table, unpacked
 from gcssl.runtime import entry
 
@@ -22,7 +22,7 @@ def compare(first: Path, second: Path) -> dict[str, float | int]:
     metric, other = a["correct"]["metric"], b["correct"]["metric"]
     if metric != other:
         raise UserError(f"{second}: {other} cannot be paired with {metric} of {first}")
-    pair = mcnemar(unpacked(a["correct"]), unpacked(b["correct"]))  # an image that one could not decode is wrong there
+    pair = mcnemar(a["right"], b["right"])  # an image that one could not decode is wrong there
     return {"a": a[metric], "b": b[metric], **pair}
 
 
@@ -34,9 +34,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         result = json.loads(path.read_text())
         if {"correct", "test_split", "test_fingerprint"} <= result.keys():
-            return result
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: no result of an evaluation: {error}") from None
+            return {**result, "right": unpacked(result["correct"])}
+    except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: no result of an evaluation: {one_line(error)}") from None
     raise UserError(f"{path}: does not say which images were right; evaluate again with this version")
 
 

@@ -297,12 +297,6 @@ def _check(cfg: LinearProbeConfig) -> None:
         raise UserError(f"head_batch={cfg.head_batch}, epochs={cfg.epochs}: both must be at least 1")
 
 
-def _hints(cfg: LinearProbeConfig, setting: Setting) -> None:
-    edges = [e for e in (min(cfg.lrs), max(cfg.lrs)) if len(cfg.lrs) > 1 and setting.lr == e]
-    if edges:
-        say(f"linear probe: the chosen lr {setting.lr:g} is at the edge of the grid; lrs=[...] widens it")
-
-
 def probe(inputs: Inputs, cfg: LinearProbeConfig) -> dict[str, Any]:
     """The linear probe of one backbone: "metrics", "notes", and "correct" and "index" of the test images."""
     epochs = cfg.epochs or EPOCHS[cfg.protocol]
@@ -317,7 +311,9 @@ def probe(inputs: Inputs, cfg: LinearProbeConfig) -> dict[str, Any]:
     else:
         spec = ViewSpec(scale=(cfg.scale[0], cfg.scale[1]), interpolation=inputs.crop.interpolation)
         found = _augmented(inputs, settings, plan, held, spec)
-    _hints(cfg, found.setting)
+    if len(cfg.lrs) > 1 and found.setting.lr in (min(cfg.lrs), max(cfg.lrs)):
+        edge = f"lr {found.setting.lr:g} is at the edge of the grid"
+        say(f"linear probe of {inputs.spec}: the chosen {edge}; lrs=[...] widens it")
     test = inputs.features(inputs.test, (found.setting.features,))  # the one time that the test split is read
     top = topk_correct(found.logits(test), test.y, (1, 5))
     chosen = {

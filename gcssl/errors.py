@@ -44,7 +44,10 @@ FAULTS = (
 
 
 def check_machine(error: Exception, what: str) -> None:
-    """Failure where reading `what` failed by the machine: no open files or memory left, a file server that is away."""
+    """Failure where reading `what` failed by the machine: no open files left, a file server that is away.
+
+    A MemoryError is not among them: decoders raise it on damaged sizes.
+    """
     if isinstance(error, OSError) and error.errno in FAULTS:
         told = f"{what} cannot be read: {error.strerror}; this says nothing of the image"
         raise Failure(f"{told}: look after the machine, and run the same command again") from error

@@ -72,13 +72,15 @@ def groups_table(groups: list[dict[str, Any]]) -> str:
 def make_optimizer(groups: list[dict[str, Any]], cfg: "TrainConfig") -> torch.optim.Optimizer:
     """AdamW (fused where it can be), SGD with momentum 0.9, LARS (arXiv:1708.03888) or LAMB (arXiv:1904.00962).
 
-    LARS has momentum 0.9 and trust 1e-3, and adapts only what is decayed. The lr is set by set_lr every step. Under
-    fp16 AdamW is not fused: a fused one skips its step by itself on infinite gradients, and Accelerate would report
-    a step that did not happen.
+    LARS has momentum 0.9 and trust 1e-3; it and LAMB adapt what can be decayed, at a decay of 0 too. The lr is set by
+    set_lr every step. Under fp16 AdamW is not fused: a fused one skips its step by itself on infinite gradients, and
+    Accelerate would report a step that did not happen.
     """
     if cfg.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     betas = (cfg.betas[0], cfg.betas[1])
+    if cfg.optimizer in ("lars", "lamb"):
+        groups = [{**group, "always_adapt": group["decay"]} for group in groups]
     if cfg.optimizer == "lars":
         return Lars(groups, lr=0.0, momentum=0.9, trust_coeff=1e-3)
     if cfg.optimizer == "lamb":

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from gcssl.config import PretrainConfig
 from gcssl.data import BadImage, Images, Splits, open_data
@@ -21,6 +20,7 @@ from gcssl.runfolder import check_writable
 from gcssl.runtime import rng
 from gcssl.shard import check_shard
 from gcssl.ssl.objectives import OBJECTIVES
+from gcssl.workers import ReportingSet, WorkerLoader
 
 THUMBNAIL = 16  # pixels a side, grey, of the search for duplicates
 SAMPLES = 4  # images of the batch that the model is checked on
@@ -54,9 +54,10 @@ class Scan:
         return Scan(self.index[chosen], self.sides[chosen], hashes, self.thumbnails[torch.from_numpy(chosen)], [])
 
 
-class _Look(Dataset[Any]):
+class _Look(ReportingSet):
     def __init__(self, images: Images, indices: np.ndarray) -> None:
-        self.images, self.indices = images, indices
+        super().__init__(images)
+        self.indices = indices
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -64,7 +65,7 @@ class _Look(Dataset[Any]):
     def __getitem__(self, i: int) -> Any:
         index = int(self.indices[i])
         try:
-            image = self.images.load(index)
+            image = self.load(index)
         except BadImage as error:
             return index, self.images.where(index), str(error)
         grey = Image.fromarray(image).convert("L")
@@ -75,7 +76,8 @@ class _Look(Dataset[Any]):
 def scan(images: Images, cfg: DoctorConfig) -> Scan:
     count = min(len(images), cfg.doctor.scan or len(images))
     chosen = np.sort(rng(0, len(images)).permutation(len(images))[:count])
-    loader = DataLoader(_Look(images, chosen), 64, num_workers=cfg.data.workers, collate_fn=list)
+    how: dict[str, Any] = {"num_workers": cfg.data.workers, "timeout": cfg.data.timeout, "collate_fn": list}
+    loader = WorkerLoader(_Look(images, chosen), batch_size=64, **how)
     seen = [one for batch in loader for one in batch]
     good = [one for one in seen if len(one) == 4]
     thumbnails = torch.from_numpy(np.stack([one[3] for one in good])) if good else torch.zeros(0, THUMBNAIL**2)

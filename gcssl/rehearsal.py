@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,16 @@ def elsewhere() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def ended_by_time() -> Iterator[None]:
+    """Takes it for an end that train.max_hours is over; a signal still stops the program."""
+    try:
+        yield
+    except Preempted as error:
+        if "max_hours" not in str(error):
+            raise
+
+
 def metrics(out: Path) -> list[dict[str, Any]]:
     path = out / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -64,7 +74,7 @@ def first_steps(cfg: PretrainConfig, minutes: float, sizes: Sizes) -> list[dict[
     with elsewhere() as folder:
         keys = {**QUIET, "out": str(folder), "train.max_hours": minutes / 60, "checkpoint.every": 1e9}
         keys |= part_of_one(sizes.batch_size, sizes.accumulate)
-        with suppress(Preempted), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with ended_by_time(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             pretrain(changed(cfg, keys))
         return metrics(folder)
 
@@ -213,12 +223,10 @@ def replay(argv: list[str]) -> None:
 def run_again(copy: Path, argv: list[str]) -> None:
     """Go on with the run in `copy`, a pretraining or a fine-tuning, until it stops."""
     yaml = copy / "config.yaml"
-    try:
+    with ended_by_time():
         if "objective" in read_yaml(yaml):
             pretrain(load_config(PretrainConfig, [str(yaml), *argv], SCHEMAS))
         else:
             cfg = load_config(FinetuneConfig, [str(yaml), *argv])
-            spec = json.loads((copy / "env.json").read_text())["facts"]["backbone"]
+            spec = json.loads((copy / "env.json").read_text())["facts"].get("backbone", cfg.backbone)
             finetune(cfg, make_accelerator(cfg.train, cfg.runtime), copy, spec)
-    except Preempted:
-        pass

@@ -283,6 +283,9 @@ def test_a_new_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
         load_file(pretrain(second) / "backbone.safetensors"),
     )
     assert_same(start, end)  # one step at lr 0 leaves them where they began
+    asked = config("mocov3", tmp_path / "c", "train.steps=1", f"model.weights={first}", "encoder=teacher")
+    pretrain(asked)  # of the new run: what it began from has none
+    assert json.loads((tmp_path / "c/backbone.json").read_text())["encoder"] == "teacher"
     shutil.rmtree(first)
     pretrain(second)  # its checkpoint holds all that it needs
 

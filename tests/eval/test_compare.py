@@ -56,7 +56,12 @@ def test_what_cannot_be_paired_is_refused(tmp_path: Path) -> None:
         compare(a, top5)
     old = tmp_path / "old"
     old.write_text('{"knn/top1@20": 3.0}')
-    for bad, why in ((old, "evaluate again"), (tmp_path / "none", "none: no such file"), (Path(__file__), "no result")):
+    damaged = tmp_path / "damaged"
+    damaged.write_text(a.read_text().replace('"bits": "', '"bits": "zz'))
+    for bad, why in (
+        (old, "evaluate again"), (tmp_path / "none", "none: no such file"), (Path(__file__), "no result"),
+        (damaged, "damaged: no result of an evaluation"),
+    ):  # fmt: skip
         with pytest.raises(UserError, match=why):
             compare(a, bad)
     with pytest.raises(UserError, match="given 1 files, expected two"):

@@ -32,6 +32,7 @@ from gcssl.runtime import make_accelerator
 
 SMALL = ["model.name=gcvit_nano", "model.img_size=64", "train.batch_size=16", "train.epochs=2", "train.warmup_epochs=1",
          "data.workers=0", "finetune.ema_decay=0.9"]  # fmt: skip
+RECIPES = Path(__file__).parents[2] / "configs/eval"
 
 
 def config(folder: Path, out: Path, *more: str) -> FinetuneConfig:
@@ -271,8 +272,10 @@ def test_layer_decay_is_per_block_and_absent_for_the_baseline() -> None:
     assert scales == [0.5**k for k in range(9, -1, -1)]  # stem, eight blocks, head
     unasked = layer_groups(FinetuneConfig(), model, "runs/a")
     assert min(g["lr_scale"] for g in unasked) == pytest.approx(0.95**9)
-    plain = layer_groups(FinetuneConfig(), model, "none")
-    assert {g["lr_scale"] for g in plain} == {1.0}
+    recipes = [load_config(FinetuneConfig, [str(yaml)]) for yaml in sorted(RECIPES.glob("finetune*.yaml"))]
+    assert len(recipes) > 1
+    for one in (FinetuneConfig(), *recipes):
+        assert {g["lr_scale"] for g in layer_groups(one, model, "none")} == {1.0}
 
 
 def test_soft_targets_are_not_smoothed_twice() -> None:

@@ -114,6 +114,8 @@ def test_standardised_features_have_no_scale_left_and_constants_stay_finite() ->
     torch.testing.assert_close(out.mean(0), torch.zeros(12), atol=1e-4, rtol=0)
     torch.testing.assert_close(out[:, 1:].std(0), torch.ones(11), atol=2e-3, rtol=0)
     assert torch.equal(out[:, 0], torch.zeros(500))
+    moved = {"last": x["last"] + torch.eye(12)[0] * 1e-4}  # of the test images: next to nothing
+    assert Standardise(x, torch.arange(500))(moved)["last"][:, 0].abs().max() < 0.1
     collapsed = {"last": torch.full((50, 4), 0.3)}
     assert Standardise(collapsed, torch.arange(50))(collapsed)["last"].isfinite().all()
 
@@ -295,7 +297,10 @@ def test_a_run_writes_its_result_and_refuses_to_replace_another(
         assert key in stored
     assert 0 <= stored["linear/top1"] <= stored["linear/top5"] == 100.0  # three classes
     assert stored["compare"]["backbone"] == "none" and 0 <= stored["compare"]["mcnemar"]["p"] <= 1
-    assert "linear/top1" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "linear/top1" in told
+    for spec in ("random", "none"):
+        assert f"linear probe of {spec}: the chosen lr" in told
     again = run(config(folder, tmp_path, compare="none", batch_size=11), accelerator)
     assert again["linear/top1"] == result["linear/top1"]
     with pytest.raises(UserError, match="epochs: 3 there, 2 asked"):

@@ -326,6 +326,19 @@ def test_leftovers_go_unless_their_process_lives(tmp_path: Path) -> None:
         living.wait()
 
 
+def test_what_another_users_process_writes_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = save(tmp_path, 1).parent
+    theirs = root / f".tmp-{os.getppid()}-step_00000009-{os.uname().nodename}"
+    theirs.mkdir()
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")  # root, who runs tests in containers, may signal anyone
+
+    monkeypatch.setattr(os, "kill", refuse)
+    save(tmp_path, 2)
+    assert theirs.is_dir()
+
+
 @pytest.mark.fault(
     "a file size limit reached in a save",
     "one line with MB needed and free; the last one serves",

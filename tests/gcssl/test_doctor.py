@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 import gcssl.doctor as doctor
 from gcssl.config import PretrainConfig, load_config
+from gcssl.data import Images
 from gcssl.doctor import CHECKS
-from gcssl.errors import NumericStop, UserError
+from gcssl.errors import NumericStop, Preempted, UserError
+from gcssl.eval.finetune import Classifier, FinetuneConfig
+from gcssl.eval.finetune import run as finetune
 from gcssl.patient import DoctorConfig, Patient, examine
 from gcssl.pretrain import pretrain
 from gcssl.rehearsal import differences, duration, replay, verify_resume
+from gcssl.runtime import make_accelerator
 from gcssl.ssl.objectives import SCHEMAS
 from gcssl.ssl.simmim import SimMIM
 
@@ -70,6 +77,32 @@ def test_bad_images_and_small_classes(tmp_path: Path) -> None:
     told = doctor.check_images(many).told
     assert told.count("class0/0") == 5 and "8 cannot be decoded: " in told and "and 3 more" in told
     assert doctor.check_first_steps(many).verdict != "FAIL"  # the check above has told what is to be told
+
+
+def test_an_image_that_kills_a_worker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, load = folder(tmp_path / "data"), Images.load
+
+    def deadly(self: Images, i: int) -> np.ndarray:
+        if get_worker_info() and self.where(i).endswith("07.png"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(self, i)
+
+    monkeypatch.setattr(Images, "load", deadly)
+    with pytest.raises(UserError, match="workers were reading .*07.png"):
+        examine(config("simmim", f"data.path={data}", "train.batch_size=8", "data.workers=1"))
+
+
+def test_a_signal_stops_the_doctor_and_not_its_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = SimMIM.forward
+
+    def signalled(self: Any, batch: dict[str, Any], step: int) -> dict[str, Any]:
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, batch, step)
+
+    monkeypatch.setattr(SimMIM, "forward", signalled)
+    with pytest.raises(Preempted, match="SIGTERM"):
+        doctor.check_first_steps(examine(config("simmim", "doctor.minutes=1")))
 
 
 def test_a_part_of_the_images_is_one_of_all_classes(tmp_path: Path) -> None:
@@ -253,6 +286,26 @@ def test_an_incident_is_replayed(
         replay([str(incident)])
     with pytest.raises(UserError, match="expected a folder RUN/incidents"):
         replay([str(tmp_path)])
+
+
+def test_the_incident_of_a_fine_tuning_from_saved_weights_is_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = run(tmp_path / "run", "train.steps=1")
+    keys = ["data.shapes_n=32", "data.workers=0", "train.batch_size=8", "train.epochs=1", "train.max_bad_steps=1"]
+    yaml = YAML.parent / "eval/finetune_demo.yaml"
+    cfg = load_config(FinetuneConfig, [str(yaml), f"backbone={start}", "log.trackers=[]", *keys])
+    forward = Classifier.forward
+
+    def poisoned(self: Any, batch: dict[str, Any], step: int) -> dict[str, Any]:
+        out = forward(self, batch, step)
+        return {**out, "loss": out["loss"] * (math.nan if step >= 1 else 1.0)}
+
+    monkeypatch.setattr(Classifier, "forward", poisoned)
+    with pytest.raises(NumericStop):
+        finetune(cfg, make_accelerator(cfg.train, cfg.runtime))
+    replay([str(next((start / "eval/finetune/incidents").iterdir()))])
+    assert "replay: reproduced: loss nan" in capsys.readouterr().out
 
 
 def test_a_collapse_at_the_last_step_has_no_step_to_replay(

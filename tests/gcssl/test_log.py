@@ -124,6 +124,13 @@ def test_tensorboard_starts_silently(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.parametrize("asked", [[], ["-W", "default"]])
+def test_warnings_are_silent_unless_asked_for(asked: list[str]) -> None:
+    code = "import warnings; from gcssl.runtime import quiet_libraries; quiet_libraries(); warnings.warn('told')"
+    done = subprocess.run([sys.executable, *asked, "-c", code], capture_output=True, text=True, check=True)
+    assert ("UserWarning: told" in done.stderr) == bool(asked)
+
+
 def test_a_finished_run_that_is_started_again_says_so(tmp_path: Path) -> None:
     run(tmp_path, 0, 10)
     assert run(tmp_path, 10, 10).summary() == "all 10 steps are done already"

@@ -145,6 +145,26 @@ def test_set_lr_and_one_step(name: str) -> None:
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.2}
 
 
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_lars_and_lamb_adapt_without_weight_decay_too(name: str) -> None:
+    def moved(scale: float) -> tuple[float, float]:
+        """How far one step takes a matrix and a bias of ones whose gradients are `scale`."""
+        layer = nn.Linear(8, 8)
+        groups = param_groups(layer.named_parameters(), 0.0)
+        optimizer = make_optimizer(groups, TrainConfig(optimizer=name))
+        set_lr(optimizer, 1.0)
+        for parameter in layer.parameters():
+            parameter.detach().fill_(3.0)
+            parameter.grad = torch.full_like(parameter, scale)
+        optimizer.step()
+        return (layer.weight - 3).norm().item(), (layer.bias - 3).norm().item()
+
+    (weight, bias), (weight_100, bias_100) = moved(1.0), moved(100.0)
+    trust = {"lars": 1e-3, "lamb": 1.0}[name]
+    assert weight == pytest.approx(trust * 24, rel=1e-3) and weight_100 == pytest.approx(weight, rel=1e-3)
+    assert bias_100 == pytest.approx({"lars": 100, "lamb": 1}[name] * bias, rel=1e-3)  # undecayed: not adapted
+
+
 def test_adamw_equals_torch() -> None:
     torch.manual_seed(0)
     ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)

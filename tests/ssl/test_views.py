@@ -186,6 +186,16 @@ def test_feature_rank_counts_directions() -> None:
     assert feature_rank(torch.ones(5, 4)).isfinite()
 
 
+@pytest.mark.parametrize("sign", [feature_std, feature_rank])
+def test_signs_are_computed_in_fp32(sign: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    z = 1 + 0.05 * torch.randn(64, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = sign(z)
+    assert torch.equal(under, sign(z))
+    half = z.bfloat16()
+    assert torch.equal(sign(half), sign(half.float()))
+
+
 @every
 def test_collapse_shows_in_the_monitors(name: str, make_objective: Make, make_batch: Make) -> None:
     """Features that are all but constant: a batch norm hides that, the monitor must not."""

@@ -31,7 +31,7 @@ from gcssl.optim import groups_table, make_optimizer, param_groups, rates_at, se
 from gcssl.runfolder import RunFolder, broadcast, check_writable
 from gcssl.runtime import StopSignal, check_accelerator, entry, main_process_first, make_accelerator, rng, seed_torch
 from gcssl.shard import check_shard, gathered, shard, whole, whole_tensor
-from gcssl.ssl.base import Objective
+from gcssl.ssl.base import Objective, Setup
 from gcssl.ssl.gather import average_
 from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 from gcssl.state import RunState, saves_at
@@ -50,14 +50,11 @@ def pretrain(cfg: PretrainConfig) -> Path:
     accelerator = make_accelerator(cfg.train, cfg.runtime)
     couples = check_objective(cfg)
     backbone = build_pretrain_backbone(cfg)
-    objective_class: Any = OBJECTIVES[cfg.objective.name][0]
     with main_process_first(accelerator):  # it fills the caches
         images = open_data(cfg.data, backbone.img_size).train
     say(images.describe())
     sizes = pretrain_sizes(cfg, len(images), accelerator.num_processes, couples)
-    objective = objective_class(
-        cfg.objective, backbone, cfg.augment, backbone.img_size, sizes.total_steps, sizes.steps_per_epoch
-    )
+    objective = make_objective(cfg, backbone, sizes.total_steps, sizes.steps_per_epoch)
     check_shard(cfg.train, objective)
     probe = online_probe(cfg, images, accelerator, sizes)
     with RunFolder(cfg.out, cfg, sizes.global_batch, accelerator, {"data": images.fingerprint}) as run:
@@ -82,11 +79,16 @@ def pretrain(cfg: PretrainConfig) -> Path:
     return run.path
 
 
+def make_objective(cfg: PretrainConfig, backbone: Backbone, total_steps: int, steps_per_epoch: int) -> Objective:
+    objective: type[Any] = OBJECTIVES[cfg.objective.name][0]
+    return objective(cfg.objective, backbone, Setup(cfg.augment, backbone.img_size, total_steps, steps_per_epoch))
+
+
 def check_objective(cfg: PretrainConfig) -> bool:
     """Refuse what the objective refuses before images are listed; returns whether it compares those of a batch."""
     with torch.device("meta"):  # without storage: it is dropped
         backbone = from_config(cfg.model)
-        objective = OBJECTIVES[cfg.objective.name][0](cfg.objective, backbone, cfg.augment, backbone.img_size, 1, 1)
+        objective = make_objective(cfg, backbone, 1, 1)
     if cfg.encoder == "teacher" and not hasattr(objective, "teacher"):
         raise UserError(f"encoder=teacher: {cfg.objective.name} has no teacher; leave encoder out")
     return objective.couples_batch
@@ -184,7 +186,7 @@ def fit(
                     continue
                 objective.freeze(step)
                 norm = accelerator.clip_grad_norm_(objective.parameters(), train.clip_grad or float("inf"))
-                values = meter.reduce(whole_tensor(norm), stop.requested)  # the step's one all-reduce and host read
+                values = meter.reduce(whole_tensor(norm), stop.requested)  # one all-reduce and host read a step; fp16 adds its scale
                 if objective.loss_changes(step):
                     bad_steps.losses = []  # those of before say nothing of what a spike is now
                 fault = bad_steps.judge(values)

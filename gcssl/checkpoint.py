@@ -186,11 +186,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
     for name, value in tensors.items():
         place, _, slot = name.partition(".")
         slots.setdefault(int(place), {})[slot] = value
-    groups = [dict(group) for group in state["groups"]]
-    for group in groups:
-        if "betas" in group:
-            group["betas"] = tuple(group["betas"])  # JSON made a list of it
-    optimizer.load_state_dict({"state": slots, "param_groups": groups})
+    optimizer.load_state_dict({"state": slots, "param_groups": state["groups"]})
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """Typed, closed configs: defaults <- yaml <- key=value, merged by OmegaConf, every mistake one line.
 
 A config dataclass stands beside the code it sets; this file holds those that pretraining and the evaluations
-share, and `load_config`, the only function that touches OmegaConf.
+share, and `load_config`; no other file touches OmegaConf.
 """
 
 import dataclasses

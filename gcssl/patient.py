@@ -15,11 +15,10 @@ from gcssl.errors import UserError
 from gcssl.eval.online import probe_parts
 from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, collate
 from gcssl.log import say
-from gcssl.pretrain import build_pretrain_backbone, check_objective, pretrain_sizes
+from gcssl.pretrain import build_pretrain_backbone, check_objective, make_objective, pretrain_sizes
 from gcssl.runfolder import check_writable
 from gcssl.runtime import rng
 from gcssl.shard import check_shard
-from gcssl.ssl.objectives import OBJECTIVES
 from gcssl.workers import ReportingSet, WorkerLoader
 
 THUMBNAIL = 16  # pixels a side, grey, of the search for duplicates
@@ -113,8 +112,6 @@ def examine(cfg: DoctorConfig) -> Patient:
     data = open_data(cfg.data, backbone.img_size)
     sizes = pretrain_sizes(cfg, len(data.train), cfg.doctor.processes, couples)
     probe_parts(cfg, data.train)  # may refuse them
-    cls: Any = OBJECTIVES[cfg.objective.name][0]
-    args = (cfg.augment, backbone.img_size, sizes.total_steps, sizes.steps_per_epoch)
     splits = {"train": data.train}
     try:
         if data.test is not None:
@@ -122,7 +119,7 @@ def examine(cfg: DoctorConfig) -> Patient:
     except UserError as error:  # pretraining does not open it
         say(f"the test split is not looked at: {error}")
     seen = {name: scan(images, cfg) for name, images in splits.items()}
-    objective = cls(cfg.objective, backbone, *args)
+    objective = make_objective(cfg, backbone, sizes.total_steps, sizes.steps_per_epoch)
     check_shard(cfg.train, objective)
     return Patient(cfg, data, backbone, objective, sizes, seen)
 

@@ -190,9 +190,9 @@ def load_backbone(
     check_query(spec, saved, backbone)
     if notes:
         say(f"{spec}: {'; '.join(notes)}")
-    described = {k: v for k, v in saved.info.items() if k not in backbone_info(backbone) or v is not None}
+    info = backbone_info(backbone)
     current = ("name", "model_args", "img_size", "windows", "num_classes", "channels", "num_features", "stride")
-    info = {**backbone_info(backbone), **{k: v for k, v in described.items() if k not in current}}
+    info |= {k: v for k, v in saved.info.items() if k not in current and (v is not None or k not in info)}
     backbone.mean, backbone.std = tuple(info["mean"]), tuple(info["std"])
     return backbone, {**info, "source": spec, "notes": notes}
 

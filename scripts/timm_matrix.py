@@ -29,6 +29,7 @@ from gcssl.errors import UserError
 from gcssl.models.build import build_backbone
 from gcssl.runfolder import provenance
 from gcssl.runtime import entry
+from gcssl.ssl.base import Setup
 from gcssl.ssl.masking import default_unit
 from gcssl.ssl.objectives import OBJECTIVES
 from scripts.timing import hardware
@@ -222,7 +223,7 @@ def try_objective(objective: str, backbone: Any, size: int, crops: dict[str, int
     options = {**TINY, **crops, "mask_unit": math.gcd(size, default_unit((size, size)))}
     keys = {field.name for field in dataclasses.fields(schema)}
     cfg = schema(**{key: value for key, value in options.items() if key in keys})
-    model = cls(cfg, backbone, AugmentConfig(), (size, size), 1, 1).train()
+    model = cls(cfg, backbone, Setup(AugmentConfig(), (size, size), 1, 1)).train()
     model.zero_grad()
     loss = model(random_batch(model.draw, size), 0)["loss"]
     loss.backward()

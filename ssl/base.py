@@ -1,17 +1,29 @@
 """What the loop of pretrain.py asks of an objective."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+from gcssl.config import AugmentConfig
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an objective is told of its run."""
+
+    augment: AugmentConfig
+    img_size: tuple[int, int]  # H W in pixels
+    total_steps: int
+    steps_per_epoch: int
 
 
 class Objective(nn.Module):
     """Owns encoder, heads and buffers; gets tensors, returns scalars; does not step, log, save or move data.
 
-    A subclass is made from (its config, encoder, augment config, (H, W) of the images in pixels, total steps, steps an
-    epoch), sets `encoder` and `draw`, and writes `forward`. The rest does nothing unless it is written anew. A step is
-    that of the optimizer, from 0.
+    A subclass is made from its config, the encoder and the run's `Setup`, sets `encoder` and `draw`, and writes
+    `forward`. The rest does nothing unless it is written anew. A step is that of the optimizer, from 0.
     """
 
     default_encoder = "student"  # student | teacher: the one that the objective's paper evaluates

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gcssl.config import AugmentConfig
 from gcssl.models.build import Backbone
 from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import mlp
+from gcssl.ssl.base import Setup
 from gcssl.ssl.ema import MomentumObjective, momentum_copy
 from gcssl.ssl.gather import all_gather_no_grad
 from gcssl.ssl.views import check_at_least, check_share, norm, pair_draw, run_views, signs
@@ -28,8 +28,7 @@ class BYOLConfig:
 
 def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean over samples of |p - t|^2 of the l2-normalised rows of n d (equation 2): 2 - 2 cos. In fp32."""
-    with torch.autocast(prediction.device.type, enabled=False):
-        return 2.0 - 2.0 * F.cosine_similarity(at_least_fp32(prediction), at_least_fp32(target)).mean()
+    return 2.0 - 2.0 * F.cosine_similarity(at_least_fp32(prediction), at_least_fp32(target)).mean()
 
 
 class BYOL(MomentumObjective):
@@ -37,19 +36,11 @@ class BYOL(MomentumObjective):
 
     couples_batch = True  # through the batch norms of its heads
 
-    def __init__(
-        self,
-        cfg: BYOLConfig,
-        encoder: Backbone,
-        augment: AugmentConfig,
-        img_size: tuple[int, int],
-        total_steps: int,
-        steps_per_epoch: int,
-    ) -> None:
+    def __init__(self, cfg: BYOLConfig, encoder: Backbone, setup: Setup) -> None:
         super().__init__()
         check_at_least(cfg, hidden_dim=1, out_dim=1)
         check_share(cfg, "momentum")
-        self.total_steps, self.start_momentum = total_steps, cfg.momentum
+        self.total_steps, self.start_momentum = setup.total_steps, cfg.momentum
         dim = encoder.num_features
         self.encoder = encoder
         # Linear, batch norm, ReLU, Linear; no norm at the end (section 3.3)
@@ -57,7 +48,7 @@ class BYOL(MomentumObjective):
         self.predictor = mlp([cfg.out_dim, cfg.hidden_dim, cfg.out_dim], norm)[:-1]
         self.teacher = momentum_copy(encoder)
         self.momentum_projector = momentum_copy(self.projector)
-        self.draw = pair_draw(augment)
+        self.draw = pair_draw(setup.augment)
 
     def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Loss from the student's pooled features B C of the two views; the teacher sees both views whole."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcssl.config import AugmentConfig
 from gcssl.models.build import Backbone
 from gcssl.models.heads import DINOHead
+from gcssl.ssl.base import Setup
 from gcssl.ssl.ema import momentum_copy
 from gcssl.ssl.prototypes import (
     Center,
@@ -33,20 +33,12 @@ class DINO(PrototypeObjective):
 
     default_encoder = "teacher"
 
-    def __init__(
-        self,
-        cfg: DINOConfig,
-        encoder: Backbone,
-        augment: AugmentConfig,
-        img_size: tuple[int, int],
-        total_steps: int,
-        steps_per_epoch: int,
-    ) -> None:
+    def __init__(self, cfg: DINOConfig, encoder: Backbone, setup: Setup) -> None:
         super().__init__()
         check_prototypes(cfg)
-        self.cfg, self.total_steps, self.steps_per_epoch = cfg, total_steps, steps_per_epoch
+        self.cfg, self.total_steps, self.steps_per_epoch = cfg, setup.total_steps, setup.steps_per_epoch
         self.start_momentum, self.n_views = cfg.momentum, 2 + cfg.local_crops
-        self.draw = multi_crop_draw(cfg, encoder, augment)
+        self.draw = multi_crop_draw(cfg, encoder, setup.augment)
         self.encoder = encoder
         dim = encoder.num_features
         self.projector = DINOHead(dim, cfg.hidden_dim, cfg.bottleneck_dim, cfg.out_dim, not cfg.norm_last_layer)

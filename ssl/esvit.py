@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gcssl.config import AugmentConfig
+from gcssl.models.build import Backbone
 from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import DINOHead
+from gcssl.ssl.base import Setup
 from gcssl.ssl.ema import momentum_copy
 from gcssl.ssl.prototypes import (
     Center,
@@ -72,20 +73,12 @@ class EsViT(PrototypeObjective):
     heads = ("projector", "region_projector")
     centers = ("center", "region_center")
 
-    def __init__(
-        self,
-        cfg: EsViTConfig,
-        encoder: Any,
-        augment: AugmentConfig,
-        img_size: tuple[int, int],
-        total_steps: int,
-        steps_per_epoch: int,
-    ) -> None:
+    def __init__(self, cfg: EsViTConfig, encoder: Backbone, setup: Setup) -> None:
         super().__init__()
         check_prototypes(cfg)
-        self.cfg, self.total_steps, self.steps_per_epoch = cfg, total_steps, steps_per_epoch
+        self.cfg, self.total_steps, self.steps_per_epoch = cfg, setup.total_steps, setup.steps_per_epoch
         self.start_momentum, self.n_views = cfg.momentum, 2 + cfg.local_crops
-        self.draw = multi_crop_draw(cfg, encoder, augment)
+        self.draw = multi_crop_draw(cfg, encoder, setup.augment)
         self.encoder = encoder
         use_maps_alone(encoder, cfg.name)
         size = (encoder.num_features, cfg.hidden_dim, cfg.bottleneck_dim, cfg.out_dim, not cfg.norm_last_layer)

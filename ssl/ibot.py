@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from gcssl.augment import View, ViewSpec
-from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
+from gcssl.models.build import Backbone
 from gcssl.models.heads import DINOHead
+from gcssl.ssl.base import Setup
 from gcssl.ssl.ema import momentum_copy
 from gcssl.ssl.masking import draw_blocks, fill_color, hide_pixels, make_mask_token
 from gcssl.ssl.prototypes import (
@@ -88,15 +89,7 @@ class IBOT(PrototypeObjective):
     default_encoder = "teacher"
     centers = ("center", "patch_center")
 
-    def __init__(
-        self,
-        cfg: IBOTConfig,
-        encoder: Any,
-        augment: AugmentConfig,
-        img_size: tuple[int, int],
-        total_steps: int,
-        steps_per_epoch: int,
-    ) -> None:
+    def __init__(self, cfg: IBOTConfig, encoder: Backbone, setup: Setup) -> None:
         super().__init__()
         check_prototypes(cfg)
         check_above_zero(cfg, "warmup_teacher_patch_temp", "teacher_patch_temp")
@@ -106,9 +99,11 @@ class IBOT(PrototypeObjective):
         if not 0 < low <= high < 1:
             given = f"objective.mask_ratio={cfg.mask_ratio}, objective.mask_ratio_var={cfg.mask_ratio_var}"
             raise UserError(f"{given}: ratio - var and ratio + var must lie between 0 and 1, both excluded")
-        self.cfg, self.total_steps, self.steps_per_epoch = cfg, total_steps, steps_per_epoch
+        self.cfg, self.total_steps, self.steps_per_epoch = cfg, setup.total_steps, setup.steps_per_epoch
         self.start_momentum, self.n_views = cfg.momentum, 2 + cfg.local_crops
-        self.draw = MaskedCropDraw(multi_crop_draw(cfg, encoder, augment), encoder.stride, cfg.mask_prob, (low, high))
+        self.draw = MaskedCropDraw(
+            multi_crop_draw(cfg, encoder, setup.augment), encoder.stride, cfg.mask_prob, (low, high)
+        )
         self.encoder = encoder
         self.mask_token = make_mask_token(encoder, cfg.name)
         self.projector = DINOHead(

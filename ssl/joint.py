@@ -18,7 +18,7 @@ from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.build import Backbone
 from gcssl.models.gcvit import GCViT
-from gcssl.ssl.base import Objective
+from gcssl.ssl.base import Objective, Setup
 from gcssl.ssl.byol import BYOL, BYOLConfig
 from gcssl.ssl.dino import DINO, DINOConfig
 from gcssl.ssl.esvit import EsViT, EsViTConfig
@@ -146,15 +146,7 @@ class Joint(Objective):
     scale: Tensor  # of each part, when balanced
     measured: Tensor | None  # norms of the parts' gradients in the last forward, for the scale
 
-    def __init__(
-        self,
-        cfg: JointConfig,
-        encoder: Backbone,
-        augment: AugmentConfig,
-        img_size: tuple[int, int],
-        total_steps: int,
-        steps_per_epoch: int,
-    ) -> None:
+    def __init__(self, cfg: JointConfig, encoder: Backbone, setup: Setup) -> None:
         super().__init__()
         check_config(cfg)
         self.names, self.weights, self.share = (cfg.masked, cfg.view), tuple(cfg.weights), cfg.share
@@ -162,17 +154,17 @@ class Joint(Objective):
         if cfg.balance:
             self.register_buffer("scale", torch.ones(2))
         # Of the overrides, the masked crop takes those that speak of the images, not of the view pair.
-        plain = AugmentConfig(ratio=augment.ratio, flip_p=augment.flip_p, interpolation=augment.interpolation)
-        rest = (img_size, total_steps, steps_per_epoch)
+        asked = setup.augment
+        plain = AugmentConfig(ratio=asked.ratio, flip_p=asked.flip_p, interpolation=asked.interpolation)
         if cfg.share and cfg.view == "esvit":
             raise UserError("objective.share=true: esvit needs the whole maps of its crops; set objective.share=false")
         if cfg.share and not isinstance(encoder, GCViT):
             raise UserError(f"objective.share=true: needs GC ViT, whose pooling is the mean; given {encoder.name}")
         view_class, view_schema = VIEW[cfg.view]
         masked_class, masked_schema = MASKED[cfg.masked]
-        view = view_class(part_config(cfg, view_schema), encoder, augment, *rest)
+        view = view_class(part_config(cfg, view_schema), encoder, setup)
         learning = [p for p in encoder.parameters() if p.requires_grad]
-        masked = masked_class(part_config(cfg, masked_schema), encoder, plain, *rest)
+        masked = masked_class(part_config(cfg, masked_schema), encoder, dataclasses.replace(setup, augment=plain))
         self.default_encoder = view.default_encoder
         self.couples_batch = view.couples_batch or cfg.balance  # the scales are of the whole batch's gradients
         self.draw = JointDraw(view.draw, masked.draw, cfg.share)

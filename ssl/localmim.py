@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from gcssl.augment import MAE, override
-from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.build import Backbone
 from gcssl.models.gcvit import GCViT
-from gcssl.ssl.base import Objective
+from gcssl.ssl.base import Objective, Setup
 from gcssl.ssl.masking import (
     STEM_STRIDE,
     MaskedDraw,
@@ -47,19 +46,12 @@ class LocalMIMConfig:
 class LocalMIM(Objective):
     """Heads on all maps of stride 4 and more, on any backbone that has two or more of them."""
 
-    def __init__(
-        self,
-        cfg: LocalMIMConfig,
-        encoder: Backbone,
-        augment: AugmentConfig,
-        img_size: tuple[int, int],
-        total_steps: int,
-        steps_per_epoch: int,
-    ) -> None:
+    def __init__(self, cfg: LocalMIMConfig, encoder: Backbone, setup: Setup) -> None:
         super().__init__()
-        unit = cfg.mask_unit if cfg.mask_unit is not None else default_unit(img_size)
-        check_unit(img_size, unit)
-        check_ratio((img_size[0] // unit) * (img_size[1] // unit), cfg.mask_ratio)
+        height, width = size = setup.img_size
+        unit = cfg.mask_unit if cfg.mask_unit is not None else default_unit(size)
+        check_unit(size, unit)
+        check_ratio((height // unit) * (width // unit), cfg.mask_ratio)
         if not isinstance(encoder, GCViT):
             encoder.check_map()
         check_target(cfg.target, unit, encoder.stride)
@@ -72,7 +64,7 @@ class LocalMIM(Objective):
             target_head(cfg.target, dim, stride, cell) for (dim, stride), cell in zip(stages, self.cells, strict=True)
         )
         self.mask_token = make_mask_token(encoder, cfg.name)
-        self.draw = MaskedDraw(override(MAE, augment), unit, cfg.mask_ratio)
+        self.draw = MaskedDraw(override(MAE, setup.augment), unit, cfg.mask_ratio)
 
     def features(self, batch: dict[str, Any]) -> list[Tensor]:
         """The maps B C h w of all stages, the finest first, of the first view with its mask applied."""

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from gcssl.augment import MAE as CROP
 from gcssl.augment import override
-from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.build import Backbone
 from gcssl.models.decoders import TokenDecoder
 from gcssl.models.gcvit import GCViT
-from gcssl.ssl.base import Objective
+from gcssl.ssl.base import Objective, Setup
 from gcssl.ssl.masking import MaskedDraw, check_ratio, check_unit, hidden_count, hide_pixels, upsample_mask
 from gcssl.ssl.targets import first_samples, reconstruction, target_loss
 
@@ -41,31 +40,24 @@ class MAEConfig:
 class MAE(Objective):
     """Masked autoencoder on GC ViT."""
 
-    def __init__(
-        self,
-        cfg: MAEConfig,
-        encoder: Backbone,
-        augment: AugmentConfig,
-        img_size: tuple[int, int],
-        total_steps: int,
-        steps_per_epoch: int,
-    ) -> None:
+    def __init__(self, cfg: MAEConfig, encoder: Backbone, setup: Setup) -> None:
         super().__init__()
+        height, width = size = setup.img_size
         if not isinstance(encoder, GCViT):
             raise UserError(f"objective.name=mae: needs GC ViT, which can leave tokens out; given {encoder.name}")
         self.unit = unit = cfg.mask_unit
         whole = max(encoder.stride, *encoder.window_ratio)
         if unit % whole:
             raise UserError(f"objective.mask_unit={unit}: mae hides whole tokens and queries, so multiples of {whole}")
-        check_unit(img_size, unit)
-        n_units = (img_size[0] // unit) * (img_size[1] // unit)
+        check_unit(size, unit)
+        n_units = (height // unit) * (width // unit)
         check_ratio(n_units, cfg.mask_ratio)
         self.dense, self.n_visible = cfg.dense, n_units - hidden_count(n_units, cfg.mask_ratio)
         self.encoder: Any = encoder
         cell = encoder.stride
-        grid = (img_size[0] // cell, img_size[1] // cell)
+        grid = (height // cell, width // cell)
         self.decoder = TokenDecoder(encoder.num_features, grid, cell, 1, cfg.decoder_dim, cfg.decoder_depth)
-        self.draw = MaskedDraw(override(CROP, augment), unit, cfg.mask_ratio)
+        self.draw = MaskedDraw(override(CROP, setup.augment), unit, cfg.mask_ratio)
 
     def predict(self, batch: dict[str, Any]) -> Tensor:
         """Normalised pixels B 3 H W of the first view, from its visible units."""

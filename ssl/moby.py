@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gcssl.config import AugmentConfig
 from gcssl.models.build import Backbone
 from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import mlp
+from gcssl.ssl.base import Setup
 from gcssl.ssl.ema import MomentumObjective, momentum_copy
 from gcssl.ssl.gather import all_gather_no_grad
 from gcssl.ssl.views import check_above_zero, check_at_least, check_share, norm, pair_draw, run_views, signs
@@ -48,20 +48,12 @@ class MoBY(MomentumObjective):
     queue: Tensor
     _keys: Tensor  # 2 N d: of the last forward, for the queue
 
-    def __init__(
-        self,
-        cfg: MoBYConfig,
-        encoder: Backbone,
-        augment: AugmentConfig,
-        img_size: tuple[int, int],
-        total_steps: int,
-        steps_per_epoch: int,
-    ) -> None:
+    def __init__(self, cfg: MoBYConfig, encoder: Backbone, setup: Setup) -> None:
         super().__init__()
         check_at_least(cfg, hidden_dim=1, out_dim=1, queue=1)
         check_above_zero(cfg, "temperature")
         check_share(cfg, "momentum")
-        self.cfg, self.total_steps, self.start_momentum = cfg, total_steps, cfg.momentum
+        self.cfg, self.total_steps, self.start_momentum = cfg, setup.total_steps, cfg.momentum
         dim = encoder.num_features
         self.encoder = encoder
         # Linear, batch norm, ReLU, Linear; no norm at the end
@@ -70,7 +62,7 @@ class MoBY(MomentumObjective):
         self.teacher = momentum_copy(encoder)
         self.momentum_projector = momentum_copy(self.projector)
         self.register_buffer("queue", F.normalize(torch.randn(2, cfg.queue, cfg.out_dim), dim=-1))  # newest first
-        self.draw = pair_draw(augment)
+        self.draw = pair_draw(setup.augment)
 
     def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Loss from the student's pooled features B C of the two views; the teacher sees both views whole."""

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gcssl.config import AugmentConfig
 from gcssl.models.build import Backbone
 from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import mlp
+from gcssl.ssl.base import Setup
 from gcssl.ssl.ema import MomentumObjective, momentum_copy
 from gcssl.ssl.gather import all_gather_no_grad, rank
 from gcssl.ssl.views import check_above_zero, check_at_least, check_share, norm, pair_draw, run_views, signs
@@ -52,20 +52,12 @@ class MoCoV3(MomentumObjective):
 
     couples_batch = True
 
-    def __init__(
-        self,
-        cfg: MoCoV3Config,
-        encoder: Backbone,
-        augment: AugmentConfig,
-        img_size: tuple[int, int],
-        total_steps: int,
-        steps_per_epoch: int,
-    ) -> None:
+    def __init__(self, cfg: MoCoV3Config, encoder: Backbone, setup: Setup) -> None:
         super().__init__()
         check_at_least(cfg, hidden_dim=1, projector_layers=1, predictor_layers=0, out_dim=1)
         check_above_zero(cfg, "temperature")
         check_share(cfg, "momentum")
-        self.cfg, self.total_steps, self.start_momentum = cfg, total_steps, cfg.momentum
+        self.cfg, self.total_steps, self.start_momentum = cfg, setup.total_steps, cfg.momentum
         dim = encoder.num_features
         self.encoder = encoder
         self.projector = mlp([dim, *[cfg.hidden_dim] * (cfg.projector_layers - 1), cfg.out_dim], norm)
@@ -73,7 +65,7 @@ class MoCoV3(MomentumObjective):
         self.predictor = mlp([cfg.out_dim, *between, cfg.out_dim], norm) if cfg.predictor_layers else nn.Identity()
         self.teacher = momentum_copy(encoder)
         self.momentum_projector = momentum_copy(self.projector)
-        self.draw = pair_draw(augment)
+        self.draw = pair_draw(setup.augment)
 
     def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Loss from the student's pooled features B C of the two views; the teacher sees both views whole."""

@@ -62,14 +62,12 @@ class Center(nn.Module):
 
     def forward(self, outputs: Tensor, temperature: float) -> Tensor:
         """log softmax((outputs - mean) / temperature), ... K, in fp32."""
-        with torch.autocast(outputs.device.type, enabled=False):
-            return ((at_least_fp32(outputs) - self.mean) / temperature).log_softmax(-1)
+        return ((at_least_fp32(outputs) - self.mean) / temperature).log_softmax(-1)
 
 
 def cross_entropy(q: Tensor, student: Tensor, temperature: float) -> Tensor:
     """-sum q log softmax(student / temperature) over the last dimension: ... K -> ..., in fp32."""
-    with torch.autocast(student.device.type, enabled=False):
-        return -(q * (at_least_fp32(student) / temperature).log_softmax(-1)).sum(-1)
+    return -(q * (at_least_fp32(student) / temperature).log_softmax(-1)).sum(-1)
 
 
 def crops_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], temperature: float) -> Tensor:

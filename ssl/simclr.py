@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gcssl.augment import SIMCLR
-from gcssl.config import AugmentConfig
 from gcssl.models.build import Backbone
 from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import BatchNorm, mlp
+from gcssl.ssl.base import Setup
 from gcssl.ssl.gather import all_gather_no_grad, all_gather_with_grad, rank, reducer
 from gcssl.ssl.views import ViewObjective, check_above_zero, check_at_least, pair_draw, signs
 
@@ -51,15 +51,7 @@ class SimCLR(ViewObjective):
 
     couples_batch = True
 
-    def __init__(
-        self,
-        cfg: SimCLRConfig,
-        encoder: Backbone,
-        augment: AugmentConfig,
-        img_size: tuple[int, int],
-        total_steps: int,
-        steps_per_epoch: int,
-    ) -> None:
+    def __init__(self, cfg: SimCLRConfig, encoder: Backbone, setup: Setup) -> None:
         super().__init__()
         check_at_least(cfg, hidden_dim=1, projector_layers=1, out_dim=1)
         check_above_zero(cfg, "temperature")
@@ -67,7 +59,7 @@ class SimCLR(ViewObjective):
         dim = encoder.num_features
         self.encoder = encoder
         self.projector = mlp([dim, *[cfg.hidden_dim] * (cfg.projector_layers - 1), cfg.out_dim], _norm)
-        self.draw = pair_draw(augment, SIMCLR, SIMCLR)
+        self.draw = pair_draw(setup.augment, SIMCLR, SIMCLR)
 
     def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Loss from the pooled features B C of the two views."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcssl.config import AugmentConfig
 from gcssl.models.build import Backbone
 from gcssl.models.heads import DINOHead
+from gcssl.ssl.base import Setup
 from gcssl.ssl.ema import MomentumObjective, momentum_copy
 from gcssl.ssl.gather import all_gather_no_grad, all_reduce_sum_with_grad, world_size
 from gcssl.ssl.views import MultiCropConfig, check_above_zero, multi_crop_draw, run_views, signs
@@ -50,20 +50,12 @@ class SimDINO(MomentumObjective):
     default_encoder = "teacher"
     couples_batch = True  # the covariance is that of the global batch
 
-    def __init__(
-        self,
-        cfg: SimDINOConfig,
-        encoder: Backbone,
-        augment: AugmentConfig,
-        img_size: tuple[int, int],
-        total_steps: int,
-        steps_per_epoch: int,
-    ) -> None:
+    def __init__(self, cfg: SimDINOConfig, encoder: Backbone, setup: Setup) -> None:
         super().__init__()
         check_above_zero(cfg, "coeff", "eps")
-        self.cfg, self.total_steps = cfg, total_steps
+        self.cfg, self.total_steps = cfg, setup.total_steps
         self.start_momentum, self.n_views = cfg.momentum, 2 + cfg.local_crops
-        self.draw = multi_crop_draw(cfg, encoder, augment)
+        self.draw = multi_crop_draw(cfg, encoder, setup.augment)
         self.encoder = encoder
         dim = encoder.num_features
         self.projector = DINOHead(dim, cfg.hidden_dim, cfg.bottleneck_dim, count=0)

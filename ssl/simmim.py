@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from gcssl.augment import SIMMIM, override
-from gcssl.config import AugmentConfig
 from gcssl.models.build import Backbone
 from gcssl.models.decoders import MapDecoder
-from gcssl.ssl.base import Objective
+from gcssl.ssl.base import Objective, Setup
 from gcssl.ssl.masking import (
     MaskedDraw,
     check_ratio,
@@ -43,19 +42,12 @@ class SimMIMConfig:
 class SimMIM(Objective):
     """Masked image modelling on any backbone; one that takes no mask token is masked in its pixels only."""
 
-    def __init__(
-        self,
-        cfg: SimMIMConfig,
-        encoder: Backbone,
-        augment: AugmentConfig,
-        img_size: tuple[int, int],
-        total_steps: int,
-        steps_per_epoch: int,
-    ) -> None:
+    def __init__(self, cfg: SimMIMConfig, encoder: Backbone, setup: Setup) -> None:
         super().__init__()
-        unit = cfg.mask_unit if cfg.mask_unit is not None else default_unit(img_size)
-        check_unit(img_size, unit)
-        check_ratio((img_size[0] // unit) * (img_size[1] // unit), cfg.mask_ratio)
+        height, width = size = setup.img_size
+        unit = cfg.mask_unit if cfg.mask_unit is not None else default_unit(size)
+        check_unit(size, unit)
+        check_ratio((height // unit) * (width // unit), cfg.mask_ratio)
         self.encoder: Any = encoder
         self.target, self.cell = cfg.target, HOG_CELL if cfg.target == "hog" else unit
         check_target(cfg.target, unit, encoder.stride)
@@ -68,7 +60,7 @@ class SimMIM(Objective):
         self.mask_token = make_mask_token(encoder, cfg.name)
         color = fill_color(encoder)
         self.mask_color = nn.Parameter(torch.full((3,), color)) if cfg.fill == "learned" else color
-        self.draw = MaskedDraw(override(SIMMIM, augment), unit, cfg.mask_ratio)
+        self.draw = MaskedDraw(override(SIMMIM, setup.augment), unit, cfg.mask_ratio)
 
     def features(self, batch: dict[str, Any]) -> Tensor:
         """The last map B C h w of the first view with its mask applied."""

@@ -18,12 +18,11 @@ import numpy as np
 from torch import Tensor
 
 from gcssl.augment import MAE, View, ViewSpec, draw_view, override
-from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.build import Backbone
 from gcssl.models.decoders import TokenDecoder
 from gcssl.models.gcvit import GCViT
-from gcssl.ssl.base import Objective
+from gcssl.ssl.base import Objective, Setup
 from gcssl.ssl.masking import (
     STEM_STRIDE,
     default_unit,
@@ -105,24 +104,17 @@ def check_half(encoder: Backbone, img_size: tuple[int, int]) -> None:
 class UMMAE(Objective):
     """Uniformly masked autoencoder on any backbone; one that takes no mask token is masked in its pixels only."""
 
-    def __init__(
-        self,
-        cfg: UMMAEConfig,
-        encoder: Backbone,
-        augment: AugmentConfig,
-        img_size: tuple[int, int],
-        total_steps: int,
-        steps_per_epoch: int,
-    ) -> None:
+    def __init__(self, cfg: UMMAEConfig, encoder: Backbone, setup: Setup) -> None:
         super().__init__()
-        self.unit = unit = cfg.mask_unit if cfg.mask_unit is not None else min(16, default_unit(img_size))
-        check_compaction(encoder, img_size, unit, cfg.secondary_ratio)
+        height, width = size = setup.img_size
+        self.unit = unit = cfg.mask_unit if cfg.mask_unit is not None else min(16, default_unit(size))
+        check_compaction(encoder, size, unit, cfg.secondary_ratio)
         self.encoder: Any = encoder
         self.mask_token = make_mask_token(encoder, cfg.name)
-        grid = (img_size[0] // unit, img_size[1] // unit)
+        grid = (height // unit, width // unit)
         split = encoder.stride // unit
         self.decoder = TokenDecoder(encoder.num_features, grid, unit, split, cfg.decoder_dim, cfg.decoder_depth)
-        self.draw = UniformDraw(override(MAE, augment), unit, cfg.secondary_ratio)
+        self.draw = UniformDraw(override(MAE, setup.augment), unit, cfg.secondary_ratio)
 
     def predict(self, batch: dict[str, Any]) -> Tensor:
         """Normalised pixels B 3 H W of the first view, from its stitched and masked kept units."""

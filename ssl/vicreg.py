@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gcssl.config import AugmentConfig
 from gcssl.models.build import Backbone
 from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import mlp
+from gcssl.ssl.base import Setup
 from gcssl.ssl.gather import all_gather_no_grad, all_gather_with_grad
 from gcssl.ssl.views import ViewObjective, check_at_least, norm, pair_draw, signs
 
@@ -44,22 +44,14 @@ class VICReg(ViewObjective):
 
     couples_batch = True
 
-    def __init__(
-        self,
-        cfg: VICRegConfig,
-        encoder: Backbone,
-        augment: AugmentConfig,
-        img_size: tuple[int, int],
-        total_steps: int,
-        steps_per_epoch: int,
-    ) -> None:
+    def __init__(self, cfg: VICRegConfig, encoder: Backbone, setup: Setup) -> None:
         super().__init__()
         check_at_least(cfg, hidden_dim=1, out_dim=1, invariance=0, variance=0, covariance=0)
         self.cfg = cfg
         dim = encoder.num_features
         self.encoder = encoder
         self.projector = mlp([dim, cfg.hidden_dim, cfg.hidden_dim, cfg.out_dim], norm)[:-1]
-        self.draw = pair_draw(augment)
+        self.draw = pair_draw(setup.augment)
 
     def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Loss from the pooled features B C of the two views; its three terms are logged unweighted."""

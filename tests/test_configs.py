@@ -23,6 +23,7 @@ from gcssl.models.build import BACKBONES, from_config
 from gcssl.optim import make_optimizer, param_groups, set_lr
 from gcssl.patient import DoctorConfig
 from gcssl.plan import PlanConfig
+from gcssl.ssl.base import Setup
 from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +63,7 @@ def test_a_recipe_loads_builds_and_fits_its_processes(path: Path) -> None:
     tiny += [f"objective.{key}={value}" for key, value in small.items() if getattr(cfg.objective, key, None)]
     cfg = load(path, *tiny)
     encoder = from_config(cfg.model)
-    objective = objective_class(cfg.objective, encoder, cfg.augment, (64, 64), 4, 2)
+    objective = objective_class(cfg.objective, encoder, Setup(cfg.augment, (64, 64), 4, 2))
     assert not (objective.couples_batch and sizes.accumulate > 1), sizes
     make = ViewMaker(objective.draw, (64, 64), cfg.augment)
     noise = np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8)

@@ -14,6 +14,7 @@ from gcssl.config import AugmentConfig, PretrainConfig, load_config
 from gcssl.errors import NumericStop, Preempted
 from gcssl.models.gcvit import GCViT
 from gcssl.pretrain import pretrain
+from gcssl.ssl.base import Setup
 from gcssl.ssl.joint import VIEW
 from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 
@@ -116,7 +117,7 @@ def test_chance_losses_are_what_equal_embeddings_give() -> None:
         known = {f for f in OmegaConf.structured(schema)}
         encoder = GCViT(16, (1, 1, 1, 1), (1, 1, 1, 1), img_size=64)
         cfg = schema(**{key: value for key, value in small.items() if key in known})
-        objective = cls(cfg, encoder, AugmentConfig(), (64, 64), 10, 5)
+        objective = cls(cfg, encoder, Setup(AugmentConfig(), (64, 64), 10, 5))
         with torch.no_grad():
             for key, parameter in objective.named_parameters():
                 if "projector" in key or "predictor" in key:

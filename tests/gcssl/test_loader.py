@@ -298,6 +298,13 @@ def test_an_abandoned_loader_does_not_hold_up_the_exit(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts file descriptors in /proc")
 @pytest.mark.fault("a run with hundreds of online probes", "no worker of a loader that ended keeps a file open")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_leaves_torchs_random_state_alone(workers: int) -> None:
+    before = torch.get_rng_state()
+    batches(make_images(20), workers, total_steps=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_loader_that_ended_leaves_no_file_open() -> None:
     def opened() -> int:
         for _ in eval_loader(make_images(4), np.arange(4), SIZE, Crop(SIZE), 2, 2):

@@ -25,6 +25,7 @@ from gcssl.models.build import (
 )
 from gcssl.models.gcvit import GCViT
 from gcssl.models.timm_backbone import TimmBackbone
+from gcssl.ssl.base import Setup
 from gcssl.ssl.simmim import SimMIM, SimMIMConfig
 
 CONFIG = ModelConfig()
@@ -286,7 +287,7 @@ def test_what_forward_features_leaves_out_can_be_frozen() -> None:
 
 def test_simmim_trains_every_parameter_that_it_leaves_trainable(capsys: pytest.CaptureFixture[str]) -> None:
     """What DistributedDataParallel asks of a model."""
-    objective = SimMIM(SimMIMConfig(), build_backbone("convnext_atto", 64), AugmentConfig(), (64, 64), 1, 1)
+    objective = SimMIM(SimMIMConfig(), build_backbone("convnext_atto", 64), Setup(AugmentConfig(), (64, 64), 1, 1))
     assert "head.norm.weight, head.norm.bias" in capsys.readouterr().out
     batch = {"views": [torch.randn(2, 3, 64, 64)], "masks": [torch.rand(2, 8, 8) > 0.5]}
     objective(batch, 0)["loss"].backward()

@@ -11,6 +11,7 @@ from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.build import AskedModel, backbone_info, build_backbone, load_backbone
 from gcssl.models.timm_backbone import TimmBackbone
+from gcssl.ssl.base import Setup
 from gcssl.ssl.byol import BYOL, BYOLConfig
 from gcssl.ssl.objectives import OBJECTIVES
 
@@ -64,7 +65,7 @@ def test_maps_that_do_not_tile_the_image_are_left_out() -> None:
     assert [m.shape for m in maps] == [(1, 128, 4, 4), (1, 256, 2, 2)]
     cls, schema = OBJECTIVES["localmim"]
     batch = {"views": [torch.randn(2, 3, 64, 64)], "masks": [torch.arange(32).view(2, 4, 4) % 4 > 0]}
-    assert cls(schema(mask_unit=16), model, AugmentConfig(), (64, 64), 1, 1)(batch, 0)["loss"].isfinite()
+    assert cls(schema(mask_unit=16), model, Setup(AugmentConfig(), (64, 64), 1, 1))(batch, 0)["loss"].isfinite()
 
 
 def test_hieras_map_has_no_norm_and_its_heads_norm_is_frozen() -> None:
@@ -94,7 +95,7 @@ def test_without_a_map_pooled_features_serve_and_what_needs_a_map_is_refused(nam
     for objective in ("simmim", "localmim", "ummae"):
         cls, schema = OBJECTIVES[objective]
         with pytest.raises(UserError, match=f"model.name={name}: has no map"):
-            cls(schema(mask_unit=16), model, AugmentConfig(), (size, size), 1, 1)
+            cls(schema(mask_unit=16), model, Setup(AugmentConfig(), (size, size), 1, 1))
 
 
 def test_a_size_that_timms_model_does_not_take_is_refused_in_one_line() -> None:
@@ -141,7 +142,9 @@ def test_trying_a_model_out_leaves_nothing_behind() -> None:
 
 def test_a_teacher_that_keeps_its_biases_follows_its_student() -> None:
     student, x = wrapped("levit_128s"), torch.randn(1, 3, 64, 64)
-    objective = BYOL(BYOLConfig(hidden_dim=8, out_dim=4, momentum=0.0), student, AugmentConfig(), (64, 64), 10**9, 1)
+    objective = BYOL(
+        BYOLConfig(hidden_dim=8, out_dim=4, momentum=0.0), student, Setup(AugmentConfig(), (64, 64), 10**9, 1)
+    )
     objective.eval()  # one image is no batch for its norms
     with torch.no_grad():
         objective.teacher(x)

@@ -12,6 +12,7 @@ from torch import nn
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.build import build_backbone
+from gcssl.ssl.base import Setup
 from gcssl.ssl.objectives import OBJECTIVES
 from scripts import timm_matrix
 from scripts.timm_matrix import DOC, FAMILIES, TRIED, Row, document, judge, main, random_batch, read_rows, try_objective
@@ -65,7 +66,7 @@ def test_every_objective_but_mae_and_joint_is_tried() -> None:
 def test_crops_and_masks_are_those_of_the_objective() -> None:
     cls, schema = OBJECTIVES["ibot"]
     cfg = schema(hidden_dim=16, out_dim=8, mask_prob=1.0, local_crops=2, local_size=32)
-    model = cls(cfg, build_backbone("test_vit", 64), AugmentConfig(), (64, 64), 1, 1)
+    model = cls(cfg, build_backbone("test_vit", 64), Setup(AugmentConfig(), (64, 64), 1, 1))
     batch = random_batch(model.draw, 64)
     assert [tuple(view.shape) for view in batch["views"]] == [(2, 3, s, s) for s in (64, 64, 32, 32)]
     assert [m.shape for m in batch["masks"][:2]] == [(2, 4, 4)] * 2 and batch["masks"][2:] == [None, None]

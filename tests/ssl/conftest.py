@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gcssl.config import AugmentConfig
 from gcssl.models.gcvit import GCViT
+from gcssl.ssl.base import Setup
 from gcssl.ssl.masking import draw_mask, upsample_mask
 from gcssl.ssl.objectives import OBJECTIVES
 
@@ -45,7 +46,7 @@ def make_objective() -> Callable[..., Any]:
         part = OBJECTIVES[cfg.get("view", "mocov3")][1] if name == "joint" else schema
         known = {f.name for f in dataclasses.fields(part)}
         cfg = {key: value for key, value in HEADS.items() if key in known} | cfg
-        return cls(schema(**cfg), encoder or small_encoder(), AugmentConfig(), size, total_steps, 10)
+        return cls(schema(**cfg), encoder or small_encoder(), Setup(AugmentConfig(), size, total_steps, 10))
 
     return make
 

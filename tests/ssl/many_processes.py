@@ -20,6 +20,7 @@ from gcssl.loader import collate
 from gcssl.models.gcvit import GCViT
 from gcssl.models.heads import BatchNorm, mlp
 from gcssl.ssl import gather
+from gcssl.ssl.base import Setup
 from gcssl.ssl.joint import VIEW
 from gcssl.ssl.objectives import OBJECTIVES
 
@@ -73,7 +74,7 @@ def make_objective(cfg: dict[str, Any], side: int) -> Any:
     torch.manual_seed(0)
     encoder = GCViT(16, (2, 2, 2, 2), (1, 1, 2, 2), img_size=64, window_ratio=(16, 16, 16, 32), drop_path=0.3)
     cls, schema = OBJECTIVES[cfg["name"]]
-    objective = cls(schema(**cfg), encoder, AugmentConfig(), (side, side), 10, 5).double().train()
+    objective = cls(schema(**cfg), encoder, Setup(AugmentConfig(), (side, side), 10, 5)).double().train()
     if hasattr(objective, "teacher"):  # not equal to the student, as after some steps
         for p in objective.teacher.parameters():
             p.data.add_(0.02 * torch.randn_like(p))

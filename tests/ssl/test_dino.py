@@ -14,6 +14,7 @@ from gcssl.errors import UserError
 from gcssl.models.build import build_backbone
 from gcssl.models.gcvit import GCViT
 from gcssl.models.heads import DINOHead
+from gcssl.ssl.base import Setup
 from gcssl.ssl.dino import DINO, DINOConfig
 from gcssl.ssl.prototypes import Center, crops_loss, entropy, koleo, warmed_up
 
@@ -185,7 +186,7 @@ def test_draw_gives_two_large_and_n_small_crops(make_objective: Make) -> None:
 def test_overrides_of_scale_leave_the_small_crops_alone(make_encoder: Make) -> None:
     augment = AugmentConfig(scale=[0.3, 1.0], blur_p=[0.9, 0.8, 0.7], gray_p=0.0)
     cfg = DINOConfig(hidden_dim=8, bottleneck_dim=4, out_dim=8, local_crops=1, local_size=32, local_scale=[0.1, 0.2])
-    views, _ = DINO(cfg, make_encoder(), augment, (64, 64), 10, 1).draw(np.random.default_rng(0), (64, 64))
+    views, _ = DINO(cfg, make_encoder(), Setup(augment, (64, 64), 10, 1)).draw(np.random.default_rng(0), (64, 64))
     specs = [spec for spec, _ in views]
     assert [s.scale for s in specs] == [(0.3, 1.0), (0.3, 1.0), (0.1, 0.2)]
     assert [s.blur_p for s in specs] == [0.9, 0.8, 0.7] and {s.gray_p for s in specs} == {0.0}

@@ -10,6 +10,7 @@ import torch
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
 from gcssl.models.build import build_backbone
+from gcssl.ssl.base import Setup
 from gcssl.ssl.joint import MASKED, MOST_SCALE, VIEW, Joint, JointConfig
 
 Make = Callable[..., Any]
@@ -210,7 +211,7 @@ def test_overrides_of_the_pair_leave_the_masked_crop_alone(make_encoder: Make) -
     augment = AugmentConfig(scale=[0.2, 1.0], blur_p=[0.6, 0.5], jitter_p=0.3, flip_p=0.0, ratio=[0.5, 2.0])
     augment.interpolation = "nearest"
     cfg = JointConfig(hidden_dim=8, out_dim=4)
-    views, _ = Joint(cfg, make_encoder(), augment, (64, 64), 10, 1).draw(np.random.default_rng(0), (64, 64))
+    views, _ = Joint(cfg, make_encoder(), Setup(augment, (64, 64), 10, 1)).draw(np.random.default_rng(0), (64, 64))
     specs = [spec for spec, _ in views]
     assert [s.scale for s in specs] == [(0.2, 1.0), (0.2, 1.0), (0.67, 1.0)]
     assert [s.jitter_p for s in specs] == [0.3, 0.3, 0.0] and [s.flip_p for s in specs] == [0.0] * 3

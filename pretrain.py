@@ -31,9 +31,9 @@ from gcssl.optim import groups_table, make_optimizer, param_groups, rates_at, se
 from gcssl.runfolder import RunFolder, broadcast, check_writable
 from gcssl.runtime import StopSignal, check_accelerator, entry, main_process_first, make_accelerator, rng, seed_torch
 from gcssl.shard import check_shard, gathered, shard, whole, whole_tensor
-from gcssl.ssl.base import Objective, Setup
+from gcssl.ssl.base import Objective
 from gcssl.ssl.gather import average_
-from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
+from gcssl.ssl.objectives import SCHEMAS, make_objective
 from gcssl.state import RunState, saves_at
 from gcssl.streams import DROP_PATH, INIT, MODEL
 
@@ -77,11 +77,6 @@ def pretrain(cfg: PretrainConfig) -> Path:
         save_backbone(cfg, run, objective, sizes.total_steps, images.classes)
         say(f"backbone: {run.path / 'backbone.safetensors'}")
     return run.path
-
-
-def make_objective(cfg: PretrainConfig, backbone: Backbone, total_steps: int, steps_per_epoch: int) -> Objective:
-    objective: type[Any] = OBJECTIVES[cfg.objective.name][0]
-    return objective(cfg.objective, backbone, Setup(cfg.augment, backbone.img_size, total_steps, steps_per_epoch))
 
 
 def check_objective(cfg: PretrainConfig) -> bool:
@@ -186,7 +181,7 @@ def fit(
                     continue
                 objective.freeze(step)
                 norm = accelerator.clip_grad_norm_(objective.parameters(), train.clip_grad or float("inf"))
-                values = meter.reduce(whole_tensor(norm), stop.requested)  # one all-reduce and host read a step; fp16 adds its scale
+                values = meter.reduce(whole_tensor(norm), stop.requested)  # the step's one all-reduce and host read
                 if objective.loss_changes(step):
                     bad_steps.losses = []  # those of before say nothing of what a spike is now
                 fault = bad_steps.judge(values)

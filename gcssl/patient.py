@@ -15,10 +15,11 @@ from gcssl.errors import UserError
 from gcssl.eval.online import probe_parts
 from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, collate
 from gcssl.log import say
-from gcssl.pretrain import build_pretrain_backbone, check_objective, make_objective, pretrain_sizes
+from gcssl.pretrain import build_pretrain_backbone, check_objective, pretrain_sizes
 from gcssl.runfolder import check_writable
 from gcssl.runtime import rng
 from gcssl.shard import check_shard
+from gcssl.ssl.objectives import make_objective
 from gcssl.workers import ReportingSet, WorkerLoader
 
 THUMBNAIL = 16  # pixels a side, grey, of the search for duplicates

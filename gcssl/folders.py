@@ -156,6 +156,8 @@ def _tree(root: Path) -> tuple[list[str], list[int], list[str]]:
     found = _tree_of_images(root, others)
     if others:
         told = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(3))
+        if len(others) > 3:
+            told += f", {others.total() - sum(n for _, n in others.most_common(3))} of other suffixes"
         say(f"data: {root}: by their names no images, so not used: {told}")
     return found
 

@@ -21,7 +21,7 @@ from gcssl.loader import Sizes
 from gcssl.log import say
 from gcssl.patient import DoctorConfig, DoctorOptions, Patient, checkpoint_bytes, examine
 from gcssl.rehearsal import changed, duration, first_steps, rate
-from gcssl.runtime import entry, seed_torch
+from gcssl.runtime import bf16_is_fast, entry, seed_torch
 from gcssl.ssl.objectives import SCHEMAS
 from gcssl.streams import MODEL
 
@@ -149,6 +149,9 @@ def rows(cfg: PlanConfig) -> list[Row]:
 
 def main(argv: list[str]) -> None:
     cfg = load_config(PlanConfig, argv, SCHEMAS)
+    emulated = cfg.train.precision == "bf16" and not bf16_is_fast()
+    slow = "; its bf16 is emulated on this processor, which takes many minutes" if emulated else ""
+    say(f"counting a step of 2 and of 4 images, then training for up to {cfg.plan.minutes:g} minutes{slow}")
     found = rows(cfg)
     width = max(len(value) for _, value, _ in found)
     for name, value, source in found:

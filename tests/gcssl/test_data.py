@@ -685,6 +685,10 @@ def test_files_that_are_no_images_by_their_names_are_told(tmp_path: Path, capsys
     assert "tree: by their names no images, so not used: 2 .heic, 1 without a suffix\n" in capsys.readouterr().out
     assert len(opened(tmp_path / "tree/ant").train) == 3
     assert "ant: by their names no images, so not used: 2 .heic, 1 without a suffix\n" in capsys.readouterr().out
+    for name in ("1.npy", "2.npy", "3.npy", "4.npy", "1.dcm", "2.dcm", "3.dcm", "1.txt"):
+        (tmp_path / "tree/ant" / name).write_bytes(b"")
+    opened(tmp_path / "tree/ant")
+    assert "so not used: 4 .npy, 3 .dcm, 2 .heic, 2 of other suffixes\n" in capsys.readouterr().out
 
 
 def test_folders_that_may_be_no_classes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

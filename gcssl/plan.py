@@ -151,7 +151,8 @@ def main(argv: list[str]) -> None:
     cfg = load_config(PlanConfig, argv, SCHEMAS)
     emulated = cfg.train.precision == "bf16" and not bf16_is_fast()
     slow = "; its bf16 is emulated on this processor, which takes many minutes" if emulated else ""
-    say(f"counting a step of 2 and of 4 images, then training for up to {cfg.plan.minutes:g} minutes{slow}")
+    trains = f", then training for up to {cfg.plan.minutes:g} minutes" if cfg.plan.images_per_s is None else ""
+    say(f"counting a step of 2 and of 4 images{trains}{slow}")
     found = rows(cfg)
     width = max(len(value) for _, value, _ in found)
     for name, value, source in found:

@@ -88,7 +88,9 @@ def test_few_steps_say_little_of_the_speed(monkeypatch: pytest.MonkeyPatch, step
 
 def test_the_speed_is_measured_where_none_is_given(capfd: pytest.CaptureFixture[str]) -> None:
     main([str(YAML / "simmim_gcvit_nano.yaml"), *SMALL, "plan.images_per_s=null", "plan.minutes=0.01"])
-    lines = dict(line.split(maxsplit=1) for line in capfd.readouterr().out.splitlines())
+    first, *table = capfd.readouterr().out.splitlines()
+    assert first == "counting a step of 2 and of 4 images, then training for up to 0.01 minutes"
+    lines = dict(line.split(maxsplit=1) for line in table)
     assert lines.keys() == {"images", "steps", "batch", "parameters", "FLOPs", "memory", "speed", "time"}
     assert "measured here: " in lines["speed"] and float(lines["speed"].split()[0]) > 1
 

@@ -30,6 +30,7 @@ from gcssl.eval.knn import search
 from gcssl.eval.linear_probe import MOMENTUM, LinearProbeConfig, Plan, Setting, train_heads
 from gcssl.models.build import build_backbone
 from gcssl.runtime import entry, keep_freed_memory
+from gcssl.ssl.base import Setup
 from gcssl.ssl.simmim import SimMIM, SimMIMConfig
 from scripts.timing import Step, alternate, device, markdown, ratios, write
 
@@ -108,7 +109,7 @@ def training_steps(batch: int) -> dict[str, Step]:
     student, tuned = (build_backbone("gcvit_xxtiny", 224, classes) for classes in (0, 1000))
     objectives: dict[str, tuple[nn.Module, dict[str, Any]]] = {
         "SimMIM's pretraining": (
-            SimMIM(SimMIMConfig(mask_unit=32), student, AugmentConfig(), (224, 224), 1, 1),
+            SimMIM(SimMIMConfig(mask_unit=32), student, Setup(AugmentConfig(), (224, 224), 1, 1)),
             {"views": [x], "masks": [masks]},
         ),
         "fine-tuning": (

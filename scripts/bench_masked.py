@@ -113,6 +113,8 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     encoder = build_backbone(args.variant, img_size=args.size).train().to(device())
+    if not isinstance(encoder, GCViT):
+        raise UserError(f"--variant: given {args.variant}, expected a GC ViT, which can leave tokens out")
     x = torch.randn(args.batch, 3, args.size, args.size, device=device())
     swin = build_backbone("swin_tiny_patch4_window7_224", img_size=args.size).train().to(device())
     rows = measure(ways(encoder, swin, x, args.ratio, args.bf16), args.rounds, args.batch)

@@ -70,8 +70,8 @@ def main(argv: list[str]) -> None:
     runs = [Path(word) for word in argv if "=" not in word]
     x, out = options.get("x", "epochs"), Path(options.get("out", ""))
     if not runs or not options.keys() <= {"out", "metrics", "x"} or x not in AXES:
-        told = f"expected run folders, out=<file>.png, x={' or '.join(AXES)} and metrics=loss,..."
-        raise UserError(f"given {' '.join(argv) or 'nothing'}, {told}")
+        expected = f"expected run folders, out=<file>.png, x={' or '.join(AXES)} and metrics=loss,..."
+        raise UserError(f"given {' '.join(argv) or 'nothing'}, {expected}")
     if out.suffix != ".png":
         raise UserError(f"out={out if out.name else ''}: expected the name of a .png, written over if it is there")
     check_writable(str(out.parent))

@@ -91,7 +91,7 @@ def evaluate(out: Path, precision: str, quick: bool) -> dict[str, Any]:
         name = module.__name__.rpartition(".")[2]
         argv = [*files, f"backbone={out}", "compare=random", *settings]
         heading(number, name, " ".join([*LAUNCH, "-m", f"gcssl.eval.{name}", *argv]))
-        cfg = load_config(schema, argv)
+        cfg: Any = load_config(schema, argv)
         train = cfg.train if module is finetune else TrainConfig(precision=cfg.precision)
         result = module.run(cfg, make_accelerator(train, cfg.runtime))
         merged |= {key: value for key, value in result.items() if "/" in key}

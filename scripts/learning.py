@@ -74,6 +74,7 @@ def learn(name: str, out: Path) -> dict[str, Any]:
     took = time.perf_counter() - start
     accelerator = make_accelerator(cfg.train, cfg.runtime)
     result: dict[str, Any] = {"objective": name, "settings": [*COMMON, *SETTINGS[name]], "seconds": round(took)}
+    assert cfg.train.steps is not None  # SETTINGS says how many
     result |= {"images": cfg.train.steps * cfg.train.batch_size, "seed": cfg.train.seed, "untrained": {}}
     for module, schema in ((knn, knn.KnnConfig), (linear_probe, linear_probe.LinearProbeConfig)):
         found = module.run(load_config(schema, [f"backbone={out}", "compare=random"]), accelerator)

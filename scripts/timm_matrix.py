@@ -285,7 +285,11 @@ def reasons(row: Row) -> list[list[str]]:
 def read_rows(text: str) -> dict[str, Row]:
     """model -> its row in the document."""
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    rows = {x[1]: Row(*x[:5], {}) for x in lines if len(x) == len(TITLES) and x[0] not in (TITLES[0], "---")}
+    rows = {
+        x[1]: Row(x[0], x[1], x[2], x[3], x[4], {})
+        for x in lines
+        if len(x) == len(TITLES) and x[0] not in (TITLES[0], "---")
+    }
     for name, whats, line in (x for x in lines if len(x) == len(REASONS) and x[0] in rows):
         rows[name].refusals |= dict.fromkeys(whats.split(", "), line)
     return rows

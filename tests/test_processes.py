@@ -253,7 +253,18 @@ def test_a_sharded_run_is_the_same_run(recipe: str, tmp_path: Path) -> None:
     for name in ("loss", "grad_norm"):  # a slice's sums may be taken in another order
         ours, theirs = ([line[name] for line in lines(folder) if name in line] for folder in (whole, out))
         assert theirs == pytest.approx(ours, rel=1e-5 if name == "grad_norm" else 1e-6), name
-    for file in ("backbone", "checkpoints/step_00000006/model", "checkpoints/step_00000006/optimizer"):
-        ours, theirs = load_file(whole / f"{file}.safetensors"), load_file(out / f"{file}.safetensors")
-        # where a gradient is all but zero Adam scales its rounding error up to a part of the lr
-        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6 if file.endswith("optimizer") else 2e-5)
+    last = "checkpoints/step_00000006"
+    weights, backbone, slots = (
+        [load_file(folder / f"{file}.safetensors") for folder in (whole, out)]
+        for file in (f"{last}/model", "backbone", f"{last}/optimizer")
+    )
+    torch.testing.assert_close(*slots, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*backbone, rtol=1e-5, atol=2e-5)  # all of it is in the weights, which are held closer
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=2e-5)
+    groups = json.loads((whole / last / "state.json").read_text())["optimizer"]["groups"]
+    for name, place in [pair for group in groups for pair in zip(group["names"], group["params"], strict=True)]:
+        ours, theirs = (part[name] for part in weights)
+        # a gradient that is rounding error, such as that of a key's bias, Adam scales up to a part of the lr
+        noise = slots[0][f"{place}.exp_avg_sq"].sqrt() < 1e-9
+        apart = ~torch.isclose(ours, theirs, rtol=1e-5, atol=1e-6) & ~noise
+        assert apart.sum() <= apart.numel() // 10_000, name  # some gradients are that small at first alone

@@ -9,6 +9,7 @@ from gcssl.errors import UserError
 from scripts import bench
 
 
+@pytest.mark.slow
 def test_a_benchmark_measured_again_replaces_its_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

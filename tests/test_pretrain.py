@@ -97,7 +97,7 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> Non
         time.sleep(0.02)
 
 
-FAST = ("simmim", "dino", "joint")  # they hold every kind of state but MoBY's queue, which is a buffer like the centre
+FAST = ("dino", "joint")  # they hold every kind of state but MoBY's queue, which is a buffer like the centre
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """What every frozen evaluation reads and writes: backbone, data with its test split, result file."""
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -194,12 +193,11 @@ def result_path(cfg: Any, task: str, run: dict[str, Any] | None) -> Path:
 def open_splits(data: DataConfig, size: tuple[int, int], only_test: bool = False) -> tuple["Images", "Images", str]:
     """Labelled train and test images and the test split's name; without one, train's held-out slice.
 
-    only_test: a test split alone will do, and stands in for train.
+    only_test: a test split, or a set of one split, will do, and stands in for train.
     """
     if only_test:
-        with contextlib.suppress(UserError):  # what is wrong, if it is not the want of a test split, comes up below
-            splits = open_data(data, size, only_test=True)
-            return splits.train, splits.train, splits.train.name
+        splits = open_data(data, size, only_test=True)
+        return splits.train, splits.train, splits.train.name
     splits = open_data(data, size)
     train, test = splits.train, splits.test
     labels_of(train)  # refuses a set without
@@ -239,7 +237,9 @@ def open_inputs(cfg: InputConfig, accelerator: "Accelerator", only_test: bool = 
     model, data = model_of(cfg, run), data_of(cfg, run)
     backbone, info = load_backbone(cfg.backbone, model, cfg.encoder)
     with main_process_first(accelerator):  # it fills the caches
-        train, test, name = open_splits(data, backbone.img_size, only_test and run is None)
+        # of its own set, a run without a test split has trained on all but the held-out slice
+        own = run is not None and data.path == run["data"]["path"]
+        train, test, name = open_splits(data, backbone.img_size, only_test and not own)
     cfg = dataclasses.replace(cfg, data=data)
     n_classes = count_classes(train, test)
     say(describe_test(labels_of(test), name))
@@ -266,10 +266,14 @@ def _ready(backbone: Backbone, accelerator: "Accelerator") -> Backbone:
 
 
 def other_inputs(inputs: Inputs, spec: str) -> Inputs:
-    """The same data for another backbone; random and none are built like the one evaluated."""
-    size = list(inputs.crop.size)
-    model = built_model(inputs.info, size) if spec in FRESH else AskedModel(img_size=size)
-    backbone, info = load_backbone(spec, model, inputs.cfg.encoder)
+    """The same data for another backbone; random and none are built like the one evaluated, and see what it sees."""
+    if spec in FRESH:
+        backbone, info = load_backbone(spec, built_model(inputs.info, list(inputs.crop.size)))
+        info |= {key: inputs.info[key] for key in ("crop_pct", "crop_mode", "interpolation") if key in inputs.info}
+        backbone.mean, backbone.std = inputs.backbone.mean, inputs.backbone.std
+    else:
+        size = AskedModel(img_size=inputs.cfg.model.img_size)
+        backbone, info = load_backbone(spec, size, inputs.cfg.encoder)
     return dataclasses.replace(inputs, spec=spec, backbone=_ready(backbone, inputs.accelerator), info=info)
 
 
@@ -352,7 +356,9 @@ def evaluate(
     result = {**ours["metrics"], **common_notes(inputs, cfg.precision, cfg.seed), **ours["notes"]}
     result["correct"] = packed(ours, len(inputs.test))
     if other is not None:
-        result["compare"] = comparison(cfg.compare, ours, judge(other, other.cfg))
+        theirs = judge(other, other.cfg)
+        theirs["notes"] = {**common_notes(other, cfg.precision, cfg.seed), **theirs["notes"]}
+        result["compare"] = comparison(cfg.compare, ours, theirs)
     result["seconds"] = round(time.perf_counter() - begin, 2)
     report(task, cfg, path, settings, result, accelerator.is_main_process)
     accelerator.wait_for_everyone()

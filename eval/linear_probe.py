@@ -181,12 +181,16 @@ def make_grid(x: dict[str, Tensor], settings: Sequence[Setting], n_classes: int,
     return HeadGrid({kind: x[kind].shape[1] for kind in kinds}, n_classes, settings, device)
 
 
-def choose(scores: dict[Setting, tuple[float, float]]) -> Setting:
-    """The best top-1, then the lower loss; UserError when every head diverged."""
-    best = max(scores, key=lambda s: scores[s])
-    if scores[best][0] == -math.inf:
+def choose(scores: dict[Setting, tuple[float, float]], n: int) -> Setting:
+    """The lowest loss within one standard error of the best top-1 of n images; UserError when every head diverged.
+
+    On a few hundred images the best of a grid is often the luckiest: by its loss the choice varies less.
+    """
+    best = max(top1 for top1, _ in scores.values())
+    if best == -math.inf:
         raise UserError("every linear head diverged: pass smaller lrs=[...]")
-    return best
+    error = math.sqrt(best * (100 - best) / n)
+    return max((s for s in scores if scores[s][0] >= best - error), key=lambda s: scores[s][1])
 
 
 # ------------------------------------------------------------------------------------------------ protocols
@@ -238,7 +242,7 @@ def _cached(inputs: Inputs, settings: list[Setting], plan: Plan, held: np.ndarra
     rows, slice_rows = keep.nonzero()[:, 0].to(y.device), slice_rows.to(y.device)
     grid, norm = train_heads(x, y, rows, settings, inputs.n_classes, plan, device)
     scores = grid.scores({kind: value[slice_rows] for kind, value in x.items()}, y[slice_rows], norm)
-    setting = broadcast(choose(scores))
+    setting = broadcast(choose(scores, len(slice_rows)))
     everything = torch.arange(len(y), device=y.device)
     grid, norm = train_heads(x, y, everything, [setting], inputs.n_classes, plan, device)
     seconds = time.perf_counter() - begin
@@ -272,7 +276,7 @@ def _augmented(inputs: Inputs, settings: list[Setting], plan: Plan, held: np.nda
             say(f"linear probe: epoch {epoch + 1} of {plan.epochs}, about {left / 60:.0f} min left")
     slice_ = inputs.features(inputs.train.select(np.sort(held)), kinds)
     scores = grids[0][0].scores(slice_.x, slice_.y, grids[0][1])
-    setting = broadcast(choose(scores))
+    setting = broadcast(choose(scores, len(slice_.y)))
     grid, norm = grids[1]
     return Probe(setting, scores[setting][0], *grid.head(setting), _on_cpu(norm), len(rows[1]), len(slice_.y), seconds)
 

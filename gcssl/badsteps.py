@@ -6,10 +6,10 @@ SkipStepOptimizer, on the loss alone.
 """
 
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -64,7 +64,7 @@ class BadSteps:
     def _spike(self, loss: float) -> str:
         if self.sigma is None or len(self.losses) < WINDOW:
             return ""
-        mean, deviation = statistics.fmean(self.losses), statistics.pstdev(self.losses)
+        mean, deviation = float(np.mean(self.losses)), float(np.std(self.losses))
         if loss <= mean + self.sigma * deviation:
             return ""
         return f"loss {loss:.6g}: above {mean:.6g} + {self.sigma:g} x {deviation:.2g}, those of the last {WINDOW} steps"

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gcssl.errors import CannotWrite, UserError
+from gcssl.errors import CannotWrite, UserError, check_machine
 from gcssl.files import atomic_write, fsync_folder, umask_mode
 from gcssl.log import say
 
@@ -116,6 +116,7 @@ def read_checkpoint(path: Path) -> Loaded:
         tensors = {Path(name).stem: load_file(path / name) for name in names if name.endswith(".safetensors")}
         state = json.loads((path / "state.json").read_text())
     except (OSError, SafetensorError, ValueError) as error:
+        check_machine(error, str(path))
         raise UserError(f"{path}: not used: {' '.join(str(error).split())}") from None
     return Loaded(path, _step_of(path), tensors, state)
 
@@ -129,7 +130,8 @@ def verify(path: Path) -> str | None:
         step = int(manifest["step"])
     except FileNotFoundError:
         return "manifest.json is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        check_machine(error, str(path / "manifest.json"))
         return "manifest.json cannot be read"
     if STEP_FOLDER.fullmatch(path.name) and step != _step_of(path):
         return f"manifest.json is of step {step}"
@@ -146,6 +148,7 @@ def verify(path: Path) -> str | None:
             if _sha256(path / name) != digest:
                 return f"{name} has another sha256 than when it was written"
         except OSError as error:
+            check_machine(error, str(path / name))
             return f"{name} cannot be read: {error.strerror}"
     return None
 

@@ -113,7 +113,8 @@ def open_data(cfg: DataConfig, img_size: tuple[int, int] = (64, 64), only_test: 
     """Find and open the splits of `cfg.path`; raises UserError in one line. Nothing is decoded yet.
 
     test: data.val_split, else the first labelled one of validation, val, test (and their other names), else
-    None. With `only_test` no training split is needed: both fields are the test split, its class ids its own.
+    None. With `only_test` no training split is needed: both fields are the test split, its class ids its own; a set
+    of one split is its own test split.
     The generated set is drawn at img_size (H, W).
     """
     if cfg.path == "shapes":
@@ -134,7 +135,8 @@ def open_data(cfg: DataConfig, img_size: tuple[int, int] = (64, 64), only_test: 
     if cfg.val_split is not None and not only_test and cfg.val_split == _train_name(cfg, found):
         raise UserError(f"data.val_split: given {cfg.val_split}, which is trained on; expected another split")
     if only_test:
-        alone = _test(cfg, found, None)
+        first = next(iter(found))
+        alone = _images(_open(cfg, found, first), first, None) if len(found) == 1 else _test(cfg, found, None)
         if alone is None:
             raise UserError(f"data.val_split: no labelled test split in {cfg.path}: {', '.join(found)}")
         return Splits(alone, lambda: alone)

@@ -49,7 +49,7 @@ def check_machine(error: Exception, what: str) -> None:
     A MemoryError is not among them: decoders raise it on damaged sizes.
     """
     if isinstance(error, OSError) and error.errno in FAULTS:
-        told = f"{what} cannot be read: {error.strerror}; this says nothing of the image"
+        told = f"{what} cannot be read: {error.strerror}; this says nothing of the file"
         raise Failure(f"{told}: look after the machine, and run the same command again") from error
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gcssl.config import DataConfig
-from gcssl.errors import UserError
+from gcssl.errors import UserError, one_line
 from gcssl.log import say
 from gcssl.sources import LISTS, TEST_NAMES, TRAIN_NAMES, Files, Found, Raw
 
@@ -129,17 +129,19 @@ def _test_tree(root: Path, train: Path, val_labels: str | None, needs_labels: bo
 
 def read_label_file(path: Path, names: list[str]) -> list[str]:
     """Class names of `names` (sorted file names) from Kaggle's csv or from one name per line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.val_labels: {path} cannot be read as text: {one_line(error)}") from None
     if path.suffix.lower() == ".csv":
-        with path.open(newline="") as file:
-            rows = [row for row in csv.reader(file) if len(row) > 1]
+        rows = [row for row in csv.reader(text.splitlines()) if len(row) > 1]
         by_image = {row[0]: row[1].split()[0] for row in rows if row[1].split()}
         missing = [name for name in names if Path(name).stem not in by_image]
         if missing:
             lack = f"no row for {len(missing)} of {len(names)} files, first {missing[0]}"
             raise UserError(f"data.val_labels: {path} has {lack}")
         return [by_image[Path(name).stem] for name in names]
-    lines = path.read_text().split("\n")
-    lines = [line.strip() for line in lines if line.strip()]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     if len(lines) != len(names):
         raise UserError(f"data.val_labels: {path} has {len(lines)} lines, expected one for each of {len(names)}")
     if all(line.isdigit() for line in lines):

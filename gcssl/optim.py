@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Collection, Iterable
-from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +11,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from gcssl.config import TrainConfig
     from gcssl.loader import Sizes
-
-UNDECAYED = ("*.bias", "bias", "*token", "*tokens", "*relative_position_bias_table*", "*pos_embed*")
 
 
 def param_groups(
@@ -25,8 +22,8 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Groups of equal weight decay and lr scale; each trainable parameter once, in the order given.
 
-    Undecayed: vectors and scalars, names in `no_decay` (also of a part: "a" matches "encoder.a"), and names
-    that match UNDECAYED (biases, tokens, bias tables).
+    Undecayed: vectors and scalars (biases, norms, our tokens), and names in `no_decay` (bias tables, position
+    embeddings; also of a part: "a" matches "encoder.a").
     layer_ids: name -> depth, 0 the first layer; scale = layer_decay ** (deepest id - id), as in BEiT
     (arXiv:2106.08254) where there is a head; a name without an id is a new head and keeps scale 1. None: all are 1.
     Group keys: params, names, weight_decay, lr_scale, decay.
@@ -38,8 +35,7 @@ def param_groups(
     for name, parameter in named_params:
         if not parameter.requires_grad:
             continue
-        undecayed = parameter.ndim < 2 or any(fnmatch(name, pattern) for pattern in UNDECAYED)
-        decay = not undecayed and not any(f".{name}".endswith(f".{other}") for other in no_decay)
+        decay = parameter.ndim >= 2 and not any(f".{name}".endswith(f".{other}") for other in no_decay)
         depth = layer_ids.get(name, deepest) if layer_ids else deepest
         scale = layer_decay ** (deepest - depth)
         group = groups.setdefault(

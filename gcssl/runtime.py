@@ -38,6 +38,7 @@ def entry(main: Callable[[list[str]], None]) -> None:
     """Run a program's main on the command line and leave with its exit code (1 with a traceback)."""
     quiet_libraries()
     follow_launcher()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a file name may be no UTF-8
     error: BaseException | None = None
     try:
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -179,7 +180,11 @@ def batch_layout(train: "TrainConfig", world: int) -> tuple[int, int, int]:
             f"train.global_batch: given {train.global_batch}, expected a multiple of {batch * world} "
             f"(train.batch_size {batch} x {world} processes); change train.batch_size"
         )
-    return batch, train.global_batch // (batch * world), train.global_batch
+    accumulate = train.global_batch // (batch * world)
+    if train.accumulate not in (1, accumulate):
+        told = f"train.global_batch={train.global_batch} accumulates {accumulate} here"
+        raise UserError(f"train.accumulate: given {train.accumulate}, but {told}; leave one of the two out")
+    return batch, accumulate, train.global_batch
 
 
 def make_accelerator(train: "TrainConfig", runtime: "RuntimeConfig") -> "Accelerator":

@@ -1,5 +1,6 @@
 """What a layout on disk hands to data.py: a reader and the labels as they were found."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,13 +40,13 @@ class Files:
     """Image files below one folder; the names lie in one Arrow buffer, which workers share."""
 
     def __init__(self, root: Path, names: list[str]) -> None:
-        self.root, self.names = root, pa.array(names, pa.large_string())
+        self.root, self.names = root, pa.array(map(os.fsencode, names), pa.large_binary())  # a name may be no UTF-8
 
     def __len__(self) -> int:
         return len(self.names)
 
     def read(self, i: int) -> Path:
-        return self.root / str(self.names[i])
+        return self.root / os.fsdecode(self.names[i].as_py())
 
     def where(self, i: int) -> str:
         return str(self.read(i))

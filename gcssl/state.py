@@ -48,10 +48,17 @@ class RunState:
             accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
         loaded = load_checkpoint(run.path)
         run.step = 0 if loaded is None else loaded.step
-        steps = gather_object([run.step]) if accelerator.num_processes > 1 else [run.step]
+        own = [(run.step, run.facts["data"])]
+        steps, data = zip(*(gather_object(own) if accelerator.num_processes > 1 else own), strict=True)
         if len(set(steps)) > 1:
-            raise UserError(f"out: the processes find other steps in {run.path}: {steps}; give a folder that all share")
+            told = f"the processes find other steps in {run.path}: {list(steps)}"
+            raise UserError(f"out: {told}; give a folder that all share")
+        if len(set(data)) > 1:
+            raise UserError("data.path: the processes find other images or labels there; give all the same ones")
         if loaded is None:
+            if (run.path / "backbone.safetensors").exists():
+                told = "holds a finished run without its checkpoints, which would begin again"
+                raise UserError(f"out: {run.path} {told}; give another folder, or remove this one")
             return 0
         self.objective.load_state_dict(loaded.tensors["model"])
         for name in ("encoder", "teacher") if "mean" in loaded.state else ():

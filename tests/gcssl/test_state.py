@@ -22,7 +22,7 @@ def state(folder: Path, scale: float) -> RunState:
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     model = nn.Module()
     model.encoder = build_backbone("gcvit_nano", 64)
-    run: Any = Namespace(path=folder, step=0, is_main=True)
+    run: Any = Namespace(path=folder, step=0, is_main=True, facts={"data": "fingerprint"})
     return RunState(run, model, torch.optim.SGD(model.parameters()), accelerator, {}, None)
 
 
@@ -49,14 +49,28 @@ def test_an_incident_that_cannot_be_written_still_ends_in_its_reason(
     assert outcome(stop.value)[1] == 78 and "incidents/after_step_3: not written:" in line
 
 
-def test_processes_that_see_other_checkpoints_are_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ((6, "fingerprint"), r"the processes find other steps in .*: \[0, 6\]; give a folder that all share"),
+        ((0, "another"), r"data.path: the processes find other images or labels there; give all the same ones"),
+    ],
+)
+def test_processes_that_see_other_files_are_told_so(
+    other: tuple[int, str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = state(tmp_path, scale=4.0)
     one.accelerator = Namespace(num_processes=2, scaler=None)
-    monkeypatch.setattr("gcssl.state.gather_object", lambda steps: [*steps, 6])  # what another process found
-    with pytest.raises(
-        UserError, match=r"the processes find other steps in .*: \[0, 6\]; give a folder that all share"
-    ):
+    monkeypatch.setattr("gcssl.state.gather_object", lambda own: [*own, other])
+    with pytest.raises(UserError, match=told):
         one.resume()
+
+
+@pytest.mark.fault("the checkpoints of a finished run deleted", "the same command is refused; nothing begins again")
+def test_a_finished_run_without_its_checkpoints_does_not_begin_again(tmp_path: Path) -> None:
+    (tmp_path / "backbone.safetensors").touch()
+    with pytest.raises(UserError, match=r"finished run without its checkpoints, which would begin again; give another"):
+        state(tmp_path, scale=4.0).resume()
 
 
 @pytest.mark.fault(

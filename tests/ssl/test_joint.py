@@ -251,7 +251,9 @@ def test_every_view_objective_joins(view: str, make_objective: Make, make_batch:
     out["loss"].backward()
     assert not [n for n, p in joint.named_parameters() if p.requires_grad and p.grad is None]
     joint.after_step(0)
-    assert hasattr(joint, "freeze") == hasattr(joint.view, "freeze")
+    joint.view.freeze, told = (lambda step: told.append(step)), []
+    joint.freeze(3)
+    assert told == [3]
 
 
 def test_small_crops_come_before_the_masked_one(make_objective: Make, make_batch: Make) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from gcssl.checkpoint import write_tensors
 from gcssl.config import ModelConfig, load_config
 from gcssl.errors import UserError
+from gcssl.files import aside, replacing
 from gcssl.log import say
 from gcssl.models.build import AskedModel, Backbone, Saved, backbone_info, load_backbone, rebuild, recognise
 from gcssl.models.convert import load_weights
@@ -81,7 +82,7 @@ def export_timm(backbone: Backbone, info: dict[str, Any], out: Path) -> float:
     """The folder that timm loads; returns the largest relative difference of timm's outputs from ours."""
     config = timm_config(backbone, info)
     weights = backbone if isinstance(backbone, GCViT) else backbone.model
-    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    temporary = aside(out)
     temporary.mkdir()
     try:
         write_tensors(temporary / "model.safetensors", weights.state_dict())
@@ -193,20 +194,12 @@ def readme(config: dict[str, Any], name: str) -> str:
 
 def export_torch(backbone: Backbone, info: dict[str, Any], out: Path) -> float:
     """A state dict and its description; returns the largest relative difference of the outputs read back."""
-    described = out.with_suffix(".json")
-    files = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in (out, described)]
-    try:
-        torch.save({k: v.detach().cpu() for k, v in backbone.state_dict().items()}, files[0])
-        files[1].write_text(json.dumps({**info, **backbone_core(backbone)}, indent=1) + "\n")
-        again = rebuild(Saved({}, backbone.name, json.loads(files[1].read_text())["model_args"], {}))
-        load_weights(again, torch.load(files[0], weights_only=True))
-        difference = largest_difference(backbone, again if isinstance(again, GCViT) else again.model)
-        os.replace(files[1], described)
-        os.replace(files[0], out)
-    finally:
-        for path in files:
-            path.unlink(missing_ok=True)
-    return difference
+    with replacing(out) as weights, replacing(out.with_suffix(".json")) as described:
+        torch.save({k: v.detach().cpu() for k, v in backbone.state_dict().items()}, weights)
+        described.write_text(json.dumps({**info, **backbone_core(backbone)}, indent=1) + "\n")
+        again = rebuild(Saved({}, backbone.name, json.loads(described.read_text())["model_args"], {}))
+        load_weights(again, torch.load(weights, weights_only=True))
+        return largest_difference(backbone, again if isinstance(again, GCViT) else again.model)
 
 
 # ---- onnx
@@ -220,7 +213,6 @@ def export_onnx(backbone: Backbone, info: dict[str, Any], out: Path) -> float:
     except ImportError as error:
         raise UserError(f"format=onnx: {error.name} is not installed; pip install 'gcssl[onnx]'") from None
     say("export: tracing the model for ONNX; a large one takes minutes")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     free = ({0: torch.export.Dim("batch")},)  # traced with two images, tried with three
     program = torch.onnx.export(
         backbone, (_images(backbone, 2),), dynamo=True, verbose=False, dynamic_shapes=free,
@@ -232,16 +224,12 @@ def export_onnx(backbone: Backbone, info: dict[str, Any], out: Path) -> float:
     description = {**info, **backbone_core(backbone)}
     program.model.metadata_props.update({key: json.dumps(value) for key, value in description.items()})
     images = _images(backbone, 3)
-    try:
+    with replacing(out) as temporary:
         program.save(temporary)
         session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
         with torch.no_grad():
             ours = backbone(images)
-        difference = _difference(backbone, ours, torch.from_numpy(session.run(None, {"images": images.numpy()})[0]))
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return difference
+        return _difference(backbone, ours, torch.from_numpy(session.run(None, {"images": images.numpy()})[0]))
 
 
 def main(argv: list[str]) -> None:

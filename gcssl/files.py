@@ -1,7 +1,9 @@
 """Writing files so that a reader finds the old content or the new, never half of it."""
 
+import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -29,19 +31,27 @@ def umask_mode() -> int:
     return 0o666 & ~mask
 
 
-def atomic_write(path: Path | str, content: bytes | str) -> None:
-    """Write next to `path`, fsync, rename over it, fsync the folder.
+def aside(path: Path) -> Path:
+    """A name beside `path` that no other process takes."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{socket.gethostname()}.tmp")  # containers share ids
 
-    Leaves no temporary file behind on an error.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{socket.gethostname()}.tmp")  # containers share ids
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, which it replaces at the end; on an error it is removed."""
+    temporary = aside(path)
     try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def atomic_write(path: Path | str, content: bytes | str) -> None:
+    """Write next to `path`, fsync, rename over it, fsync the folder."""
+    path = Path(path)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
     fsync_folder(path.parent)

@@ -28,14 +28,14 @@ from gcssl.log import RunLog, cut_after, say
 from gcssl.meter import BadSamples, Meter
 from gcssl.models.build import Backbone, backbone_info, check_exists, from_config, load_backbone
 from gcssl.optim import groups_table, make_optimizer, param_groups, rates_at, set_lr
+from gcssl.rng import DROP_PATH, INIT, MODEL, rng, seed_torch
 from gcssl.runfolder import RunFolder, broadcast, check_writable
-from gcssl.runtime import StopSignal, check_accelerator, entry, main_process_first, make_accelerator, rng, seed_torch
+from gcssl.runtime import StopSignal, check_accelerator, entry, main_process_first, make_accelerator
 from gcssl.shard import check_shard, gathered, shard, whole, whole_tensor
 from gcssl.ssl.base import Objective
 from gcssl.ssl.gather import average_
 from gcssl.ssl.objectives import SCHEMAS, make_objective
 from gcssl.state import RunState, saves_at
-from gcssl.streams import DROP_PATH, INIT, MODEL
 
 
 def main(argv: list[str]) -> None:

@@ -15,8 +15,7 @@ from gcssl.augment import INTERPOLATIONS, ViewSpec, crop_resize, draw_view, norm
 from gcssl.errors import NotFinite, UserError
 from gcssl.loader import eval_loader
 from gcssl.log import say
-from gcssl.runtime import rng
-from gcssl.streams import AUGMENT
+from gcssl.rng import AUGMENT, rng
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

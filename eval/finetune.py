@@ -48,10 +48,10 @@ from gcssl.log import say
 from gcssl.models.build import FRESH, AskedModel, Backbone, backbone_info, from_config_on_meta, load_backbone
 from gcssl.optim import groups_table, param_groups
 from gcssl.pretrain import drop_noise, fit
+from gcssl.rng import INIT, MIXUP, seed_host, seed_torch
 from gcssl.runfolder import RunFolder
-from gcssl.runtime import batch_layout, entry, main_process_first, make_accelerator, seed_host, seed_torch
+from gcssl.runtime import batch_layout, entry, main_process_first, make_accelerator
 from gcssl.ssl.base import Objective
-from gcssl.streams import INIT, MIXUP
 
 
 @dataclass

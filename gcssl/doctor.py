@@ -28,10 +28,10 @@ from gcssl.log import say
 from gcssl.models.gcvit import GCViT
 from gcssl.patient import DoctorConfig, Patient, checkpoint_bytes, examine
 from gcssl.rehearsal import changed, first_minutes, first_steps, rate, replay, verify_resume
-from gcssl.runtime import entry, seed_torch
+from gcssl.rng import MODEL, seed_torch
+from gcssl.runtime import entry
 from gcssl.ssl.masking import upsample_mask
 from gcssl.ssl.objectives import SCHEMAS
-from gcssl.streams import MODEL
 
 MOST_BAD = 5  # images that cannot be decoded, of those named
 ALIKE = 0.999  # cosine of two centred thumbnails that show the same picture

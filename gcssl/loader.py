@@ -20,8 +20,8 @@ from gcssl.data import BadImage, Images
 from gcssl.errors import UserError
 from gcssl.log import say
 from gcssl.optim import scaled_lr
-from gcssl.runtime import batch_layout, rng
-from gcssl.streams import AUGMENT, ORDER, REPLACE
+from gcssl.rng import AUGMENT, ORDER, REPLACE, rng
+from gcssl.runtime import batch_layout
 from gcssl.workers import ReportingSet, WorkerLoader
 
 REPLACEMENTS = 20  # bad images in a row before the set is called broken

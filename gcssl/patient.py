@@ -16,8 +16,8 @@ from gcssl.eval.online import probe_parts
 from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, collate
 from gcssl.log import say
 from gcssl.pretrain import build_pretrain_backbone, check_objective, pretrain_sizes
+from gcssl.rng import rng
 from gcssl.runfolder import check_writable
-from gcssl.runtime import rng
 from gcssl.shard import check_shard
 from gcssl.ssl.objectives import make_objective
 from gcssl.workers import ReportingSet, WorkerLoader

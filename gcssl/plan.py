@@ -21,9 +21,9 @@ from gcssl.loader import Sizes
 from gcssl.log import say
 from gcssl.patient import DoctorConfig, DoctorOptions, Patient, checkpoint_bytes, examine
 from gcssl.rehearsal import changed, duration, first_steps, rate
-from gcssl.runtime import bf16_is_fast, entry, seed_torch
+from gcssl.rng import MODEL, seed_torch
+from gcssl.runtime import bf16_is_fast, entry
 from gcssl.ssl.objectives import SCHEMAS
-from gcssl.streams import MODEL
 
 Row = tuple[str, str, str]  # what, how much, where from
 Shape = Sequence[int]

@@ -1,15 +1,13 @@
-"""What a process needs around the training: its end, stop signals, seeds, the accelerator.
+"""What a process needs around the training: its end, stop signals, the accelerator.
 
 The run folder is in gcssl/runfolder.py, the exit codes in gcssl/errors.py.
 """
 
 import ctypes
 import functools
-import hashlib
 import itertools
 import logging
 import os
-import random
 import signal
 import sys
 import time
@@ -21,8 +19,6 @@ from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Self
-
-import numpy as np
 
 from gcssl.errors import Failure, Preempted, UserError, is_full_disk, is_main_process, outcome
 
@@ -131,35 +127,6 @@ def quiet_libraries() -> None:
         sys.modules["datasets"].disable_progress_bars()
     if "huggingface_hub" in sys.modules:
         sys.modules["huggingface_hub"].utils.disable_progress_bars()
-
-
-def _digest(seed: int, key: tuple[int, ...]) -> int:
-    """128 bits from any number of integers; unlike in numpy's SeedSequence, (1,) and (1, 0) differ."""
-    text = b",".join(b"%d" % part for part in (seed, *key))
-    return int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")
-
-
-def rng(seed: int, *key: int) -> np.random.Generator:
-    """The one stateless generator: Philox keyed by all integers; equal keys, equal draws, in any process."""
-    return np.random.Generator(np.random.Philox(key=_digest(seed, key)))
-
-
-def seed_torch(seed: int, *key: int) -> None:
-    """Seed Python's, numpy's and torch's global generators (CUDA included) from a key like that of `rng`."""
-    import torch
-
-    torch.manual_seed(seed_host(seed, *key))
-
-
-def seed_host(seed: int, *key: int) -> int:
-    """seed_torch on the CPU alone, in a tenth of its time; returns torch's seed."""
-    import torch
-
-    number = _digest(seed, key)
-    random.seed(number)
-    np.random.seed(number & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(number & 0x7FFFFFFFFFFFFFFF)
-    return number & 0x7FFFFFFFFFFFFFFF
 
 
 def batch_layout(train: "TrainConfig", world: int) -> tuple[int, int, int]:

@@ -30,7 +30,8 @@ from gcssl.augment import BYOL_1, BYOL_2, IMAGENET_MEAN, IMAGENET_STD, SIMCLR, S
 from gcssl.config import AugmentConfig
 from gcssl.data import decode
 from gcssl.loader import Drawn, ViewMaker, batch_to_device, collate
-from gcssl.runtime import entry, keep_freed_memory, rng
+from gcssl.rng import rng
+from gcssl.runtime import entry, keep_freed_memory
 from scripts.timing import alternate, device, markdown, ratios, write
 
 SIZE = (224, 224)

@@ -12,7 +12,7 @@ from gcssl.eval.features import frozen
 from gcssl.log import RunLog
 from gcssl.patient import DoctorConfig, examine
 from gcssl.pretrain import pretrain, show_batch
-from gcssl.runtime import seed_torch
+from gcssl.rng import seed_torch
 from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 
 YAML = Path(__file__).parent.parent / "configs/pretrain"

@@ -36,7 +36,7 @@ from gcssl.augment import (
 )
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
-from gcssl.runtime import rng
+from gcssl.rng import rng
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOLERANCE = 2 / 255
@@ -326,7 +326,7 @@ def test_crops_are_the_same_with_and_without_vector_instructions() -> None:
     program = (
         "import hashlib, numpy as np, torch; from dataclasses import replace\n"
         "from gcssl.augment import *\n"
-        "from gcssl.runtime import rng; digest = hashlib.sha256()\n"
+        "from gcssl.rng import rng; digest = hashlib.sha256()\n"
         "image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)\n"
         "for spec in (SIMMIM, SIMCLR):\n"
         "    for i in range(20):\n"

@@ -2,14 +2,12 @@
 
 import errno
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,8 +19,6 @@ from gcssl.runtime import (
     bf16_is_fast,
     entry,
     make_accelerator,
-    rng,
-    seed_torch,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,33 +175,6 @@ def test_the_time_limit_is_a_request_too() -> None:
         assert stop.requested and "train.max_hours" in stop.reason
     with StopSignal(max_hours=1.0) as stop:
         assert not stop.requested
-
-
-# --- randomness
-
-
-def test_rng_is_a_function_of_all_its_integers() -> None:
-    keys = [(0,), (0, 0), (0, 1), (1,), (1, 0), (0, 1, 0), (1, 10), (11, 0)]
-    draws = {key: float(rng(*key).random()) for key in keys}
-    assert len(set(draws.values())) == len(keys)
-    assert rng(0, 1).random() == draws[(0, 1)] and rng(np.int64(0), np.int64(1)).random() == draws[(0, 1)]
-    assert rng(2**70, 3).random() != rng(2**70 + 1, 3).random()
-
-
-def test_rng_is_the_same_in_every_version() -> None:
-    assert rng(0, 1, 2).integers(0, 2**32, 3).tolist() == [1852763183, 2322314637, 867566586]
-
-
-def test_seed_torch_seeds_all_three() -> None:
-    def draw() -> tuple[float, float, float]:
-        return random.random(), float(np.random.random()), float(torch.rand(()))
-
-    seed_torch(0, 5)
-    first = draw()
-    seed_torch(0, 5)
-    assert draw() == first
-    seed_torch(0, 6)
-    assert all(a != b for a, b in zip(draw(), first, strict=True))
 
 
 # --- accelerator

@@ -3,9 +3,10 @@
 #   DATA=cifar10_12k bash scripts/cifar_study.sh pretrain joint        # mocov3 | joint | simmim, then kNN and linear probe
 #   DATA=cifar10_12k bash scripts/cifar_study.sh grid joint            # joint, ... or none (supervised), random
 #   DATA=cifar10_12k bash scripts/cifar_study.sh final joint 20 light 1.0e-3 0.1   # epochs, augment, lr, drop path
+#   LABELS=cifar10_1k DATA=cifar10_12k bash scripts/cifar_study.sh final joint 50 light 1.0e-3 0.1  # fine-tuned on fewer images
 # The grid is judged on the held-out slice of train; only `final` reads the test images.
 set -euo pipefail
-data=$(realpath "${DATA:?the images, see docs/results/README.md}")
+data=$(realpath "${DATA:?the images, see docs/results/README.md}") labels=$(realpath "${LABELS:-$DATA}")
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 python=${PYTHON:-.venv/bin/python} out=${OUT:-runs/cifar}
@@ -17,7 +18,7 @@ finetune() {  # NAME EPOCHS AUGMENT LR DROP_PATH more...
     case $start in none | random)
         from=("backbone=$start" "out=$out/$start/eval" model.name=gcvit_nano model.img_size=64 'model.window_ratio=[16,16,16,32]') ;;
     esac
-    "$python" -m gcssl.eval.finetune configs/eval/finetune_demo.yaml "${from[@]}" "name=$1" "data.path=$data" data.workers=1 \
+    "$python" -m gcssl.eval.finetune configs/eval/finetune_demo.yaml "${from[@]}" "name=$1" "data.path=$labels" data.workers=1 \
         train.batch_size=128 train.lr_base=128 "train.precision=${PRECISION:-bf16}" train.warmup_epochs=1 checkpoint.every=5 \
         "train.epochs=$2" "finetune.augment=$3" "train.blr=$4" "model.drop_path=$5" "${@:6}"
 }

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gcssl.config import HELP
 from gcssl.errors import UserError, one_line
 from gcssl.eval.metrics import mcnemar, table, unpacked
 from gcssl.runtime import entry
@@ -41,6 +42,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
+    if HELP & set(argv):
+        sys.stdout.write((__doc__ or "").strip() + "\n")
+        return
     if len(argv) != 2:
         raise UserError(f"given {len(argv)} files, expected two results: <run>/eval/<task>.json of each")
     first, second = Path(argv[0]), Path(argv[1])

@@ -30,6 +30,10 @@ def find_folders(cfg: DataConfig, root: Path) -> Found:
     for key in ("image_column", "label_column"):
         if getattr(cfg, key) is not None:
             raise UserError(f"data.{key}: given {getattr(cfg, key)}, but {root} holds files of images; leave it out")
+    splits, others = _names(cfg, _base(root)[0])
+    if not splits and len(others) == 1 and (inner := split_folders(cfg, root / others[0])):
+        told = f"{root} holds one folder, {others[0]}, with {' and '.join(inner)} in it"
+        raise UserError(f"data.path: {told}; give {root / others[0]}")
     return _splits(cfg, *_base(root))
 
 

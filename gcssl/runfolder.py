@@ -116,6 +116,7 @@ class RunFolder:
         self.path = Path(out)
         self.config: dict[str, Any] = config if isinstance(config, dict) else config_dict(config)
         self.defaults = {} if isinstance(config, dict) else config_dict(defaults_of(config))
+        self.was: str | None = None  # the state that status.json tells of an earlier start
         self.facts = {**({} if global_batch is None else {"global_batch": global_batch}), **(facts or {})}
         self.is_main = is_main_process() if accelerator is None else accelerator.is_main_process
         self.resumed = False  # the folder holds steps of this run already
@@ -225,7 +226,8 @@ class RunFolder:
                 "set these back to continue it, or give another folder"
             )
         self.resumed = True
-        self.step = int(self._read_json("status.json").get("step", 0))
+        status = self._read_json("status.json")
+        self.step, self.was = int(status.get("step", 0)), status.get("state")
 
     def _take_lock(self) -> None:
         self._lock = lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)

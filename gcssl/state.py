@@ -46,19 +46,21 @@ class RunState:
         run, accelerator = self.run, self.accelerator
         if accelerator.scaler is not None:  # not the scale of an earlier fit
             accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
-        loaded = load_checkpoint(run.path)
+        loaded, told = load_checkpoint(run.path), run.step
         run.step = 0 if loaded is None else loaded.step
         own = [(run.step, run.facts["data"])]
         steps, data = zip(*(gather_object(own) if accelerator.num_processes > 1 else own), strict=True)
         if len(set(steps)) > 1:
-            told = f"the processes find other steps in {run.path}: {list(steps)}"
-            raise UserError(f"out: {told}; give a folder that all share")
+            found = f"the processes find other steps in {run.path}: {list(steps)}"
+            raise UserError(f"out: {found}; give a folder that all share")
         if len(set(data)) > 1:
             raise UserError("data.path: the processes find other images or labels there; give all the same ones")
         if loaded is None:
-            if (run.path / "backbone.safetensors").exists():
-                told = "holds a finished run without its checkpoints, which would begin again"
-                raise UserError(f"out: {run.path} {told}; give another folder, or remove this one")
+            finished = (run.path / "backbone.safetensors").exists()
+            if finished or (run.was == "preempted" and told):
+                what = "a finished run" if finished else f"a run that stopped at step {told}"
+                lost = f"{run.path} holds {what} without its checkpoints, which would begin again"
+                raise UserError(f"out: {lost}; give another folder, or remove this one")
             return 0
         self.objective.load_state_dict(loaded.tensors["model"])
         for name in ("encoder", "teacher") if "mean" in loaded.state else ():

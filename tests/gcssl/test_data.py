@@ -223,6 +223,16 @@ def test_names_that_are_no_utf8(tmp_path: Path) -> None:
     assert images.where(8) == str(tmp_path / "cat" / os.fsdecode(b"t\xeate.png"))
 
 
+def test_a_folder_one_level_too_high_is_refused(tmp_path: Path) -> None:
+    """It would train on the validation images, without labels."""
+    write_tree(tmp_path / "up/set/train")
+    write_tree(tmp_path / "up/set/val")
+    assert refused(tmp_path / "up").endswith(
+        f"holds one folder, set, with train and val in it; give {tmp_path / 'up/set'}"
+    )
+    assert opened(tmp_path / "up/set").train.classes == ["ant", "cat", "dog"]
+
+
 def test_a_flat_val_without_or_with_wrong_labels_is_refused(tmp_path: Path) -> None:
     inner = kaggle(tmp_path)
     assert "data.val_labels: not given" in refused(inner)

@@ -22,7 +22,7 @@ def state(folder: Path, scale: float) -> RunState:
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     model = nn.Module()
     model.encoder = build_backbone("gcvit_nano", 64)
-    run: Any = Namespace(path=folder, step=0, is_main=True, facts={"data": "fingerprint"})
+    run: Any = Namespace(path=folder, step=0, is_main=True, facts={"data": "fingerprint"}, was=None)
     return RunState(run, model, torch.optim.SGD(model.parameters()), accelerator, {}, None)
 
 
@@ -71,6 +71,16 @@ def test_a_finished_run_without_its_checkpoints_does_not_begin_again(tmp_path: P
     (tmp_path / "backbone.safetensors").touch()
     with pytest.raises(UserError, match=r"finished run without its checkpoints, which would begin again; give another"):
         state(tmp_path, scale=4.0).resume()
+
+
+def test_a_stopped_run_without_its_checkpoints_does_not_begin_again(tmp_path: Path) -> None:
+    """One that failed before its first checkpoint does."""
+    one = state(tmp_path, scale=4.0)
+    for one.run.was, one.run.step in (("failed", 3), ("preempted", 0)):
+        assert one.resume() == 0
+    one.run.was, one.run.step = "preempted", 14
+    with pytest.raises(UserError, match="holds a run that stopped at step 14 without its checkpoints"):
+        one.resume()
 
 
 @pytest.mark.fault(

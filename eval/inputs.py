@@ -238,7 +238,8 @@ def open_inputs(cfg: InputConfig, accelerator: "Accelerator", only_test: bool = 
     backbone, info = load_backbone(cfg.backbone, model, cfg.encoder)
     with main_process_first(accelerator):  # it fills the caches
         # of its own set, a run without a test split has trained on all but the held-out slice
-        own = run is not None and data.path == run["data"]["path"]
+        trained = ((run or {}).get("data") or {}).get("path")
+        own = trained is not None and Path(data.path).resolve() == Path(trained).resolve()
         train, test, name = open_splits(data, backbone.img_size, only_test and not own)
     cfg = dataclasses.replace(cfg, data=data)
     n_classes = count_classes(train, test)

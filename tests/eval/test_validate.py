@@ -31,7 +31,7 @@ def export(out: Path, classes: list[str] | None = None, n: int = 3, **info: Any)
     return model
 
 
-def config(spec: Path | str, folder: Path, out: Path, **kw: Any) -> InputConfig:
+def config(spec: Path | str, folder: Path | str, out: Path, **kw: Any) -> InputConfig:
     return InputConfig(
         **{"backbone": str(spec), "data": DataConfig(path=str(folder), workers=0), "out": str(out), **kw}
     )
@@ -100,6 +100,8 @@ def test_of_a_runs_own_images_without_a_test_split_the_held_out_ones_are_judged(
     (tmp_path / "m/config.yaml").write_text(to_yaml(config_dict(train)))
     own = run(InputConfig(str(tmp_path / "m")), accelerator)
     assert (own["n_test"], own["test_split"]) == (3, "held-out slice of train")
+    named = run(config(tmp_path / "m", f"{folder}/val/../train/", tmp_path / "named"), accelerator)
+    assert named["n_test"] == 3  # the same images by another path
     other = run(config(tmp_path / "m", folder / "val", tmp_path / "out"), accelerator)
     assert other["n_test"] == 27
 

@@ -26,7 +26,8 @@ from gcssl.eval.online import OnlineProbe, evaluated_encoder, online_probe
 from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, run_sizes, train_loader
 from gcssl.log import RunLog, cut_after, say
 from gcssl.meter import BadSamples, Meter
-from gcssl.models.build import Backbone, backbone_info, check_exists, from_config, load_backbone
+from gcssl.models.build import Backbone, backbone_info, from_config
+from gcssl.models.load import check_exists, load_backbone
 from gcssl.optim import groups_table, make_optimizer, param_groups, rates_at, set_lr
 from gcssl.rng import DROP_PATH, INIT, MODEL, rng, seed_torch
 from gcssl.runfolder import RunFolder, broadcast, check_writable

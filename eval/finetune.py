@@ -45,7 +45,8 @@ from gcssl.eval.inputs import (
 from gcssl.eval.metrics import comparison, packed, percent, topk_correct
 from gcssl.loader import Sizes, TrainSet, run_sizes
 from gcssl.log import say
-from gcssl.models.build import FRESH, AskedModel, Backbone, backbone_info, from_config_on_meta, load_backbone
+from gcssl.models.build import Backbone, backbone_info, from_config_on_meta
+from gcssl.models.load import FRESH, AskedModel, load_backbone
 from gcssl.optim import groups_table, param_groups
 from gcssl.pretrain import drop_noise, fit
 from gcssl.rng import INIT, MIXUP, seed_host, seed_torch

@@ -17,14 +17,8 @@ from gcssl.errors import UserError
 from gcssl.eval.features import PRECISIONS, Crop, Features, Pace, extract, frozen
 from gcssl.eval.metrics import check_result, comparison, packed, result_table, settings_of, write_result
 from gcssl.log import say
-from gcssl.models.build import (
-    FRESH,
-    AskedModel,
-    Backbone,
-    check_exists,
-    from_dict,
-    load_backbone,
-)
+from gcssl.models.build import Backbone
+from gcssl.models.load import FRESH, AskedModel, check_exists, from_dict, load_backbone
 from gcssl.runfolder import check_writable
 from gcssl.runtime import main_process_first, make_accelerator
 from gcssl.sources import Files

@@ -26,9 +26,10 @@ from gcssl.config import ModelConfig, load_config
 from gcssl.errors import UserError
 from gcssl.files import aside, replacing
 from gcssl.log import say
-from gcssl.models.build import AskedModel, Backbone, Saved, backbone_info, load_backbone, rebuild, recognise
+from gcssl.models.build import Backbone, backbone_info
 from gcssl.models.convert import load_weights
 from gcssl.models.gcvit import GCViT
+from gcssl.models.load import AskedModel, Saved, load_backbone, rebuild, recognise
 from gcssl.models.timm_backbone import timm_cfg
 from gcssl.runfolder import check_writable
 from gcssl.runtime import entry

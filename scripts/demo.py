@@ -106,7 +106,7 @@ def export(out: Path) -> None:
 
     from gcssl.export import ExportConfig
     from gcssl.export import export as write_export
-    from gcssl.models.build import load_backbone
+    from gcssl.models.load import load_backbone
 
     folder = write_export(ExportConfig(backbone=str(out), format="timm", out=str(out / "timm")))
     ours, _ = load_backbone(str(out))

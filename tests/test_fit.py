@@ -14,7 +14,8 @@ import gcssl.pretrain as program
 from gcssl.checkpoint import write_backbone
 from gcssl.config import PretrainConfig, load_config
 from gcssl.errors import Preempted
-from gcssl.models.build import backbone_info, build_backbone, load_backbone
+from gcssl.models.build import backbone_info, build_backbone
+from gcssl.models.load import load_backbone
 from gcssl.pretrain import pretrain
 from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 from gcssl.ssl.simmim import SimMIM

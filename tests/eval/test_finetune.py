@@ -27,7 +27,8 @@ from gcssl.eval.finetune import (
 )
 from gcssl.eval.inputs import InputConfig
 from gcssl.loader import run_sizes
-from gcssl.models.build import backbone_info, build_backbone, load_backbone
+from gcssl.models.build import backbone_info, build_backbone
+from gcssl.models.load import load_backbone
 from gcssl.runtime import make_accelerator
 
 SMALL = ["model.name=gcvit_nano", "model.img_size=64", "train.batch_size=16", "train.epochs=2", "train.warmup_epochs=1",

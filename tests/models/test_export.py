@@ -13,7 +13,8 @@ import yaml
 from gcssl.checkpoint import save_checkpoint, write_backbone
 from gcssl.errors import UserError
 from gcssl.export import ExportConfig, export, largest_difference
-from gcssl.models.build import backbone_info, build_backbone, load_backbone
+from gcssl.models.build import backbone_info, build_backbone
+from gcssl.models.load import load_backbone
 
 # what a user of timm runs; gcssl must not be imported by it
 READER = """

@@ -9,7 +9,8 @@ from torch import nn
 from gcssl.checkpoint import write_backbone
 from gcssl.config import AugmentConfig
 from gcssl.errors import UserError
-from gcssl.models.build import AskedModel, backbone_info, build_backbone, load_backbone
+from gcssl.models.build import backbone_info, build_backbone
+from gcssl.models.load import AskedModel, load_backbone
 from gcssl.models.timm_backbone import TimmBackbone
 from gcssl.ssl.base import Setup
 from gcssl.ssl.byol import BYOL, BYOLConfig

@@ -10,7 +10,8 @@ from typing import Any
 
 from gcssl.config import HELP
 from gcssl.errors import UserError, one_line
-from gcssl.eval.metrics import mcnemar, table, unpacked
+from gcssl.eval.metrics import mcnemar
+from gcssl.eval.results import table, unpacked
 from gcssl.runtime import entry
 
 
@@ -37,7 +38,8 @@ def read(path: Path) -> dict[str, Any]:
         if {"correct", "test_split", "test_fingerprint"} <= result.keys():
             return {**result, "right": unpacked(result["correct"])}
     except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
-        raise UserError(f"{path}: no result of an evaluation: {one_line(error)}") from None
+        told = "expected json that an evaluation wrote, such as <run>/eval/knn.json"
+        raise UserError(f"{path}: no result of an evaluation ({one_line(error)}); {told}") from None
     raise UserError(f"{path}: does not say which images were right; evaluate again with this version")
 
 
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> None:
     first, second = Path(argv[0]), Path(argv[1])
     found = compare(first, second)
     rows: list[list[object]] = [
-        ["", "top-1", "right here alone"],
+        ["", "top-1", "only this one right"],
         [first, found["a"], found["only_a"]],
         [second, found["b"], found["only_b"]],
     ]

@@ -42,7 +42,8 @@ from gcssl.eval.inputs import (
     open_splits,
     report,
 )
-from gcssl.eval.metrics import comparison, packed, percent, topk_correct
+from gcssl.eval.metrics import percent, topk_correct
+from gcssl.eval.results import comparison, packed
 from gcssl.loader import Sizes, TrainSet, run_sizes
 from gcssl.log import say
 from gcssl.models.build import Backbone, backbone_info, from_config_on_meta

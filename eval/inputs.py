@@ -15,7 +15,7 @@ from gcssl.config import DataConfig, ModelConfig, RuntimeConfig, TrainConfig, co
 from gcssl.data import held_out, open_data
 from gcssl.errors import UserError
 from gcssl.eval.features import PRECISIONS, Crop, Features, Pace, extract, frozen
-from gcssl.eval.metrics import check_result, comparison, packed, result_table, settings_of, write_result
+from gcssl.eval.results import check_result, comparison, packed, result_table, settings_of, write_result
 from gcssl.log import say
 from gcssl.models.build import Backbone
 from gcssl.models.load import FRESH, AskedModel, check_exists, from_dict, load_backbone
@@ -136,15 +136,22 @@ def _given(cfg: Any, blank: Any) -> dict[str, Any]:
 
 
 def data_of(cfg: Any, run: dict[str, Any] | None) -> DataConfig:
-    """The data asked for; without data.path, that of the run, with the other data keys given laid over it."""
+    """The data asked for; without data.path, or with the run's own, the run's keys with those given laid over them."""
     asked = _given(cfg.data, AskedData())
-    if cfg.data.path:
+    if cfg.data.path and not is_own(cfg.data.path, run):
         return DataConfig(**asked)
     if run is None or not isinstance(run.get("data"), dict):
         raise UserError(f"data.path: not given, and backbone={cfg.backbone} is no run folder; pass data.path=<images>")
     data = dataclasses.replace(from_dict(DataConfig, run["data"]), **asked)
-    say(f"data.path not given: the run's own, {data.path}")
+    if not cfg.data.path:
+        say(f"data.path not given: the run's own, {data.path}")
     return data
+
+
+def is_own(path: str, run: dict[str, Any] | None) -> bool:
+    """Whether a run was trained on the images of `path`."""
+    trained = ((run or {}).get("data") or {}).get("path")
+    return trained is not None and Path(path).resolve() == Path(trained).resolve()
 
 
 def model_of(cfg: Any, run: dict[str, Any] | None) -> ModelConfig:
@@ -232,14 +239,12 @@ def open_inputs(cfg: InputConfig, accelerator: "Accelerator", only_test: bool = 
     backbone, info = load_backbone(cfg.backbone, model, cfg.encoder)
     with main_process_first(accelerator):  # it fills the caches
         # of its own set, a run without a test split has trained on all but the held-out slice
-        trained = ((run or {}).get("data") or {}).get("path")
-        own = trained is not None and Path(data.path).resolve() == Path(trained).resolve()
-        train, test, name = open_splits(data, backbone.img_size, only_test and not own)
+        train, test, name = open_splits(data, backbone.img_size, only_test and not is_own(data.path, run))
     cfg = dataclasses.replace(cfg, data=data)
     n_classes = count_classes(train, test)
     say(describe_test(labels_of(test), name))
     seen = info.get("class_names")
-    if seen and train.classes and list(seen) != list(train.classes):
+    if not only_test and seen and train.classes and list(seen) != list(train.classes):
         say(f"{cfg.backbone} was trained on other classes than those of {data.path}; frozen features do not mind")
     backbone = _ready(backbone, accelerator)
     return Inputs(cfg, cfg.backbone, backbone, info, train, test, name, n_classes, accelerator)

@@ -297,8 +297,9 @@ def _check(cfg: LinearProbeConfig) -> None:
     if min(cfg.lrs) <= 0 or min(cfg.weight_decays) < 0:
         given = f"lrs={cfg.lrs}, weight_decays={cfg.weight_decays}"
         raise UserError(f"{given}: lrs must be above 0 and weight_decays not below 0")
-    if cfg.head_batch < 1 or (cfg.epochs is not None and cfg.epochs < 1):
-        raise UserError(f"head_batch={cfg.head_batch}, epochs={cfg.epochs}: both must be at least 1")
+    for key in ("head_batch", "epochs"):
+        if (given := getattr(cfg, key)) is not None and given < 1:
+            raise UserError(f"{key}={given}: expected at least 1")
 
 
 def probe(inputs: Inputs, cfg: LinearProbeConfig) -> dict[str, Any]:

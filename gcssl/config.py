@@ -222,7 +222,8 @@ def _split(argv: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:
         if is_path and (argument.endswith((".yaml", ".yml")) or Path(argument).is_file()):
             paths.append(Path(argument))
         elif not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
-            near = f"; did you mean {own}?" if (own := Path(argument) / "config.yaml").is_file() else ""
+            own = Path(argument) / "config.yaml"
+            near = f"; did you mean {own}, or backbone={argument}?" if own.is_file() else ""
             raise UserError(f"{argument}: expected [file.yaml ...] key=value ..., for example train.epochs=10{near}")
         else:
             pairs.append((key, value))

@@ -67,8 +67,7 @@ class Images:
         """One line: what was found."""
         kinds = "without labels"
         if self.classes is not None:
-            few = ", ".join(self.classes[:3]) + (", ..." if len(self.classes) > 3 else "")
-            kinds = f"in {len(self.classes)} classes ({few})"
+            kinds = f"in {len(self.classes)} classes ({_first(self.classes)})"
         return f"data: {self.name} {len(self)} images {kinds}"
 
     def where(self, i: int) -> str:
@@ -121,6 +120,7 @@ def open_data(cfg: DataConfig, img_size: tuple[int, int] = (64, 64), only_test: 
         for key, only in (("train_split", "train"), ("val_split", "test")):
             if getattr(cfg, key) not in (None, only):
                 raise UserError(f"data.{key}: given {getattr(cfg, key)}, shapes has {only}; leave it out")
+        say("data: the built-in generated images (data.path=shapes)")
         train = _images(shapes_split("train", cfg.shapes_n, img_size), "train", None)
         n_test = max(len(CLASSES), cfg.shapes_n // 5)
         test = _images(shapes_split("test", n_test, img_size), "test", train.classes)
@@ -201,6 +201,8 @@ def _test(cfg: DataConfig, found: Found, train: Images | None) -> Images | None:
         raw = _open(cfg, found, name)
         images = _images(raw, name, None if train is None else train.classes)
         if images.labels is not None:
+            if cfg.val_split is None and (others := [other for other in names if other != name]):
+                say(f"data: {name} judges; for {' or '.join(others)} say data.val_split={others[0]}")
             return images
         if cfg.val_split is not None:
             raise UserError(f"data.val_split: {name} of {cfg.path} has no labels, expected a labelled split")
@@ -243,12 +245,16 @@ def _class_ids(raw: Raw, name: str, train_classes: list[str] | None) -> tuple[np
     if foreign:
         raise UserError(
             f"data.path: class {foreign[0]} of split {name} is none of the {len(train_classes)} training "
-            f"classes ({', '.join(train_classes[:3])}, ...); expected the same names in both"
+            f"classes ({_first(train_classes)}); expected the same names in both"
         )
     if len(held := np.unique(ids)) < len(train_classes):
         say(f"data: split {name} has images of {len(held)} of the {len(train_classes)} training classes")
     table = np.array([known.get(c, -1) for c in classes], np.int64)
     return table[ids], train_classes
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def held_out(images: Images, share: float = 0.05, cap: int = 25_000) -> tuple[np.ndarray, np.ndarray]:

@@ -74,6 +74,11 @@ def _splits(cfg: DataConfig, root: Path, default_labels: str | None) -> Found:
         if others:
             rest = f"{others[0]} ({len(others)} in all)" if len(others) > 1 else others[0]
             say(f"data: {root} has the splits {', '.join(splits)}; not used beside them: {rest}")
+    elif not splits and len(others) > 1 and all(_words(name) & {*TRAIN_NAMES, *TEST_NAMES} for name in others):
+        train = next((name for name in others if _words(name) & {*TRAIN_NAMES}), others[0])
+        told = f"{root} holds {', '.join(others)}, which may be splits or classes"
+        test = next(name for name in others if name != train)
+        raise UserError(f"data.path: {told}; say data.train_split={train} data.val_split={test}, or rename them")
     elif not splits or others:  # a class may be called train: then its sisters are classes too
         return {"train": partial(_labelled_tree, root)} if _has_image(root) else {}
     if cfg.val_labels is None:
@@ -103,10 +108,15 @@ def _labelled_tree(root: Path) -> Raw:
     _tell_unread(root)
     if len(classes) < 2:
         return Raw(Files(root, names))
-    if odd := [name for name in classes if NO_CLASSES & set(re.split(r"[-_. ]", name.lower()))]:
+    if odd := [name for name in classes if NO_CLASSES & _words(name)]:
         told = f"data: {root}: folders are taken as classes, {', '.join(odd[:3])} too"
-        say(f"{told}; one of them alone is trained on by data.train_split={odd[0]}")
+        one = next((name for name in odd if not _words(name) & {*TEST_NAMES}), odd[0])
+        say(f"{told}; one of them alone is trained on by data.train_split={one}")
     return Raw(Files(root, names), labels, classes)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[-_. ]", name.lower()))
 
 
 def _tell_unread(root: Path) -> None:

@@ -52,7 +52,7 @@ def entry(main: Callable[[list[str]], None]) -> None:
 
 def _stop_here(number: int, _: FrameType | None) -> None:
     """Outside of the loop (see StopSignal) there is nothing to finish first."""
-    error = Preempted(f"stopped by {signal.Signals(number).name}; run the same command again to go on")
+    error = Preempted(f"stopped by {signal.Signals(number).name}; run the same command again")
     error.agreed = False
     raise error
 

@@ -212,6 +212,8 @@ def read_run(path: Path, encoder: str | None) -> Saved:
         raise UserError(f"{path}: a fine-tuned run has no {encoder} encoder; leave encoder out")
     else:  # fine-tuning judges, and writes as its backbone, the moving average of the weights
         which, prefix = "ema", "ema.module."
+    if run == path and not (path / "backbone.json").is_file():
+        say(f"{path}: the run has not ended; its newest checkpoint is taken, of step {loaded.step}")
     state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     if not state:
         raise UserError(f"{path}: its checkpoint holds no {which} encoder")

@@ -73,7 +73,8 @@ def main(argv: list[str]) -> None:
         expected = f"expected run folders, out=<file>.png, x={' or '.join(AXES)} and metrics=loss,..."
         raise UserError(f"given {' '.join(argv) or 'nothing'}, {expected}")
     if out.suffix != ".png":
-        raise UserError(f"out={out if out.name else ''}: expected the name of a .png, written over if it is there")
+        given = f"given {out}" if out.name else "not given"
+        raise UserError(f"out: {given}, expected the name of a .png, written over if it is there")
     check_writable(str(out.parent))
     told = {run: read(run) for run in runs}
     metrics = chosen(options, list(told.values()))

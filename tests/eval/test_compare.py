@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gcssl.errors import UserError
 from gcssl.eval.compare import compare, main
-from gcssl.eval.metrics import mcnemar, packed, percent, unpacked
+from gcssl.eval.metrics import mcnemar, percent
+from gcssl.eval.results import packed, unpacked
 
 
 def written(path: Path, correct: Tensor, fingerprint: str = "x", metric: str = "knn/top1@20") -> Path:

@@ -374,14 +374,16 @@ def test_a_run_refuses_another_model(
         (["data.shapes_n=10000"], (10_000, 0, 0.5)),
         (["data.workers=4"], (200, 4, 0.5)),
         (["data.max_bad=0.01"], (200, 0, 0.01)),
+        (["data.path=own/../own"], (200, 0, 0.5)),
         (["data.path=shapes"], (10_000, 4, 0.01)),  # other data: nothing of the run's
     ],
 )
 def test_a_data_key_given_at_its_default_wins_over_the_run(asked: list[str], want: tuple) -> None:
-    ran = DataConfig(path="shapes", workers=0, shapes_n=200, max_bad=0.5)
+    ran = DataConfig(path="own", workers=0, shapes_n=200, max_bad=0.5)
     data = data_of(load_config(KnnConfig, asked), {"data": config_dict(ran)})
     assert (data.shapes_n, data.workers, data.max_bad) == want
-    assert (type(data), data.path, data.timeout) == (DataConfig, "shapes", DataConfig().timeout)
+    given = asked[0].removeprefix("data.path=") if asked and "path" in asked[0] else "own"
+    assert (type(data), data.path, data.timeout) == (DataConfig, given, DataConfig().timeout)
 
 
 def test_a_backbone_of_other_classes_is_told(

@@ -1,25 +1,11 @@
-"""Counting, the paired test, and the result file that overwrites nothing silently."""
+"""Counting, the paired test and the rank of features."""
 
-import json
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from gcssl.errors import UserError
-from gcssl.eval.metrics import (
-    check_result,
-    comparison,
-    mcnemar,
-    percent,
-    rankme,
-    settings_of,
-    table,
-    topk_correct,
-    write_result,
-)
+from gcssl.eval.metrics import mcnemar, percent, rankme, topk_correct
 
 
 def test_topk_counts_by_hand() -> None:
@@ -50,63 +36,6 @@ def test_mcnemar_of_many_images_does_not_overflow() -> None:
     assert mcnemar(a, ~a)["p"] == 0.0 or mcnemar(a, ~a)["p"] < 1e-300
     half = torch.arange(50_000) % 2 == 0
     assert mcnemar(half, ~half)["p"] == pytest.approx(1.0)
-
-
-def test_two_backbones_are_paired_only_on_the_same_images() -> None:
-    def judged(*index: int) -> dict[str, Any]:
-        correct = torch.ones(len(index), dtype=torch.bool)
-        return {"metrics": {}, "notes": {}, "paired": "m", "index": torch.tensor(index), "correct": correct}
-
-    assert "mcnemar" in comparison("random", judged(0, 2), judged(0, 2))
-    assert "mcnemar" not in comparison("random", judged(0, 2), judged(0, 1))  # another one could not be decoded
-
-
-def test_a_result_is_replaced_only_by_one_of_the_same_settings(tmp_path: Path) -> None:
-    path = tmp_path / "run" / "eval" / "knn.json"
-    settings = {"backbone": "a", "ks": [10, 20]}
-    write_result(path, {"knn/top1@20": 1.0}, settings)
-    write_result(path, {"knn/top1@20": 2.0}, settings)
-    result = json.loads(path.read_text())
-    assert result["knn/top1@20"] == 2.0 and result["made_by"]["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert result["made_by"].keys() == {"commit", "versions", "processes", "hardware"}
-    before = path.read_bytes()
-    with pytest.raises(UserError, match=r"ks: \[10, 20\] there, \[10\] asked.*name="):
-        write_result(path, {"knn/top1@20": 3.0}, {"backbone": "a", "ks": [10]})
-    assert path.read_bytes() == before
-    assert [p.name for p in path.parent.iterdir()] == ["knn.json"]  # no temporary file stays
-
-
-def test_a_comparison_may_be_added_but_not_taken_away(tmp_path: Path) -> None:
-    path = tmp_path / "knn.json"
-    write_result(path, {"knn/top1@20": 1.0}, {"compare": None})
-    write_result(path, {"knn/top1@20": 1.0}, {"compare": "random"})
-    with pytest.raises(UserError, match="compare: random there, null asked"):
-        check_result(path, {"compare": None})
-
-
-def test_a_foreign_file_is_not_overwritten(tmp_path: Path) -> None:
-    path = tmp_path / "knn.json"
-    path.write_text("mine")
-    with pytest.raises(UserError, match="name="):
-        check_result(path, {})
-    assert path.read_text() == "mine"
-
-
-def test_settings_leave_out_what_does_not_change_the_numbers() -> None:
-    config = {
-        "ks": [10],
-        "backbone": "runs/a/",
-        "out": "x",
-        "batch_size": 4,
-        "data": {"path": "p", "workers": 3},
-        "runtime": {"timeout": 1},
-    }
-    assert settings_of(config) == {"ks": [10], "backbone": "runs/a", "data.path": "p"}
-
-
-def test_table_is_aligned() -> None:
-    lines = table([["", "run"], ["knn/top1@20", 5.0], ["n", 12.345]])
-    assert lines == ["               run", "knn/top1@20   5.00", "n            12.35"]
 
 
 def test_rankme_counts_directions() -> None:

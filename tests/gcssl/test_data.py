@@ -732,6 +732,26 @@ def test_folders_that_may_be_no_classes_are_told(tmp_path: Path, capsys: pytest.
     assert "has no val folder; leave it out" in refused(tmp_path, val_labels=str(tmp_path / "train.csv"))
 
 
+def test_two_folders_named_as_splits_are_no_classes(tmp_path: Path) -> None:
+    write_tree(tmp_path / "training_set")
+    write_tree(tmp_path / "test_set")
+    assert "say data.train_split=training_set data.val_split=test_set, or rename them" in refused(tmp_path)
+    splits = opened(tmp_path, train_split="training_set", val_split="test_set")
+    assert splits.train.classes == ["ant", "cat", "dog"] and splits.test is not None and splits.test.name == "test_set"
+    write_tree(tmp_path / "lorry")  # beside it they may be classes: a train, and a test bench
+    assert opened(tmp_path).train.classes == ["lorry", "test_set", "training_set"]
+
+
+def test_which_of_two_test_splits_judges_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val", "test"):
+        write_tree(tmp_path / split)
+    splits = opened(tmp_path)
+    assert splits.test is not None and splits.test.name == "val"
+    assert "data: val judges; for test say data.val_split=test\n" in capsys.readouterr().out
+    chosen = opened(tmp_path, val_split="test")
+    assert chosen.test is not None and chosen.test.name == "test" and "judges" not in capsys.readouterr().out
+
+
 def test_a_vanished_file_is_a_bad_image(tmp_path: Path) -> None:
     write_tree(tmp_path / "train")
     images = opened(tmp_path).train

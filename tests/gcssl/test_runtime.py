@@ -59,8 +59,8 @@ def leave(end: BaseException | signal.Signals | None, folder: Path) -> tuple[int
         (Preempted("stopped at step 3"), 75, "gcssl: stopped at step 3"),
         (NumericStop("loss is nan"), 78, "gcssl: loss is nan"),
         (ValueError("broken"), 1, "ValueError: broken"),
-        (signal.SIGTERM, 75, "gcssl: stopped by SIGTERM; run the same command again to go on"),
-        (signal.SIGUSR1, 75, "gcssl: stopped by SIGUSR1; run the same command again to go on"),
+        (signal.SIGTERM, 75, "gcssl: stopped by SIGTERM; run the same command again"),
+        (signal.SIGUSR1, 75, "gcssl: stopped by SIGUSR1; run the same command again"),
     ],
 )
 def test_entry_maps_ends_to_exit_codes(

@@ -102,15 +102,18 @@ def test_a_description_may_give_one_side(tmp_path: Path) -> None:
     assert load_backbone(str(tmp_path))[0].img_size == (96, 96)
 
 
-def test_unfinished_runs_and_single_checkpoints(tmp_path: Path) -> None:
+def test_unfinished_runs_and_single_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     student, teacher = run_folder(tmp_path / "run")
     backbone, info = load_backbone(str(tmp_path / "run"))
     assert same(backbone.state_dict(), student.state_dict())
     assert (info["step"], info["objective"], info["encoder"]) == (6, "mocov3", "student")
+    assert "run: the run has not ended; its newest checkpoint is taken, of step 6\n" in capsys.readouterr().out
     backbone, info = load_backbone(str(tmp_path / "run"), encoder="teacher")
     assert same(backbone.state_dict(), teacher.state_dict()) and info["encoder"] == "teacher"
     one = tmp_path / "run" / "checkpoints" / "step_00000003"
+    capsys.readouterr()
     backbone, info = load_backbone(str(one))
+    assert capsys.readouterr().out == ""
     assert info["step"] == 3 and torch.equal(backbone.stem.conv1.bias, student.stem.conv1.bias + 1)
     with pytest.raises(UserError, match="encoder=both"):
         load_backbone(str(tmp_path / "run"), encoder="both")

@@ -347,8 +347,6 @@ def evaluate(
     "correct": N bool under that metric, "index": N} of the test images.
     """
     begin = time.perf_counter()
-    if cfg.batch_size < 1:
-        raise UserError(f"batch_size={cfg.batch_size}: expected at least 1")
     cfg, _, path, settings = asked_result(task, cfg)
     inputs = open_inputs(cfg, accelerator, only_test)
     other = other_inputs(inputs, cfg.compare) if cfg.compare else None  # before any work is done

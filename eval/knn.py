@@ -343,10 +343,6 @@ def judge(inputs: Inputs, cfg: KnnConfig) -> dict[str, Any]:
 
 def run(cfg: KnnConfig, accelerator: "Accelerator") -> dict[str, Any]:
     """Classifies the test split by its neighbours in train, writes knn.json and returns what it holds."""
-    if not cfg.ks or min(cfg.ks) < 1 or cfg.temperature <= 0:
-        raise UserError(
-            f"ks={cfg.ks} and temperature={cfg.temperature}: expected ks of at least 1, temperature above 0"
-        )
     if cfg.eval.backend == "faiss" and _import_faiss() is None:
         raise UserError("eval.backend=faiss: faiss cannot be imported; install faiss-gpu or faiss-cpu, or use torch")
     return evaluate("knn", cfg, accelerator, judge)

@@ -290,18 +290,6 @@ def _on_cpu(norm: Standardise) -> Standardise:
 # -------------------------------------------------------------------------------------------------- program
 
 
-def _check(cfg: LinearProbeConfig) -> None:
-    for key in ("lrs", "weight_decays", "features"):
-        if not getattr(cfg, key):
-            raise UserError(f"{key}: an empty list given, expected at least one value")
-    if min(cfg.lrs) <= 0 or min(cfg.weight_decays) < 0:
-        given = f"lrs={cfg.lrs}, weight_decays={cfg.weight_decays}"
-        raise UserError(f"{given}: lrs must be above 0 and weight_decays not below 0")
-    for key in ("head_batch", "epochs"):
-        if (given := getattr(cfg, key)) is not None and given < 1:
-            raise UserError(f"{key}={given}: expected at least 1")
-
-
 def probe(inputs: Inputs, cfg: LinearProbeConfig) -> dict[str, Any]:
     """The linear probe of one backbone: "metrics", "notes", and "correct" and "index" of the test images."""
     epochs = cfg.epochs or EPOCHS[cfg.protocol]
@@ -344,7 +332,6 @@ def probe(inputs: Inputs, cfg: LinearProbeConfig) -> dict[str, Any]:
 
 def run(cfg: LinearProbeConfig, accelerator: "Accelerator") -> dict[str, Any]:
     """Probes cfg.backbone (and cfg.compare), writes linear_probe.json and returns what it holds."""
-    _check(cfg)
     return evaluate("linear_probe", cfg, accelerator, probe)
 
 

@@ -37,6 +37,7 @@ CHOICES = {
 
 PLAIN_REFERENCE = re.compile(r"\$\{[\w.\[\]]+\}")  # of OmegaConf: to another key, through no resolver
 
+MAY_BE_EMPTY = ("log.trackers",)
 ABOVE_0, BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)  # open ends of a range
 
 # Numbers: the smallest and the largest legal value (None: no bound), and how many of them a list has (None: any).
@@ -50,6 +51,9 @@ RANGES: dict[str, tuple[float, float | None, int | None]] = {
     "data.shapes_n": (1, None, None),
     "train.epochs": (1, None, None),
     "train.steps": (1, None, None),
+    "train.batch_size": (1, None, None),
+    "train.accumulate": (1, None, None),
+    "train.global_batch": (1, None, None),
     "train.blr": (0, None, None),
     "train.min_lr": (0, None, None),
     "train.weight_decay": (0, None, None),
@@ -84,7 +88,14 @@ RANGES: dict[str, tuple[float, float | None, int | None]] = {
     "finetune.smoothing": (0, BELOW_1, None),
     "finetune.ema_decay": (0, BELOW_1, None),
     "finetune.layer_decay": (ABOVE_0, 1, None),
-    "scale": (0, 1, 2),  # of the linear probe
+    "batch_size": (1, None, None),  # of the evaluations
+    "ks": (1, None, None),  # of kNN
+    "temperature": (ABOVE_0, None, None),
+    "epochs": (1, None, None),  # of the linear probe
+    "head_batch": (1, None, None),
+    "lrs": (ABOVE_0, None, None),
+    "weight_decays": (0, None, None),
+    "scale": (0, 1, 2),
 }
 
 
@@ -244,6 +255,8 @@ def check_limits(key: str, value: Any, leaf: Leaf) -> None:
         bad = any(v < low or (high is not None and v > high) for v in values)
         bad = bad or (length is not None and len(values) != length)
         expected = _range_name(low, high, length)
+    if value == [] and key not in MAY_BE_EMPTY:
+        bad, expected = True, f"a list of at least one value, {expected}"
     if bad:
         near = nearest(str(value), leaf.choices)
         raise UserError(f"{key}: given {show(value)}, expected {expected}{near}")

@@ -134,12 +134,9 @@ def batch_layout(train: "TrainConfig", world: int) -> tuple[int, int, int]:
 
     train.global_batch, where it is set, decides: it is accumulated, or a larger train.batch_size lowered to its share.
     """
-    for name in ("batch_size", "accumulate"):
-        if getattr(train, name) < 1:
-            raise UserError(f"train.{name}: given {getattr(train, name)}, expected at least 1")
     if train.global_batch is None:
         return train.batch_size, train.accumulate, train.batch_size * world * train.accumulate
-    if train.global_batch < 1 or train.global_batch % world:
+    if train.global_batch % world:
         raise UserError(f"train.global_batch: given {train.global_batch}, expected a multiple of {world} processes")
     batch = min(train.batch_size, train.global_batch // world)
     if train.global_batch % (batch * world):

@@ -298,10 +298,27 @@ def test_evaluations_refuse(module, tmp_path: Path, refused) -> None:
 
 @pytest.mark.parametrize(
     ("argument", "words"),
-    [("features=[]", "features: an empty list"), ("lrs=[0]", "lrs must be above 0"), ("head_batch=0", "at least 1")],
+    [
+        ("features=[]", "features: given [], expected a list of at least one value, one of last"),
+        ("lrs=[0]", "lrs: given [0.0], expected above 0"),
+        ("head_batch=0", "head_batch: given 0, expected at least 1"),
+        ("batch_size=0", "batch_size: given 0, expected at least 1"),
+    ],
 )
 def test_the_probe_refuses_what_it_cannot_try(argument: str, words: str, tmp_path: Path, refused) -> None:
     assert words in refused(linear_probe, "backbone=random", f"out={tmp_path / 'r'}", "data.shapes_n=20", argument)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("ks=[]", "ks: given [], expected a list of at least one value, at least 1"),
+        ("ks=[0]", "ks: given [0], expected at least 1"),
+        ("temperature=0", "temperature: given 0.0, expected above 0"),
+    ],
+)
+def test_knn_refuses_what_it_cannot_count(argument: str, words: str, tmp_path: Path, refused) -> None:
+    assert words in refused(knn, "backbone=random", f"out={tmp_path / 'r'}", "data.shapes_n=20", argument)
 
 
 def test_an_evaluation_takes_weights_from_backbone_alone(tmp_path: Path, refused) -> None:

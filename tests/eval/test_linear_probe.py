@@ -368,8 +368,6 @@ def test_images_without_labels_are_refused_in_one_line(folder: Path, tmp_path: P
     [
         ({"backbone": ""}, "backbone: not given"),
         ({"out": ""}, "out: needed"),
-        ({"lrs": []}, "lrs"),
-        ({"lrs": [0.0]}, "above 0"),
         ({"name": "a/b"}, "one word"),
         ({"data": DataConfig(path="")}, "data.path"),
         ({"backbone": "/nowhere/at/all"}, "/nowhere/at/all"),

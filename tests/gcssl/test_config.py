@@ -246,13 +246,14 @@ def test_diff_names_each_changed_key_once() -> None:
 def test_the_shared_tables_name_real_keys() -> None:
     """A choice or a range listed under a key that was renamed would check nothing."""
     from gcssl.eval.finetune import FinetuneConfig
+    from gcssl.eval.knn import KnnConfig
     from gcssl.eval.linear_probe import LinearProbeConfig
     from gcssl.export import ExportConfig
     from gcssl.keys import CHOICES, RANGES, leaves
     from gcssl.patient import DoctorConfig
     from gcssl.plan import PlanConfig
 
-    schemas = (DoctorConfig, PlanConfig, FinetuneConfig, LinearProbeConfig, ExportConfig)
+    schemas = (DoctorConfig, PlanConfig, FinetuneConfig, KnnConfig, LinearProbeConfig, ExportConfig)
     known = {key for schema in schemas for key in leaves(schema())}
     assert set(CHOICES) | set(RANGES) <= known
 
@@ -267,6 +268,9 @@ def test_the_shared_tables_name_real_keys() -> None:
         ("data.workers=-1", "at least 0"),
         ("data.max_bad=2.0", "0 to 1"),
         ("train.clip_grad=-1.0", "at least 0"),
+        ("train.batch_size=0", "at least 1"),
+        ("train.accumulate=0", "at least 1"),
+        ("train.global_batch=0", "at least 1"),
         ("train.betas=[0.9]", "a list of 2 numbers"),
         ("train.betas=[0.9,1.0]", "each 0 to"),
         ("train.lr_base=0", "at least 1"),

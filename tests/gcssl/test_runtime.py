@@ -191,8 +191,6 @@ def test_the_global_batch_gives_the_accumulation() -> None:
     assert batch_layout(TrainConfig(batch_size=8, global_batch=64, accumulate=4), 2) == (8, 4, 64)
     with pytest.raises(UserError, match="train.accumulate: given 2, but train.global_batch=64 accumulates 4 here"):
         batch_layout(TrainConfig(batch_size=8, global_batch=64, accumulate=2), 2)
-    with pytest.raises(UserError, match="train.batch_size: given 0"):
-        batch_layout(TrainConfig(batch_size=0), 1)
 
 
 def test_the_accelerator_has_our_settings_also_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:

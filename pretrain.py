@@ -53,7 +53,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
     backbone = build_pretrain_backbone(cfg)
     with main_process_first(accelerator):  # it fills the caches
         images = open_data(cfg.data, backbone.img_size).train
-    say(images.describe())
+    say(images.describe(cfg.data.path))
     sizes = pretrain_sizes(cfg, len(images), accelerator.num_processes, couples)
     objective = make_objective(cfg, backbone, sizes.total_steps, sizes.steps_per_epoch)
     check_shard(cfg.train, objective)

@@ -63,12 +63,13 @@ class Images:
             raise BadImage(one_line(error)) from error
         return source if isinstance(source, np.ndarray) else decode(source)
 
-    def describe(self) -> str:
-        """One line: what was found."""
+    def describe(self, path: str) -> str:
+        """One line: what was found in data.path."""
         kinds = "without labels"
         if self.classes is not None:
             kinds = f"in {len(self.classes)} classes ({_first(self.classes)})"
-        return f"data: {self.name} {len(self)} images {kinds}"
+        generated = " (built in: generated images)" if path == "shapes" else ""
+        return f"data: {path}{generated}: {self.name}, {len(self)} images {kinds}"
 
     def where(self, i: int) -> str:
         """File or row of image i, for messages."""
@@ -120,7 +121,6 @@ def open_data(cfg: DataConfig, img_size: tuple[int, int] = (64, 64), only_test: 
         for key, only in (("train_split", "train"), ("val_split", "test")):
             if getattr(cfg, key) not in (None, only):
                 raise UserError(f"data.{key}: given {getattr(cfg, key)}, shapes has {only}; leave it out")
-        say("data: the built-in generated images (data.path=shapes)")
         train = _images(shapes_split("train", cfg.shapes_n, img_size), "train", None)
         n_test = max(len(CLASSES), cfg.shapes_n // 5)
         test = _images(shapes_split("test", n_test, img_size), "test", train.classes)

@@ -21,17 +21,17 @@ from torch import Tensor, nn
 
 from gcssl.config import load_config
 from gcssl.data import held_out
+from gcssl.dryrun import DoctorConfig, DryRun, checkpoint_bytes, examine
 from gcssl.errors import UserError
 from gcssl.eval.knn import search
 from gcssl.keys import nearest
 from gcssl.log import say
 from gcssl.models.gcvit import GCViT
-from gcssl.patient import DoctorConfig, Patient, checkpoint_bytes, examine
-from gcssl.rehearsal import changed, first_minutes, first_steps, rate, replay, verify_resume
 from gcssl.rng import MODEL, seed_torch
 from gcssl.runtime import entry
 from gcssl.ssl.masking import upsample_mask
 from gcssl.ssl.objectives import SCHEMAS
+from gcssl.trial import changed, first_minutes, first_steps, rate, replay, verify_resume
 
 MOST_BAD = 5  # images that cannot be decoded, of those named
 ALIKE = 0.999  # cosine of two centred thumbnails that show the same picture
@@ -46,11 +46,11 @@ class Finding:
 # ---- images
 
 
-def check_images(patient: Patient) -> Finding:
+def check_images(dry: DryRun) -> Finding:
     parts, worst = [], 0.0
-    for name, seen in patient.seen.items():
+    for name, seen in dry.seen.items():
         looked = len(seen.index) + len(seen.bad)
-        whole = len(patient.data.train if name == "train" else patient.data.test or [])
+        whole = len(dry.data.train if name == "train" else dry.data.test or [])
         share = len(seen.bad) / looked
         worst = max(worst, share)
         low, middle, high = (np.quantile(seen.sides.min(1), q) for q in (0, 0.5, 1)) if len(seen.sides) else (0, 0, 0)
@@ -60,12 +60,12 @@ def check_images(patient: Patient) -> Finding:
             more = f" and {len(seen.bad) - MOST_BAD} more" if len(seen.bad) > MOST_BAD else ""
             told += f", {len(seen.bad)} cannot be decoded: {', '.join(first)}{more}"
         parts.append(told)
-    verdict = "FAIL" if worst > patient.cfg.data.max_bad else "warn" if worst else "ok"
+    verdict = "FAIL" if worst > dry.cfg.data.max_bad else "warn" if worst else "ok"
     return Finding(verdict, "; ".join(parts))
 
 
-def check_classes(patient: Patient) -> Finding:
-    labels, classes = patient.data.train.labels, patient.data.train.classes
+def check_classes(dry: DryRun) -> Finding:
+    labels, classes = dry.data.train.labels, dry.data.train.classes
     if labels is None or classes is None:
         return Finding("ok", "no labels: pretraining needs none")
     counts = np.bincount(labels, minlength=len(classes))
@@ -75,25 +75,25 @@ def check_classes(patient: Patient) -> Finding:
     return Finding("ok", told)
 
 
-def check_duplicates(patient: Patient) -> Finding:
-    train, images, judges = patient.seen["train"], patient.data.train, "held-out"
-    if "val" in patient.seen and patient.data.test is not None:
-        val, images, judges = patient.seen["val"], patient.data.test, "test"
+def check_duplicates(dry: DryRun) -> Finding:
+    train, images, judges = dry.seen["train"], dry.data.train, "held-out"
+    if "val" in dry.seen and dry.data.test is not None:
+        val, images, judges = dry.seen["val"], dry.data.test, "test"
     else:  # what evaluations hold out then
         held = np.isin(train.index, held_out(images)[1])
         train, val = train.part(~held), train.part(held)
     if not len(train.index) or not len(val.index):
         return Finding("warn", "nothing that can be decoded to compare")
     same = set(train.hashes) & set(val.hashes)
-    similarity, nearest = search(train.thumbnails, val.thumbnails, 1, patient.cfg.eval.backend)
+    similarity, nearest = search(train.thumbnails, val.thumbnails, 1, dry.cfg.eval.backend)
     alike = (similarity[:, 0] > ALIKE).nonzero().flatten().tolist()
     told = f"of {len(val.index)} {judges} images {len(same)} are pixel by pixel among {len(train.index)} of the "
-    told += f"{len(patient.data.train)} training images, {len(alike)} nearly so"
+    told += f"{len(dry.data.train)} training images, {len(alike)} nearly so"
     if not alike and not same:
         return Finding("ok", told)
     if alike:
         one = images.where(int(val.index[alike[0]]))
-        other = patient.data.train.where(int(train.index[int(nearest[alike[0], 0])]))
+        other = dry.data.train.where(int(train.index[int(nearest[alike[0], 0])]))
         told += f", such as {one} and {other}"
     return Finding("warn", f"{told}: they flatter every evaluation")
 
@@ -101,11 +101,11 @@ def check_duplicates(patient: Patient) -> Finding:
 # ---- the model
 
 
-def check_sizes(patient: Patient) -> Finding:
-    backbone = patient.backbone
+def check_sizes(dry: DryRun) -> Finding:
+    backbone = dry.backbone
     if not isinstance(backbone, GCViT):
         return Finding("ok", f"{backbone.name} at {backbone.img_size}, features at stride {backbone.stride}")
-    sides = {view.shape[-2:] for view in patient.batch(1)["views"]}
+    sides = {view.shape[-2:] for view in dry.batch(1)["views"]}
     told = []
     for side in sorted(sides, reverse=True):
         windows = backbone.windows_at((side[0], side[1]))
@@ -116,15 +116,15 @@ def check_sizes(patient: Patient) -> Finding:
     return Finding("ok", text)
 
 
-def check_batch_mates(patient: Patient) -> Finding:
-    backbone, x = patient.backbone, patient.batch()["views"][0]
+def check_batch_mates(dry: DryRun) -> Finding:
+    backbone, x = dry.backbone, dry.batch()["views"][0]
     mode = backbone.training
     backbone.eval()
     with torch.no_grad():
         alone, among = backbone(torch.cat([x[:1], x.flip(0)[1:] + 1])), backbone(torch.cat([x[:1], -x[1:]]))
     backbone.train(mode)
     if torch.equal(alone[0], among[0]):
-        return Finding("ok", "an image's features do not depend on the other images of its batch")
+        return Finding("ok", "in evaluations an image's features do not depend on the other images of its batch")
     return Finding(
         "FAIL", "an image's features change with the other images of its batch: every evaluation would be wrong"
     )
@@ -147,12 +147,12 @@ def outputs_of(encoder: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
             handle.remove()
 
 
-def check_mask_leak(patient: Patient) -> Finding:
+def check_mask_leak(dry: DryRun) -> Finding:
     """Other pixels behind the masks: no layer of the student's encoder may give another bit."""
-    batch = patient.batch()
+    batch = dry.batch()
     masks = batch["masks"]
     if all(mask is None for mask in masks):
-        return Finding("ok", f"{patient.cfg.objective.name} hides nothing")
+        return Finding("ok", f"{dry.cfg.objective.name} hides nothing")
     noisy = {**batch, "views": list(batch["views"])}
     for i, (x, mask) in enumerate(zip(batch["views"], masks, strict=False)):  # ummae's second mask hides what is kept
         if mask is not None:
@@ -161,8 +161,8 @@ def check_mask_leak(patient: Patient) -> Finding:
     seen = []
     for one in (batch, noisy):
         seed_torch(0, MODEL)
-        with torch.no_grad(), outputs_of(patient.objective.encoder) as outputs:
-            patient.objective(one, 0)
+        with torch.no_grad(), outputs_of(dry.objective.encoder) as outputs:
+            dry.objective(one, 0)
         seen.append(outputs)
     for (name, a), (_, b) in zip(*seen, strict=True):
         if not torch.equal(a, b):
@@ -170,10 +170,10 @@ def check_mask_leak(patient: Patient) -> Finding:
     return Finding("ok", f"hidden pixels reach none of the student's {len(seen[0])} layer outputs")
 
 
-def check_gradients(patient: Patient) -> Finding:
-    objective = patient.objective
+def check_gradients(dry: DryRun) -> Finding:
+    objective = dry.objective
     seed_torch(0, MODEL)
-    out = objective(patient.batch(), 0)
+    out = objective(dry.batch(), 0)
     out["loss"].backward()
     named = [(name, p.grad) for name, p in objective.named_parameters() if p.requires_grad]
     objective.zero_grad()
@@ -191,16 +191,16 @@ def check_gradients(patient: Patient) -> Finding:
 # ---- the run
 
 
-def check_batch(patient: Patient) -> Finding:
-    cfg, sizes = patient.cfg, patient.sizes
+def check_batch(dry: DryRun) -> Finding:
+    cfg, sizes = dry.cfg, dry.sizes
     told = sizes.describe(cfg.train)
     return Finding("warn" if cfg.train.warmup_epochs * sizes.steps_per_epoch > sizes.total_steps else "ok", told)
 
 
-def check_disk(patient: Patient) -> Finding:
-    cfg = patient.cfg
-    weights, moments = checkpoint_bytes(patient)
-    epochs = patient.sizes.total_steps // patient.sizes.steps_per_epoch
+def check_disk(dry: DryRun) -> Finding:
+    cfg = dry.cfg
+    weights, moments = checkpoint_bytes(dry)
+    epochs = dry.sizes.total_steps // dry.sizes.steps_per_epoch
     for_ever = epochs // cfg.checkpoint.keep_every if cfg.checkpoint.keep_every else 0
     needed = (weights + moments) * (cfg.checkpoint.keep + 1 + for_ever)  # the newest is whole before the oldest goes
     folder = next(p for p in [Path(cfg.out or ".").absolute(), *Path(cfg.out or ".").absolute().parents] if p.exists())
@@ -209,22 +209,22 @@ def check_disk(patient: Patient) -> Finding:
     return Finding("FAIL" if needed > free else "ok", told)
 
 
-def check_first_steps(patient: Patient) -> Finding:
-    if not patient.cfg.doctor.minutes:
+def check_first_steps(dry: DryRun) -> Finding:
+    if not dry.cfg.doctor.minutes:
         return Finding("ok", "not run: doctor.minutes=0")
-    how = (patient.cfg.doctor.minutes, patient.sizes)
+    how = (dry.cfg.doctor.minutes, dry.sizes)
     try:
-        cfg = changed(patient.cfg, {"data.max_bad": 1.0})  # of which `images` tells
+        cfg = changed(dry.cfg, {"data.max_bad": 1.0})  # of which `images` tells
         found = Finding(*first_minutes(cfg, *how))
-        if patient.cfg.train.compile and found.verdict != "FAIL":
-            eager = rate(first_steps(changed(patient.cfg, {"train.compile": False}), *how))
+        if dry.cfg.train.compile and found.verdict != "FAIL":
+            eager = rate(first_steps(changed(dry.cfg, {"train.compile": False}), *how))
             found.told += f"; without train.compile {eager:.0f} images/s"
         return found
     except UserError as error:
         return Finding("FAIL", str(error))
 
 
-CHECKS: dict[str, Callable[[Patient], Finding]] = {
+CHECKS: dict[str, Callable[[DryRun], Finding]] = {
     "images": check_images,
     "classes": check_classes,
     "duplicates": check_duplicates,
@@ -249,11 +249,11 @@ def main(argv: list[str]) -> None:
     if asked:
         verify_resume(cfg, cfg.doctor.processes)
         return
-    patient = examine(cfg)
-    say(patient.data.train.describe())
+    dry = examine(cfg)
+    say(dry.data.train.describe(cfg.data.path))
     failed = []
     for name, check in CHECKS.items():
-        found = check(patient)
+        found = check(dry)
         say(textwrap.fill(f"{found.verdict:<5} {name:<13} {found.told}", 118, subsequent_indent=" " * 20))
         failed += [name] if found.verdict == "FAIL" else []
     if failed:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gcssl.config import PretrainConfig, load_config
+from gcssl.dryrun import DoctorConfig, DoctorOptions, DryRun, checkpoint_bytes, examine
 from gcssl.loader import Sizes
 from gcssl.log import say
-from gcssl.patient import DoctorConfig, DoctorOptions, Patient, checkpoint_bytes, examine
-from gcssl.rehearsal import changed, duration, first_steps, rate
 from gcssl.rng import MODEL, seed_torch
 from gcssl.runtime import bf16_is_fast, entry
 from gcssl.ssl.objectives import SCHEMAS
+from gcssl.trial import changed, duration, first_steps, rate
 
 Row = tuple[str, str, str]  # what, how much, where from
 Shape = Sequence[int]
@@ -74,11 +74,11 @@ class Counted:
     fixed_mib: float
 
 
-def count(patient: Patient) -> Counted:
-    objective, train = patient.objective.train(), patient.cfg.train
+def count(dry: DryRun) -> Counted:
+    objective, train = dry.objective.train(), dry.cfg.train
     kept, flops = {}, 0
     for images in (2, 4):
-        batch = patient.batch(images)
+        batch = dry.batch(images)
 
         def step(batch: dict[str, Any] = batch) -> None:
             seed_torch(train.seed, MODEL)
@@ -93,7 +93,7 @@ def count(patient: Patient) -> Counted:
         flops = counter.get_total_flops() / images
     image = (kept[4] - kept[2]) / 2
     trained = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
-    state, optimizer = checkpoint_bytes(patient)
+    state, optimizer = checkpoint_bytes(dry)
     return Counted(flops, image, kept[2] - 2 * image + (state + optimizer + trained) / 2**20)
 
 
@@ -106,7 +106,7 @@ def speed(cfg: PlanConfig, sizes: Sizes) -> tuple[float, str]:
     return rate(told), f"measured here: {len(told)} steps{few}"
 
 
-def patient_of(cfg: PlanConfig) -> Patient:
+def dry_run(cfg: PlanConfig) -> DryRun:
     """The run, built as the doctor does."""
     return examine(DoctorConfig(**vars(changed(cfg, {})), doctor=DoctorOptions(scan=1, processes=cfg.plan.processes)))
 
@@ -119,8 +119,8 @@ def si(number: float) -> str:
 
 
 def rows(cfg: PlanConfig) -> list[Row]:
-    patient = patient_of(cfg)
-    sizes, objective, counted = patient.sizes, patient.objective, count(patient)
+    dry = dry_run(cfg)
+    sizes, objective, counted = dry.sizes, dry.objective, count(dry)
     images = sizes.total_steps * sizes.global_batch
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     memory = (counted.fixed_mib + counted.image_mib * sizes.batch_size) / 1024
@@ -128,7 +128,7 @@ def rows(cfg: PlanConfig) -> list[Row]:
     share = cfg.plan.efficiency if sizes.world > 1 else 1.0
     hours = images / (per_process * sizes.world * share) / 3600
     found: list[Row] = [
-        ("images", f"{len(patient.data.train):,} of {patient.data.train.name}", "counted"),
+        ("images", f"{len(dry.data.train):,} of {dry.data.train.name}", "counted"),
         ("steps", f"{sizes.total_steps:,}, {sizes.steps_per_epoch:,} an epoch; {images:,} images seen", "config"),
         ("batch", sizes.layout(), "config"),
         ("parameters", f"{sum(p.numel() for p in objective.encoder.parameters()) / 1e6:.2f} M in the encoder, "

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from gcssl.config import PretrainConfig, config_dict, load_config, to_yaml
+from gcssl.dryrun import DoctorConfig, examine
 from gcssl.models.build import build_backbone
-from gcssl.patient import DoctorConfig, examine
 from gcssl.plan import saved_mib
 from gcssl.runtime import entry, keep_freed_memory
 from gcssl.ssl.objectives import SCHEMAS
@@ -50,8 +50,8 @@ def objective_step(objective: str, keys: list[str], batch: int) -> tuple[Step, t
     """Forward and backward on `batch` generated images, and the objective."""
     yaml = ROOT / f"configs/pretrain/{objective}_gcvit_nano.yaml"
     with contextlib.redirect_stdout(sys.stderr):  # what it tells of its mask is no part of the table
-        patient = examine(load_config(DoctorConfig, [str(yaml), *SMALL, *keys], SCHEMAS))
-    model, images = patient.objective.to(device()).train(), patient.batch(batch)
+        dry = examine(load_config(DoctorConfig, [str(yaml), *SMALL, *keys], SCHEMAS))
+    model, images = dry.objective.to(device()).train(), dry.batch(batch)
     images["views"] = [view.to(device()) for view in images["views"]]
     images["masks"] = [mask if mask is None else mask.to(device()) for mask in images["masks"]]
 

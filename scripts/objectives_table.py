@@ -18,7 +18,7 @@ from gcssl.config import PretrainConfig, load_config
 from gcssl.errors import UserError
 from gcssl.eval import finetune, knn, linear_probe
 from gcssl.eval.compare import compare
-from gcssl.plan import PlanConfig, count, patient_of, si
+from gcssl.plan import PlanConfig, count, dry_run, si
 from gcssl.pretrain import pretrain
 from gcssl.runtime import entry, make_accelerator
 from gcssl.ssl.objectives import SCHEMAS
@@ -52,7 +52,7 @@ def study(name: str, data: str, out: Path) -> None:
             f"out={out}",
         ]
         cfg = load_config(PretrainConfig, argv, SCHEMAS)
-        counted = count(patient_of(load_config(PlanConfig, argv, SCHEMAS)))
+        counted = count(dry_run(load_config(PlanConfig, argv, SCHEMAS)))
         pretrain(cfg)
         memory = (counted.fixed_mib + cfg.train.batch_size * counted.image_mib) / 1024
         (out / "cost.json").write_text(json.dumps({"flops_an_image": counted.flops, "gib": memory}) + "\n")

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from gcssl.config import PretrainConfig, load_config
+from gcssl.dryrun import DoctorConfig, examine
 from gcssl.eval.features import frozen
 from gcssl.log import RunLog
-from gcssl.patient import DoctorConfig, examine
 from gcssl.pretrain import pretrain, show_batch
 from gcssl.rng import seed_torch
 from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
@@ -32,8 +32,8 @@ def step(objective: Any, batch: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
 def test_a_compiled_encoder_is_one_graph_a_size_and_computes_the_same(objective: str, tmp_path: Path) -> None:
     torch._dynamo.reset()
     cfg = load_config(DoctorConfig, [str(YAML / f"{objective}_gcvit_nano.yaml"), *SMALL], SCHEMAS)
-    patient = examine(cfg)
-    objective_, batch, graphs = patient.objective.train(), patient.batch(4), []
+    dry = examine(cfg)
+    objective_, batch, graphs = dry.objective.train(), dry.batch(4), []
 
     def traced(graph: Any, _: Any) -> Any:
         graphs.append(len(graph.graph.nodes))

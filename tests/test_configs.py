@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from gcssl.config import PretrainConfig, config_dict, load_config
+from gcssl.dryrun import DoctorConfig
 from gcssl.errors import UserError
 from gcssl.eval.finetune import FinetuneConfig
 from gcssl.eval.inputs import InputConfig
@@ -21,7 +22,6 @@ from gcssl.keys import flatten
 from gcssl.loader import ViewMaker, batch_to_device, collate, run_sizes
 from gcssl.models.build import BACKBONES, from_config
 from gcssl.optim import make_optimizer, param_groups, set_lr
-from gcssl.patient import DoctorConfig
 from gcssl.plan import PlanConfig
 from gcssl.ssl.base import Setup
 from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS

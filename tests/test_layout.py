@@ -114,7 +114,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 # These may import everything.
-PROGRAMS = {"__init__.py", "export.py", "pretrain.py", "doctor.py", "patient.py", "rehearsal.py", "plan.py"}
+PROGRAMS = {"__init__.py", "export.py", "pretrain.py", "doctor.py", "dryrun.py", "trial.py", "plan.py"}
 ARROWS = {
     "gcssl": ("gcssl.ssl", "gcssl.models", "gcssl.eval", "gcssl.pretrain"),
     "models": ("gcssl.ssl", "gcssl.eval", "gcssl.pretrain", "accelerate", "datasets"),

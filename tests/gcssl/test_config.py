@@ -245,12 +245,12 @@ def test_diff_names_each_changed_key_once() -> None:
 
 def test_the_shared_tables_name_real_keys() -> None:
     """A choice or a range listed under a key that was renamed would check nothing."""
+    from gcssl.dryrun import DoctorConfig
     from gcssl.eval.finetune import FinetuneConfig
     from gcssl.eval.knn import KnnConfig
     from gcssl.eval.linear_probe import LinearProbeConfig
     from gcssl.export import ExportConfig
     from gcssl.keys import CHOICES, RANGES, leaves
-    from gcssl.patient import DoctorConfig
     from gcssl.plan import PlanConfig
 
     schemas = (DoctorConfig, PlanConfig, FinetuneConfig, KnnConfig, LinearProbeConfig, ExportConfig)

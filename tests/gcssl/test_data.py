@@ -169,8 +169,8 @@ def test_links_that_lead_back_add_no_image_and_no_class(tmp_path: Path, target: 
 
 def test_what_was_found_is_told(tmp_path: Path) -> None:
     write_tree(tmp_path / "train")
-    assert opened(tmp_path).train.describe() == "data: train 9 images in 3 classes (ant, cat, dog)"
-    assert opened(tmp_path / "train" / "ant").train.describe() == "data: train 3 images without labels"
+    assert opened(tmp_path).train.describe("x") == "data: x: train, 9 images in 3 classes (ant, cat, dog)"
+    assert opened(tmp_path / "train" / "ant").train.describe("ant") == "data: ant: train, 3 images without labels"
 
 
 def kaggle(root: Path) -> Path:

@@ -21,15 +21,15 @@ import gcssl.doctor as doctor
 from gcssl.config import PretrainConfig, load_config
 from gcssl.data import Images
 from gcssl.doctor import CHECKS
+from gcssl.dryrun import DoctorConfig, DryRun, examine
 from gcssl.errors import NumericStop, Preempted, UserError
 from gcssl.eval.finetune import Classifier, FinetuneConfig
 from gcssl.eval.finetune import run as finetune
-from gcssl.patient import DoctorConfig, Patient, examine
 from gcssl.pretrain import pretrain
-from gcssl.rehearsal import differences, duration, replay, verify_resume
 from gcssl.runtime import make_accelerator
 from gcssl.ssl.objectives import SCHEMAS
 from gcssl.ssl.simmim import SimMIM
+from gcssl.trial import differences, duration, replay, verify_resume
 
 YAML = Path(__file__).parents[2] / "configs/pretrain"
 SMALL = ["data.shapes_n=256", "data.workers=0", "train.batch_size=16", "train.warmup_epochs=1", "doctor.minutes=0"]
@@ -39,8 +39,8 @@ def config(objective: str, *more: str) -> DoctorConfig:
     return load_config(DoctorConfig, [str(YAML / f"{objective}_gcvit_nano.yaml"), *SMALL, *more], SCHEMAS)
 
 
-def verdicts(patient: Patient) -> dict[str, str]:
-    return {name: check(patient).verdict for name, check in CHECKS.items()}
+def verdicts(dry: DryRun) -> dict[str, str]:
+    return {name: check(dry).verdict for name, check in CHECKS.items()}
 
 
 def folder(root: Path, train: int = 30, val: int = 10) -> Path:
@@ -55,20 +55,20 @@ def folder(root: Path, train: int = 30, val: int = 10) -> Path:
 
 @pytest.mark.parametrize("objective", ["joint", "ibot", "mae", "ummae", "vicreg"])
 def test_a_healthy_run(objective: str, tmp_path: Path) -> None:
-    patient = examine(config(objective, f"out={tmp_path / 'run'}"))
-    assert set(verdicts(patient).values()) == {"ok"}
+    dry = examine(config(objective, f"out={tmp_path / 'run'}"))
+    assert set(verdicts(dry).values()) == {"ok"}
     assert not (tmp_path / "run").exists()
 
 
 def test_bad_images_and_small_classes(tmp_path: Path) -> None:
     data = folder(tmp_path / "data")
     (data / "train/class0/00.png").write_text("no image")
-    patient = examine(config("simmim", f"data.path={data}", "train.batch_size=8", "data.max_bad=0.05"))
-    found = doctor.check_images(patient)
+    dry = examine(config("simmim", f"data.path={data}", "train.batch_size=8", "data.max_bad=0.05"))
+    found = doctor.check_images(dry)
     assert found.verdict == "warn" and "1 cannot be decoded: " in found.told and "00.png" in found.told
-    assert doctor.check_classes(patient).verdict == "warn"
-    patient.cfg.data.max_bad = 0.01
-    assert doctor.check_images(patient).verdict == "FAIL"
+    assert doctor.check_classes(dry).verdict == "warn"
+    dry.cfg.data.max_bad = 0.01
+    assert doctor.check_images(dry).verdict == "FAIL"
     for i in range(1, 8):
         (data / f"train/class0/{i:02d}.png").write_text("no image")
     many = examine(
@@ -107,9 +107,9 @@ def test_a_signal_stops_the_doctor_and_not_its_training_alone(monkeypatch: pytes
 
 def test_a_part_of_the_images_is_one_of_all_classes(tmp_path: Path) -> None:
     data = folder(tmp_path / "data", train=64)
-    patient = examine(config("simmim", f"data.path={data}", "train.batch_size=8", "doctor.scan=16"))
-    index = patient.seen["train"].index
-    assert len(index) == 16 and 0 < (patient.data.train.labels[index] == 1).sum() < 16
+    dry = examine(config("simmim", f"data.path={data}", "train.batch_size=8", "doctor.scan=16"))
+    index = dry.seen["train"].index
+    assert len(index) == 16 and 0 < (dry.data.train.labels[index] == 1).sum() < 16
 
 
 def test_test_images_in_train_are_found_also_when_they_were_saved_again(tmp_path: Path) -> None:
@@ -141,10 +141,10 @@ def test_windows_that_see_little() -> None:
 
 
 def test_a_backbone_that_mixes_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    patient = examine(config("simmim"))
-    stem = patient.backbone.stem.forward
-    monkeypatch.setattr(patient.backbone.stem, "forward", lambda x, *a: stem(x, *a) + 1e-3 * x.mean())
-    assert doctor.check_batch_mates(patient).verdict == "FAIL"
+    dry = examine(config("simmim"))
+    stem = dry.backbone.stem.forward
+    monkeypatch.setattr(dry.backbone.stem, "forward", lambda x, *a: stem(x, *a) + 1e-3 * x.mean())
+    assert doctor.check_batch_mates(dry).verdict == "FAIL"
 
 
 def test_a_mask_that_leaks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,21 +155,21 @@ def test_a_mask_that_leaks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_parameters_without_a_gradient_and_wild_ones() -> None:
-    patient = examine(config("simmim"))
-    patient.objective.register_parameter("idle", torch.nn.Parameter(torch.zeros(2)))
-    found = doctor.check_gradients(patient)
+    dry = examine(config("simmim"))
+    dry.objective.register_parameter("idle", torch.nn.Parameter(torch.zeros(2)))
+    found = doctor.check_gradients(dry)
     assert found.verdict == "FAIL" and "1 parameters get no gradient (idle)" in found.told
-    patient = examine(config("simmim"))
+    dry = examine(config("simmim"))
     with torch.no_grad():
-        next(patient.objective.parameters()).fill_(math.inf)
-    assert "not finite" in doctor.check_gradients(patient).told
+        next(dry.objective.parameters()).fill_(math.inf)
+    assert "not finite" in doctor.check_gradients(dry).told
 
 
 def test_a_disk_too_small_and_a_warm_up_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    patient = examine(config("simmim", "train.epochs=2", "train.warmup_epochs=5"))
-    assert doctor.check_batch(patient).verdict == "warn"
+    dry = examine(config("simmim", "train.epochs=2", "train.warmup_epochs=5"))
+    assert doctor.check_batch(dry).verdict == "warn"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: dataclasses.make_dataclass("Usage", ["free"])(50_000_000))
-    found = doctor.check_disk(patient)
+    found = doctor.check_disk(dry)
     assert found.verdict == "FAIL" and "checkpoints of 36 MB take 0.11 GB, 0.1 GB are free" in found.told
 
 
@@ -184,12 +184,12 @@ def test_waiting_for_data_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
         line = {"step": 1, "loss": 1.0, "images_per_s": 10.0, "data_wait": shares[0]}
         (Path(cfg.out) / "metrics.jsonl").write_text(f"{json.dumps(line)}\n")
 
-    monkeypatch.setattr("gcssl.rehearsal.pretrain", waiting)
-    patient = examine(config("simmim", "doctor.minutes=1"))
+    monkeypatch.setattr("gcssl.trial.pretrain", waiting)
+    dry = examine(config("simmim", "doctor.minutes=1"))
     shares = [0.15]
-    assert doctor.check_first_steps(patient).verdict == "ok"
+    assert doctor.check_first_steps(dry).verdict == "ok"
     shares = [0.25]
-    assert doctor.check_first_steps(patient).verdict == "warn"
+    assert doctor.check_first_steps(dry).verdict == "warn"
 
 
 def test_the_gain_of_compilation_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,14 +198,14 @@ def test_the_gain_of_compilation_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
         line = {"step": 1, "loss": 1.0, "images_per_s": speed, "data_wait": 0.0}
         (Path(cfg.out) / "metrics.jsonl").write_text(f"{json.dumps(line)}\n")
 
-    monkeypatch.setattr("gcssl.rehearsal.pretrain", clocked)
+    monkeypatch.setattr("gcssl.trial.pretrain", clocked)
     told = doctor.check_first_steps(examine(config("simmim", "doctor.minutes=1", "train.compile=true"))).told
     assert "300 images/s" in told and told.endswith("without train.compile 200 images/s")
 
 
 def test_the_first_steps_are_real_and_leave_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    patient = examine(config("simmim", "doctor.minutes=0.01", "train.epochs=3"))
-    found = doctor.check_first_steps(patient)
+    dry = examine(config("simmim", "doctor.minutes=0.01", "train.epochs=3"))
+    found = doctor.check_first_steps(dry)
     assert found.verdict == "ok" and "images/s" in found.told and "minutes on one process" in found.told
     assert capfd.readouterr().out == ""
     wild = examine(config("simmim", "doctor.minutes=1", "train.blr=1e30", "train.lr_rule=none"))
@@ -224,8 +224,8 @@ def test_what_pretraining_refuses_is_refused_or_a_failed_check(tmp_path: Path) -
     data = folder(tmp_path / "data")
     for file in (data / "train").rglob("*.png"):
         file.write_text("no image")
-    patient = examine(config("simmim", f"data.path={data}", "train.batch_size=8", "doctor.minutes=0.1"))
-    found = doctor.check_first_steps(patient)
+    dry = examine(config("simmim", f"data.path={data}", "train.batch_size=8", "doctor.minutes=0.1"))
+    found = doctor.check_first_steps(dry)
     assert found.verdict == "FAIL" and "images in a row cannot be decoded" in found.told
 
 
@@ -328,11 +328,11 @@ def test_a_resume_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch, capsy
         (out / "checkpoints/step_00000003").mkdir(parents=True, exist_ok=True)
         return subprocess.Popen(["sleep", next(seconds)], stderr=subprocess.PIPE, text=True, start_new_session=True)
 
-    monkeypatch.setattr("gcssl.rehearsal.start", start)
-    monkeypatch.setattr("gcssl.rehearsal.differences", lambda *_: ["model a", "step 4, loss"])
+    monkeypatch.setattr("gcssl.trial.start", start)
+    monkeypatch.setattr("gcssl.trial.differences", lambda *_: ["model a", "step 4, loss"])
     with pytest.raises(NumericStop, match="verify-resume: killed after step 1: 2 differ: model a"):
         verify_resume(config("simmim"))
-    monkeypatch.setattr("gcssl.rehearsal.differences", lambda *_: [])
+    monkeypatch.setattr("gcssl.trial.differences", lambda *_: [])
     assert "equal bit for bit" not in capsys.readouterr().out
     verify_resume(config("simmim"))
     assert "equal bit for bit" in capsys.readouterr().out
@@ -347,7 +347,7 @@ def test_one_process_verifies_its_part_of_a_run_of_many(monkeypatch: pytest.Monk
         asked.append(cfg.train)
         raise UserError("far enough")
 
-    monkeypatch.setattr("gcssl.rehearsal.start", start)
+    monkeypatch.setattr("gcssl.trial.start", start)
     with pytest.raises(UserError, match="far enough"):
         verify_resume(config("simclr", "train.batch_size=2", "train.global_batch=8"), 4)
     assert (asked[0].global_batch, asked[0].accumulate, asked[0].batch_size) == (None, 1, 2)
@@ -361,7 +361,7 @@ def test_a_run_that_ends_before_it_is_killed_says_why(monkeypatch: pytest.Monkey
         argv = ["sh", "-c", next(programs)]
         return subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
-    monkeypatch.setattr("gcssl.rehearsal.start", start)
+    monkeypatch.setattr("gcssl.trial.start", start)
     with pytest.raises(UserError, match="the run itself failed: gcssl: the disk is full"):
         verify_resume(config("simmim"))
 

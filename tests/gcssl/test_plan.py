@@ -8,10 +8,10 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from gcssl.config import load_config
+from gcssl.dryrun import DryRun
 from gcssl.errors import UserError
 from gcssl.loader import run_sizes
-from gcssl.patient import Patient
-from gcssl.plan import PlanConfig, count, main, patient_of, rows, saved_mib, si, speed
+from gcssl.plan import PlanConfig, count, dry_run, main, rows, saved_mib, si, speed
 from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 
 YAML = Path(__file__).parents[2] / "configs/pretrain"
@@ -22,12 +22,12 @@ def config(objective: str, *more: str) -> PlanConfig:
     return load_config(PlanConfig, [str(YAML / f"{objective}_gcvit_nano.yaml"), *SMALL, *more], SCHEMAS)
 
 
-def patient(objective: str, *more: str) -> Patient:
-    return patient_of(config(objective, *more))
+def dry(objective: str, *more: str) -> DryRun:
+    return dry_run(config(objective, *more))
 
 
 def test_flops_are_three_times_those_of_encoder_and_head() -> None:
-    one = patient("simmim")
+    one = dry("simmim")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         one.backbone(torch.randn(1, 3, 64, 64))
     head = 2 * 4 * 256 * 32 * 32 * 3  # four tokens of 256 numbers to the pixels of their cells
@@ -37,7 +37,7 @@ def test_flops_are_three_times_those_of_encoder_and_head() -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_memory_of_a_batch_is_foreseen(objective: str) -> None:
     """Counted on two and four images, and seen with six."""
-    one = patient(objective)
+    one = dry(objective)
     found, objective_ = count(one), one.objective.train()
     batch = one.batch(6)
     kept = saved_mib(lambda: objective_(batch, 0)["loss"].backward(), objective_)
@@ -54,19 +54,19 @@ def test_fewer_images_than_are_counted_with(tmp_path: Path) -> None:
     for i in range(3):
         Image.new("RGB", (64, 64), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
     keys = ["train.batch_size=2", "eval.online_every=0"]
-    few = count(patient("simmim", f"data.path={tmp_path}", *keys))
-    many = count(patient("simmim", *keys))
+    few = count(dry("simmim", f"data.path={tmp_path}", *keys))
+    many = count(dry("simmim", *keys))
     assert few.flops == many.flops and few.image_mib == pytest.approx(many.image_mib, rel=1e-3)
 
 
 def test_the_memory_of_the_whole_batch_is_told() -> None:
     one = config("simmim", "train.batch_size=128")
-    found, told = count(patient_of(one)), dict(row[:2] for row in rows(one))["memory"]
+    found, told = count(dry_run(one)), dict(row[:2] for row in rows(one))["memory"]
     assert float(told.split()[0]) == pytest.approx((found.fixed_mib + 128 * found.image_mib) / 1024, abs=0.01)
 
 
 def test_half_precision_keeps_less() -> None:
-    full, half = (count(patient("simmim", f"train.precision={name}")).image_mib for name in ("fp32", "bf16"))
+    full, half = (count(dry("simmim", f"train.precision={name}")).image_mib for name in ("fp32", "bf16"))
     assert 0.4 * full < half < 0.8 * full
 
 

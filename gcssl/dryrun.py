@@ -87,7 +87,7 @@ def scan(images: Images, cfg: DoctorConfig) -> Scan:
 
 
 @dataclass
-class Patient:
+class DryRun:
     """What the checks look at: the run, built but not started."""
 
     cfg: DoctorConfig
@@ -105,7 +105,7 @@ class Patient:
         return batch_to_device(collate(items), "cpu", self.backbone.mean, self.backbone.std, self.cfg.augment)
 
 
-def examine(cfg: DoctorConfig) -> Patient:
+def examine(cfg: DoctorConfig) -> DryRun:
     if cfg.out:
         check_writable(cfg.out, cfg.data.path)
     couples = check_objective(cfg)
@@ -122,12 +122,12 @@ def examine(cfg: DoctorConfig) -> Patient:
     seen = {name: scan(images, cfg) for name, images in splits.items()}
     objective = make_objective(cfg, backbone, sizes.total_steps, sizes.steps_per_epoch)
     check_shard(cfg.train, objective)
-    return Patient(cfg, data, backbone, objective, sizes, seen)
+    return DryRun(cfg, data, backbone, objective, sizes, seen)
 
 
-def checkpoint_bytes(patient: Patient) -> tuple[int, int]:
+def checkpoint_bytes(dry: DryRun) -> tuple[int, int]:
     """(of the objective's state, of the optimizer's)."""
-    weights = sum(t.numel() * t.element_size() for t in patient.objective.state_dict().values())
-    slots = {"adamw": 2, "lamb": 2, "sgd": 1, "lars": 1}[patient.cfg.train.optimizer]
-    trained = (p for p in patient.objective.parameters() if p.requires_grad)
+    weights = sum(t.numel() * t.element_size() for t in dry.objective.state_dict().values())
+    slots = {"adamw": 2, "lamb": 2, "sgd": 1, "lars": 1}[dry.cfg.train.optimizer]
+    trained = (p for p in dry.objective.parameters() if p.requires_grad)
     return weights, slots * sum(p.numel() * p.element_size() for p in trained)

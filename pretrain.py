@@ -16,13 +16,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from gcssl.badsteps import BadSteps
-from gcssl.beats import Beats
 from gcssl.checkpoint import list_checkpoints, write_backbone
 from gcssl.collapse import CollapseWatch
 from gcssl.config import PretrainConfig, TrainConfig, load_config
 from gcssl.data import open_data
 from gcssl.errors import Preempted, UserError
 from gcssl.eval.online import OnlineProbe, evaluated_encoder, online_probe
+from gcssl.heartbeat import Heartbeat
 from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, run_sizes, train_loader
 from gcssl.log import RunLog, cut_after, say
 from gcssl.meter import BadSamples, Meter
@@ -146,8 +146,8 @@ def fit(
     objective.to(accelerator.device)
     bad_steps = BadSteps(run.path, train, objective)
     watch = CollapseWatch(objective.chance(sizes.global_batch))
-    judges = {"bad_steps": bad_steps, "collapse": watch}
-    state = RunState(run, objective, make_optimizer(groups, train), accelerator, judges, dataset.images.classes)
+    monitors = {"bad_steps": bad_steps, "collapse": watch}
+    state = RunState(run, objective, make_optimizer(groups, train), accelerator, monitors, dataset.images.classes)
     step = state.resume()
     if bad_steps.norms and accelerator.num_processes * sizes.accumulate > 1:
         say("batch norm in the backbone: over each process's micro-batch, so other layouts of a batch train otherwise")
@@ -160,7 +160,7 @@ def fit(
     objective.train()
     if run.is_main:
         cut_after(bad_steps.path, step)
-    with StopSignal(train.max_hours) as stop, RunLog(*logged) as log, Beats(accelerator) as beats:
+    with StopSignal(train.max_hours) as stop, RunLog(*logged) as log, Heartbeat(accelerator) as heartbeat:
         if probe and probe.due(step) and not broadcast(log.holds(step, "online_rankme")):
             with log.pause():
                 measure(probe, objective, step, log, stop)  # a signal ended it
@@ -168,7 +168,7 @@ def fit(
             batch = to_device(batch, step)
             meter.note(batch)
             if meter.micro == 0:
-                beats.tell(step)
+                heartbeat.beat(step)
                 bad_steps.begin()
             with accelerator.accumulate(model):
                 seed_torch(train.seed, MODEL, step, accelerator.process_index, meter.micro)

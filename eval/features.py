@@ -63,7 +63,7 @@ class Crop:
 
 
 @dataclass(frozen=True)
-class Pace:
+class ForwardOptions:
     """How a pass over images is cut and guarded; of these, precision alone touches the numbers."""
 
     batch_size: int = 256  # images a process and forward pass
@@ -128,7 +128,7 @@ def forward_all(
     indices: np.ndarray,
     accelerator: "Accelerator",
     crop: Crop,
-    pace: Pace,
+    options: ForwardOptions,
 ) -> Outputs:
     """call(x) -> {name: B D} over every image of `indices` exactly once; float32 on the CPU, everywhere.
 
@@ -141,11 +141,11 @@ def forward_all(
     device, mine = accelerator.device, indices[accelerator.process_index :: accelerator.num_processes]
     rows: dict[str, np.ndarray] = {}
     labels, good = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.bool)]
-    with frozen(model), autocast(device, pace.precision):
+    with frozen(model), autocast(device, options.precision):
         if not len(mine):  # a process without images still knows the shapes
             probe = torch.zeros(1, 3, *crop.size, device=device)
             rows = {name: out[:0].float().cpu().numpy() for name, out in call(probe).items()}
-        done, how = 0, (crop.size, crop, pace.batch_size, pace.workers, pace.timeout)
+        done, how = 0, (crop.size, crop, options.batch_size, options.workers, options.timeout)
         for batch in eval_loader(images, mine, *how) if len(mine) else ():
             x = batch["image"].to(device, non_blocking=True).float().div_(255)
             for name, out in call(normalize(x, model.mean, model.std)).items():
@@ -168,7 +168,7 @@ def forward_all(
         if wild:
             raise NotFinite(
                 f"{images.name}: the backbone's outputs ({name}) are not finite for {wild} of {len(indices)} images; "
-                f"its training diverged or its weights are damaged (precision={pace.precision})"
+                f"its training diverged or its weights are damaged (precision={options.precision})"
             )
     return out
 
@@ -188,7 +188,7 @@ def extract(
     indices: np.ndarray,
     accelerator: "Accelerator",
     crop: Crop | None = None,
-    pace: Pace = Pace(),  # noqa: B008  (frozen)
+    options: ForwardOptions = ForwardOptions(),  # noqa: B008  (frozen)
     kinds: tuple[str, ...] = ("last",),
     quiet: bool = False,
 ) -> Features:
@@ -206,7 +206,7 @@ def extract(
             raise UserError(f"features: {', '.join(missing)} asked, this backbone has {', '.join(pooled)}")
         return {kind: pooled[kind] for kind in kinds}
 
-    out = forward_all(backbone, call, images, indices, accelerator, crop, pace)
+    out = forward_all(backbone, call, images, indices, accelerator, crop, options)
     ok, n_bad = out.ok, count_bad(out, images, indices, quiet)
     index = torch.as_tensor(np.asarray(indices, dtype=np.int64))
     if not n_bad:

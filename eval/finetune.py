@@ -27,7 +27,7 @@ from torch import Tensor
 from gcssl.checkpoint import write_backbone
 from gcssl.config import CheckpointConfig, DataConfig, LogConfig, RuntimeConfig, TrainConfig, load_config
 from gcssl.errors import UserError
-from gcssl.eval.features import Pace, count_bad, forward_all
+from gcssl.eval.features import ForwardOptions, count_bad, forward_all
 from gcssl.eval.inputs import (
     AskedData,
     Inputs,
@@ -295,8 +295,8 @@ def judge(objective: Classifier, inputs: Inputs) -> dict[str, Any]:
     images, data = inputs.test, inputs.cfg.data
     indices = np.arange(len(images))
     precision = "bf16" if inputs.cfg.train.precision == "bf16" else "fp32"
-    pace = Pace(256, data.workers, precision, data.timeout)
-    out = forward_all(objective.encoder, both, images, indices, inputs.accelerator, inputs.crop, pace)
+    options = ForwardOptions(256, data.workers, precision, data.timeout)
+    out = forward_all(objective.encoder, both, images, indices, inputs.accelerator, inputs.crop, options)
     correct = {name: topk_correct(logits[out.ok], out.y[out.ok]) for name, logits in out.x.items()}
     metrics = {
         "finetune/top1": percent(correct["ema"][1]),

@@ -14,7 +14,7 @@ import torch
 from gcssl.config import DataConfig, ModelConfig, RuntimeConfig, TrainConfig, config_dict, load_config, read_yaml
 from gcssl.data import held_out, open_data
 from gcssl.errors import UserError
-from gcssl.eval.features import PRECISIONS, Crop, Features, Pace, extract, frozen
+from gcssl.eval.features import PRECISIONS, Crop, Features, ForwardOptions, extract, frozen
 from gcssl.eval.results import check_result, comparison, packed, result_table, settings_of, write_result
 from gcssl.log import say
 from gcssl.models.build import Backbone
@@ -87,9 +87,9 @@ class Inputs:
         return Crop(self.backbone.img_size, pct, cfg.interpolation or info["interpolation"], squash)
 
     @property
-    def pace(self) -> Pace:
+    def options(self) -> ForwardOptions:
         cfg = self.cfg
-        return Pace(cfg.batch_size, cfg.data.workers, cfg.precision, cfg.data.timeout)
+        return ForwardOptions(cfg.batch_size, cfg.data.workers, cfg.precision, cfg.data.timeout)
 
     @cached_property
     def kinds(self) -> tuple[str, ...]:
@@ -109,7 +109,7 @@ class Inputs:
             np.arange(len(images)),
             self.accelerator,
             crop,
-            self.pace,
+            self.options,
             kinds,
             quiet=epoch > 0,
         )

@@ -50,7 +50,7 @@ def judge(inputs: Inputs, _cfg: InputConfig) -> dict[str, Any]:
         indices,
         inputs.accelerator,
         inputs.crop,
-        inputs.pace,
+        inputs.options,
     )
     n_bad = count_bad(out, images, indices)
     top = topk_correct(out.x["logits"][out.ok], out.y[out.ok], (1, 5))

@@ -22,9 +22,9 @@ from gcssl.shard import whole
 
 
 class RunState:
-    """The objective and its optimizer as they were before Accelerate's `prepare`, the loss scaler, and the judges.
+    """The objective and its optimizer as they were before Accelerate's `prepare`, the loss scaler, and the monitors.
 
-    judges: by name, what decides from earlier steps whether one counts or ends the run; with state_dict and
+    monitors: by name, what decides from earlier steps whether one counts or ends the run; with state_dict and
     load_state_dict of JSON values. classes: the names of the images' classes, for what is read from a checkpoint.
     """
 
@@ -34,11 +34,11 @@ class RunState:
         objective: Any,
         optimizer: torch.optim.Optimizer,
         accelerator: Accelerator,
-        judges: dict[str, Any],
+        monitors: dict[str, Any],
         classes: list[str] | None,
     ) -> None:
         self.run, self.objective, self.optimizer, self.accelerator = run, objective, optimizer, accelerator
-        self.judges, self.classes = judges, classes
+        self.monitors, self.classes = monitors, classes
         self.saved = False
 
     def resume(self) -> int:
@@ -70,8 +70,8 @@ class RunState:
         load_optimizer(self.optimizer, loaded.tensors["optimizer"], loaded.state["optimizer"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(loaded.state["scaler"])
-        for name in self.judges.keys() & loaded.state.keys():  # an incident's checkpoint has none
-            self.judges[name].load_state_dict(loaded.state[name])
+        for name in self.monitors.keys() & loaded.state.keys():  # an incident's checkpoint has none
+            self.monitors[name].load_state_dict(loaded.state[name])
         say(f"resumed from {loaded.path.name}")
         return run.step
 
@@ -83,7 +83,7 @@ class RunState:
         state = {"optimizer": optimizer, "default_encoder": default_encoder}
         state |= {"mean": list(encoder.mean), "std": list(encoder.std), "class_names": self.classes}
         state["num_classes"] = encoder.num_classes
-        state |= {name: judge.state_dict() for name, judge in self.judges.items()}
+        state |= {name: monitor.state_dict() for name, monitor in self.monitors.items()}
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         return {"model": whole(self.objective.state_dict()), "optimizer": whole(tensors)}, state
@@ -124,7 +124,7 @@ class RunState:
 
     def _leave(self, folder: Path, step: int, told: dict[str, Any], tensors: Any, state: dict[str, Any]) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier start that came to the same end
-        for name in self.judges:  # they saw nothing yet, and the losses of later steps do not judge the first
+        for name in self.monitors:  # they saw nothing yet, and the losses of later steps do not judge the first
             del state[name]
         try:
             folder.mkdir(parents=True)

@@ -16,7 +16,7 @@ from gcssl.augment import ViewSpec, normalize, resize_center_crop
 from gcssl.config import DataConfig
 from gcssl.data import open_data
 from gcssl.errors import UserError
-from gcssl.eval.features import KINDS, Crop, Pace, extract
+from gcssl.eval.features import KINDS, Crop, ForwardOptions, extract
 from gcssl.models.build import build_backbone
 
 SIZE = (64, 64)
@@ -36,7 +36,7 @@ def test_each_image_once_and_in_the_order_asked(folder: Path, accelerator: Accel
     images, model = open_data(DataConfig(path=str(folder)), SIZE).train, nano()
     model.mean, model.std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)  # its own, not those of ImageNet
     indices = np.array([5, 60, 2, 33, 33, 41, 0, 17])
-    got = extract(model, images, indices, accelerator, Crop(SIZE, 0.875), Pace(batch_size), KINDS)
+    got = extract(model, images, indices, accelerator, Crop(SIZE, 0.875), ForwardOptions(batch_size), KINDS)
     assert got.index.tolist() == indices.tolist()
     assert got.y.tolist() == images.labels[indices].tolist()
     for row, i in enumerate(indices):
@@ -83,7 +83,7 @@ def test_random_crops_are_a_function_of_seed_epoch_and_image(folder: Path, accel
 
     def crops(indices: list[int], seed: int, epoch: int, batch: int = 8, workers: int = 0) -> torch.Tensor:
         crop = Crop(SIZE, random=ViewSpec(), seed=seed, epoch=epoch)
-        return extract(model, images, np.array(indices), accelerator, crop, Pace(batch, workers)).x["last"]
+        return extract(model, images, np.array(indices), accelerator, crop, ForwardOptions(batch, workers)).x["last"]
 
     base = crops([0, 1, 2, 3, 4], 0, 3)
     torch.testing.assert_close(crops([4, 2], 0, 3, batch=1), base[[4, 2]], atol=1e-5, rtol=1e-4)
@@ -95,11 +95,11 @@ def test_random_crops_are_a_function_of_seed_epoch_and_image(folder: Path, accel
 def test_bf16_is_close_to_fp32_and_other_precisions_are_refused(folder: Path, accelerator: Accelerator) -> None:
     images, model = open_data(DataConfig(path=str(folder)), SIZE).train, nano()
     full = extract(model, images, np.arange(6), accelerator).x["last"]
-    half = extract(model, images, np.arange(6), accelerator, pace=Pace(precision="bf16")).x["last"]
+    half = extract(model, images, np.arange(6), accelerator, options=ForwardOptions(precision="bf16")).x["last"]
     assert half.dtype == torch.float32 and not torch.equal(half, full)
     assert ((half - full).norm() / full.norm()) < 0.05
     with pytest.raises(UserError, match="fp32 or bf16"):
-        extract(model, images, np.arange(6), accelerator, pace=Pace(precision="fp16"))
+        extract(model, images, np.arange(6), accelerator, options=ForwardOptions(precision="fp16"))
 
 
 def test_outputs_that_are_not_finite_are_refused(folder: Path, accelerator: Accelerator) -> None:
@@ -126,7 +126,7 @@ class Stuck:
 @pytest.mark.parametrize("crop", [Crop(SIZE), Crop(SIZE, random=ViewSpec())])
 def test_a_worker_that_hangs_ends_an_evaluation_after_data_timeout(crop: Crop, accelerator: Accelerator) -> None:
     with pytest.raises(UserError, match="timed out after 1 seconds; workers were reading stuck 0 "):
-        extract(nano(), Stuck(), np.arange(2), accelerator, crop, Pace(workers=1, timeout=1))
+        extract(nano(), Stuck(), np.arange(2), accelerator, crop, ForwardOptions(workers=1, timeout=1))
 
 
 def test_a_squashed_crop_shows_the_whole_image(folder: Path, accelerator: Accelerator) -> None:
@@ -144,7 +144,7 @@ import numpy as np, torch
 from gcssl.config import DataConfig, RuntimeConfig, TrainConfig
 from gcssl.data import open_data
 from gcssl.eval import knn, linear_probe
-from gcssl.eval.features import Crop, KINDS, Pace, extract, gather_rows
+from gcssl.eval.features import Crop, KINDS, ForwardOptions, extract, gather_rows
 from gcssl.models.build import build_backbone
 from gcssl.runtime import make_accelerator
 
@@ -153,8 +153,8 @@ accelerator = make_accelerator(TrainConfig(), RuntimeConfig(timeout=120))
 images = open_data(DataConfig(path=folder), (64, 64)).train
 torch.manual_seed(0)
 model = build_backbone("gcvit_nano", 64)
-got = extract(model, images, np.arange(len(images)), accelerator, Crop((64, 64)), Pace(5), KINDS)
-few = extract(model, images, np.array([7]), accelerator, Crop((64, 64)), Pace(5))
+got = extract(model, images, np.arange(len(images)), accelerator, Crop((64, 64)), ForwardOptions(5), KINDS)
+few = extract(model, images, np.array([7]), accelerator, Crop((64, 64)), ForwardOptions(5))
 rows = torch.arange(23)[accelerator.process_index :: accelerator.num_processes]
 for chunk in (1, 4, 9, 100):  # fewer than processes, two and more slices, one
     assert gather_rows(rows, 23, accelerator, chunk).tolist() == list(range(23))

@@ -184,11 +184,11 @@ def test_features_are_of_the_crops_precision_and_seed_asked_for(
 ) -> None:
     inputs = open_inputs(config(folder, tmp_path, seed=3, precision="bf16", batch_size=5), accelerator)
     spec, crop = ViewSpec(scale=(0.1, 0.3), interpolation="bicubic"), inputs.crop
-    assert (inputs.pace.batch_size, inputs.pace.precision, inputs.pace.workers) == (5, "bf16", 0)
+    assert (inputs.options.batch_size, inputs.options.precision, inputs.options.workers) == (5, "bf16", 0)
 
     def wanted(**how: Any) -> Tensor:
         asked = dataclasses.replace(crop, **how)
-        return extract(inputs.backbone, inputs.test, np.arange(27), accelerator, asked, inputs.pace).x["last"]
+        return extract(inputs.backbone, inputs.test, np.arange(27), accelerator, asked, inputs.options).x["last"]
 
     drawn = inputs.features(inputs.test, ("last",), random=spec, epoch=2).x["last"]
     assert torch.equal(drawn, wanted(random=spec, seed=3, epoch=2))

@@ -12,8 +12,8 @@ from gcssl.errors import LostProcess
 SIGNS = ("gloo", "NCCL", "Connection closed", "Connection reset", "c10d")  # in what torch raises when one is gone
 
 
-class Beats:
-    """`with Beats(accelerator) as beats:` turns a lost connection inside into one line that names the process.
+class Heartbeat:
+    """`with Heartbeat(accelerator) as heartbeat:` turns a lost connection inside into one line that names the process.
 
     NCCL ends a process on its own when another one hangs; there torch's lines name the rank.
     """
@@ -22,7 +22,7 @@ class Beats:
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.store = dist.distributed_c10d._get_default_store() if self.world > 1 else None
 
-    def tell(self, step: int) -> None:
+    def beat(self, step: int) -> None:
         """This process has the batch of step `step`."""
         if self.store is not None:
             self.store.set(f"gcssl/{self.rank}", f"{step} {time.time():.0f}")

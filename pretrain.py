@@ -288,7 +288,8 @@ def save_backbone(
 ) -> None:
     encoder = evaluated_encoder(cfg, objective)
     which = cfg.encoder or objective.default_encoder
-    info = backbone_info(encoder, step=step, objective=cfg.objective.name, encoder=which, class_names=classes)
+    told = {"encoder": which, "class_names": classes, "trained_on": run.facts["data"]}
+    info = backbone_info(encoder, step=step, objective=cfg.objective.name, **told)
     weights = whole(encoder.state_dict())
     if run.is_main:
         write_backbone(run.path, weights, info)

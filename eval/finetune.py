@@ -55,6 +55,9 @@ from gcssl.runfolder import RunFolder
 from gcssl.runtime import batch_layout, entry, main_process_first, make_accelerator
 from gcssl.ssl.base import Objective
 
+OF_FULL = ("auto_augment", "color_jitter", "reprob", "mixup", "cutmix")
+LEFT_OUT = {"none": ("scale", *OF_FULL), "light": OF_FULL, "full": ()}  # by finetune.augment
+
 
 @dataclass
 class FinetuneOptions:
@@ -159,6 +162,9 @@ def run(cfg: FinetuneConfig, accelerator: Accelerator) -> dict[str, Any]:
         raise UserError(f"train.batch_size={batch_size}: mixup pairs images, expected an even number")
     if cfg.train.shard:
         raise UserError("train.shard: given true, expected false: it is for pretraining")
+    for key in LEFT_OUT[cfg.finetune.augment]:
+        if (given := getattr(cfg.finetune, key)) != getattr(FinetuneOptions(), key):
+            say(f"finetune.{key}={given}: not used with finetune.augment={cfg.finetune.augment}")
     TransformMaker(cfg.finetune, (32, 32), (0.5,) * 3, (0.5,) * 3)  # refuses a wrong auto_augment before any work
     folder = path.parent if cfg.name else path.parent / "finetune"
     cfg = of_backbone(cfg, run_cfg)
@@ -212,13 +218,14 @@ def finetune(cfg: FinetuneConfig, accelerator: Accelerator, folder: Path, spec: 
         if accelerator.is_main_process:
             averaged = objective.ema.module
             told = {"step": sizes.total_steps, "objective": "finetune", "encoder": "ema", "class_names": train.classes}
+            told["trained_on"] = train.fingerprint
             crop = {"crop_pct": cfg.crop_pct, "interpolation": inputs.crop.interpolation}
             write_backbone(folder, averaged.state_dict(), backbone_info(averaged, **told, **crop))
         judged = judge(objective, inputs)
     judged["notes"] = {
         **common_notes(inputs, cfg.train.precision, cfg.train.seed), **judged["notes"], "protocol": "fine-tuned",
         "features": "logits", "epochs": sizes.total_steps / sizes.steps_per_epoch, "steps": sizes.total_steps,
-        "global_batch": sizes.global_batch, "finetune": dataclasses.asdict(cfg.finetune), "blr": cfg.train.blr,
+        "global_batch": sizes.global_batch, "finetune": in_force(cfg, spec), "blr": cfg.train.blr,
         "drop_path": cfg.model.drop_path,
     }  # fmt: skip
     return judged
@@ -250,13 +257,23 @@ def weights_digest(backbone: Backbone) -> str:
 
 def layer_groups(cfg: FinetuneConfig, backbone: Backbone, spec: str) -> list[dict[str, Any]]:
     """Parameter groups of the backbone, the lr falling with depth by `layer_decay` per block."""
-    decay = cfg.finetune.layer_decay
-    if decay is None:
-        decay = 1.0 if spec in FRESH else 0.95
     named = backbone.named_parameters(prefix="encoder")
     ids = {f"encoder.{name}": depth for name, depth in backbone.layer_ids().items()}
     undecayed = {f"encoder.{name}" for name in backbone.no_weight_decay()}
-    return param_groups(named, cfg.train.weight_decay, undecayed, ids, decay)
+    return param_groups(named, cfg.train.weight_decay, undecayed, ids, layer_decay(cfg, spec))
+
+
+def layer_decay(cfg: FinetuneConfig, spec: str) -> float:
+    decay = cfg.finetune.layer_decay
+    if decay is None:
+        decay = 1.0 if spec in FRESH else 0.95
+    return decay
+
+
+def in_force(cfg: FinetuneConfig, spec: str) -> dict[str, Any]:
+    """The options of fine-tuning from `spec` as a result tells them: null for what its augmentation leaves out."""
+    off = dict.fromkeys(LEFT_OUT[cfg.finetune.augment])
+    return {**dataclasses.asdict(cfg.finetune), "layer_decay": layer_decay(cfg, spec), **off}
 
 
 def mixes(options: FinetuneOptions) -> bool:

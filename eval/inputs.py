@@ -191,14 +191,22 @@ def result_path(cfg: Any, task: str, run: dict[str, Any] | None) -> Path:
     return folder / cfg.name / f"{task}.json" if cfg.name else folder / f"{task}.json"
 
 
-def open_splits(data: DataConfig, size: tuple[int, int], only_test: bool = False) -> tuple["Images", "Images", str]:
+def open_splits(
+    data: DataConfig, size: tuple[int, int], only_test: bool = False, trained_on: str | None = None
+) -> tuple["Images", "Images", str]:
     """Labelled train and test images and the test split's name; without one, train's held-out slice.
 
-    only_test: a test split, or a set of one split, will do, and stands in for train.
+    only_test: a test split, or a set of one split, will do, and stands in for train; but for its held-out slice where
+    `trained_on`, the fingerprint of what a model has learnt from, says that it was trained on the rest.
     """
     if only_test:
-        splits = open_data(data, size, only_test=True)
-        return splits.train, splits.train, splits.train.name
+        images = open_data(data, size, only_test=True).train
+        rest, held = held_out(images)
+        if trained_on == images.select(rest).fingerprint:
+            images = images.select(held, f"held-out slice of {images.name}")
+        elif trained_on == images.fingerprint:
+            say(f"{data.path}: {images.name} holds the images that it was trained on: what follows is no test")
+        return images, images, images.name
     splits = open_data(data, size)
     train, test = splits.train, splits.test
     labels_of(train)  # refuses a set without
@@ -239,7 +247,8 @@ def open_inputs(cfg: InputConfig, accelerator: "Accelerator", only_test: bool = 
     backbone, info = load_backbone(cfg.backbone, model, cfg.encoder)
     with main_process_first(accelerator):  # it fills the caches
         # of its own set, a run without a test split has trained on all but the held-out slice
-        train, test, name = open_splits(data, backbone.img_size, only_test and not is_own(data.path, run))
+        alone = only_test and not is_own(data.path, run)
+        train, test, name = open_splits(data, backbone.img_size, alone, info.get("trained_on"))
     cfg = dataclasses.replace(cfg, data=data)
     n_classes = count_classes(train, test)
     say(describe_test(labels_of(test), name))

@@ -332,6 +332,8 @@ def probe(inputs: Inputs, cfg: LinearProbeConfig) -> dict[str, Any]:
 
 def run(cfg: LinearProbeConfig, accelerator: "Accelerator") -> dict[str, Any]:
     """Probes cfg.backbone (and cfg.compare), writes linear_probe.json and returns what it holds."""
+    if cfg.protocol == "cached" and cfg.scale != LinearProbeConfig().scale:
+        say(f"scale={cfg.scale}: of the crops of protocol=augmented, not used with protocol=cached")
     return evaluate("linear_probe", cfg, accelerator, probe)
 
 

@@ -80,7 +80,7 @@ RANGES: dict[str, tuple[float, float | None, int | None]] = {
     "doctor.minutes": (0, None, None),
     "doctor.processes": (1, None, None),
     "crop_pct": (ABOVE_0, 1, None),
-    "finetune.scale": (0, 1, 2),
+    "finetune.scale": (ABOVE_0, 1, 2),
     "finetune.color_jitter": (0, None, None),
     "finetune.reprob": (0, 1, None),
     "finetune.mixup": (0, None, None),
@@ -95,8 +95,9 @@ RANGES: dict[str, tuple[float, float | None, int | None]] = {
     "head_batch": (1, None, None),
     "lrs": (ABOVE_0, None, None),
     "weight_decays": (0, None, None),
-    "scale": (0, 1, 2),
+    "scale": (ABOVE_0, 1, 2),
 }
+SMALLER_FIRST = ("finetune.scale", "scale")  # pairs of a smallest and a largest value
 
 
 def flatten(tree: dict[str, Any], prefix: str = "", stop: Collection[str] = ()) -> dict[str, Any]:
@@ -255,6 +256,8 @@ def check_limits(key: str, value: Any, leaf: Leaf) -> None:
         bad = any(v < low or (high is not None and v > high) for v in values)
         bad = bad or (length is not None and len(values) != length)
         expected = _range_name(low, high, length)
+        if key in SMALLER_FIRST:
+            bad, expected = bad or values != sorted(values), f"{expected}, the smaller first"
     if value == [] and key not in MAY_BE_EMPTY:
         bad, expected = True, f"a list of at least one value, {expected}"
     if bad:

@@ -83,6 +83,7 @@ class RunState:
         state = {"optimizer": optimizer, "default_encoder": default_encoder}
         state |= {"mean": list(encoder.mean), "std": list(encoder.std), "class_names": self.classes}
         state["num_classes"] = encoder.num_classes
+        state["trained_on"] = self.run.facts["data"]
         state |= {name: monitor.state_dict() for name, monitor in self.monitors.items()}
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()

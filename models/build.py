@@ -104,6 +104,7 @@ def backbone_info(backbone: Backbone, **extra: Any) -> dict[str, Any]:
         "crop_mode": "center",
         "interpolation": backbone.interpolation,
         "class_names": None,
+        "trained_on": None,
         "step": None,
         "objective": None,
         "encoder": None,

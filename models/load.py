@@ -221,7 +221,7 @@ def read_run(path: Path, encoder: str | None) -> Saved:
     objective = (config.get("objective") or {}).get("name")
     args = {**built.model_args, "num_classes": loaded.state.get("num_classes", 0)}
     info = backbone_info(built, step=loaded.step, objective=objective, encoder=which)
-    info |= {key: loaded.state[key] for key in ("mean", "std", "class_names") if key in loaded.state}
+    info |= {key: loaded.state[key] for key in ("mean", "std", "class_names", "trained_on") if key in loaded.state}
     info |= {key: config[key] for key in ("crop_pct", "interpolation") if config.get(key)}  # that fine-tuning judges by
     return Saved(state, built.name, args, info)
 

@@ -81,6 +81,9 @@ def check_compaction(encoder: Backbone, img_size: tuple[int, int], unit: int, se
         raise UserError(f"model.img_size={height}x{width}: ummae halves it, so both sides must be multiples of {side}")
     check_half(encoder, img_size)
     n_kept = img_size[0] * img_size[1] // (2 * unit) ** 2
+    if n_kept < 2:
+        given = f"objective.mask_unit={unit}: of {img_size[0]}x{img_size[1]} px ummae keeps {n_kept} unit"
+        raise UserError(f"{given}, and hides some of those; take a smaller unit or larger images")
     if not 0.0 <= secondary_ratio < 1.0 or hidden_count(n_kept, secondary_ratio) >= n_kept:
         raise UserError(
             f"objective.secondary_ratio={secondary_ratio} must lie in [0, 1) and leave one of {n_kept} kept units"

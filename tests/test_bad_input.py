@@ -303,6 +303,11 @@ def test_evaluations_refuse(module, tmp_path: Path, refused) -> None:
         ("lrs=[0]", "lrs: given [0.0], expected above 0"),
         ("head_batch=0", "head_batch: given 0, expected at least 1"),
         ("batch_size=0", "batch_size: given 0, expected at least 1"),
+        (
+            "scale=[0.5,0.2]",
+            "scale: given [0.5, 0.2], expected a list of 2 numbers, each above 0 and at most 1, the smaller",
+        ),
+        ("scale=[0,1]", "scale: given [0.0, 1.0], expected a list of 2 numbers, each above 0"),
     ],
 )
 def test_the_probe_refuses_what_it_cannot_try(argument: str, words: str, tmp_path: Path, refused) -> None:

@@ -1,5 +1,6 @@
 """Fine-tuning: a full run with resume, the recipe's parts, and a result that `validate` finds again."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from gcssl.checkpoint import write_backbone
-from gcssl.config import load_config
+from gcssl.config import DataConfig, load_config
+from gcssl.data import open_data
 from gcssl.errors import Preempted, UserError
 from gcssl.eval import finetune, validate
 from gcssl.eval.finetune import (
@@ -21,6 +23,7 @@ from gcssl.eval.finetune import (
     FinetuneConfig,
     FinetuneOptions,
     TransformMaker,
+    in_force,
     layer_groups,
     open_run,
     to_device,
@@ -88,6 +91,20 @@ def test_an_accelerator_of_another_train_section_is_refused(folder: Path, tmp_pa
             finetune.run(config(folder, tmp_path / key, key), accelerator)
 
 
+def test_a_result_tells_the_options_in_force(folder: Path, tmp_path: Path, accelerator, capsys) -> None:
+    keys = ["train.steps=1", "finetune.augment=light", "finetune.mixup=0.5", "finetune.scale=[0.5,1.0]"]
+    result = finetune.run(config(folder, tmp_path, *keys), accelerator)
+    off = dict.fromkeys(("auto_augment", "color_jitter", "reprob", "mixup", "cutmix"))
+    assert off.items() <= result["finetune"].items()
+    assert (result["finetune"]["scale"], result["finetune"]["layer_decay"]) == ([0.5, 1.0], 1.0)
+    told = capsys.readouterr().out
+    assert "finetune.mixup=0.5: not used with finetune.augment=light\n" in told and "cutmix" not in told
+    plain = in_force(FinetuneConfig(finetune=FinetuneOptions(augment="none", layer_decay=None)), "runs/a")
+    assert (plain["scale"], plain["layer_decay"]) == (None, 0.95)
+    full = FinetuneConfig(finetune=FinetuneOptions(layer_decay=0.8))
+    assert in_force(full, "none") == dataclasses.asdict(full.finetune)
+
+
 def test_validate_finds_the_fine_tuned_accuracy_again(folder: Path, tmp_path: Path, accelerator) -> None:
     result = finetune.run(config(folder, tmp_path), accelerator)
     argv = [f"backbone={tmp_path / 'finetune'}", f"data.path={folder}", f"out={tmp_path / 'v'}", "data.workers=0"]
@@ -141,6 +158,8 @@ def test_random_is_compared_at_the_architecture_of_the_backbone_given(
         for product in ("backbone.json", "backbone.safetensors"):
             (run / product).unlink()
         again, info = load_backbone(str(run))  # from its checkpoint, by what config.yaml says
+        trained_on = open_data(DataConfig(path=str(folder))).train.fingerprint
+        assert info["trained_on"] == described["trained_on"] == trained_on
         assert info["crop_pct"] == 0.6 and info["class_names"] == described["class_names"] is not None
         assert again.img_size == (96, 96) and again.window_ratio == (16, 16, 16, 32)
     argv = [f"backbone={spec}", f"data.path={folder}", f"out={tmp_path / 'b'}", *SMALL, "train.steps=1"]

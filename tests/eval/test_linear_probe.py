@@ -207,6 +207,15 @@ def test_what_is_not_asked_for_is_what_published_figures_use() -> None:
     assert (options.mixup, options.cutmix, options.smoothing, options.scale) == (0.8, 1.0, 0.1, [0.08, 1.0])
 
 
+def test_a_crop_scale_that_no_crop_has_is_told(
+    folder: Path, tmp_path: Path, accelerator: Accelerator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for protocol in ("cached", "augmented"):
+        asked = config(folder, tmp_path / protocol, protocol=protocol, scale=[0.5, 1.0], epochs=1)
+        run(asked, accelerator)
+        assert ("not used with protocol=cached" in capsys.readouterr().out) == (protocol == "cached")
+
+
 class SameCrops(Inputs):
     """The evaluation crop wherever a random one is asked for; remembers of which epochs."""
 

@@ -1,6 +1,7 @@
 """validate: a checkpoint's own head, size, crop and interpolation; each test image once."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from gcssl.augment import IMAGENET_MEAN, IMAGENET_STD, normalize, resize_center_crop
 from gcssl.checkpoint import write_backbone
 from gcssl.config import DataConfig, ModelConfig, PretrainConfig, config_dict, to_yaml
-from gcssl.data import BadImage, open_data
+from gcssl.data import BadImage, held_out, open_data
 from gcssl.errors import UserError
 from gcssl.eval.inputs import InputConfig
 from gcssl.eval.validate import main, run
@@ -104,6 +105,22 @@ def test_of_a_runs_own_images_without_a_test_split_the_held_out_ones_are_judged(
     assert named["n_test"] == 3  # the same images by another path
     other = run(config(tmp_path / "m", folder / "val", tmp_path / "out"), accelerator)
     assert other["n_test"] == 27
+
+
+def test_images_that_a_model_was_trained_on_are_known_by_themselves(
+    folder: Path, tmp_path: Path, accelerator: Accelerator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an export, of a checkpoint, or by a copy of the set, no path tells."""
+    images = open_data(DataConfig(path=str(folder / "train"))).train
+    rest, held = held_out(images)
+    export(tmp_path / "m", classes=CLASSES, trained_on=images.select(rest).fingerprint)
+    shutil.copytree(folder / "train", tmp_path / "copy")
+    result = run(config(tmp_path / "m", tmp_path / "copy", tmp_path / "out"), accelerator)
+    assert (result["n_test"], result["test_split"]) == (len(held), "held-out slice of train")
+    assert "no test" not in capsys.readouterr().out
+    export(tmp_path / "all", classes=CLASSES, trained_on=images.fingerprint)
+    assert run(config(tmp_path / "all", tmp_path / "copy", tmp_path / "o"), accelerator)["n_test"] == len(images)
+    assert "train holds the images that it was trained on: what follows is no test" in capsys.readouterr().out
 
 
 def test_undecodable_images_are_left_out(broken_folder: Path, tmp_path: Path, accelerator: Accelerator) -> None:

@@ -140,6 +140,7 @@ def test_bf16_run_has_an_fp32_loss(ummae: Any, draw_batch: Make) -> None:
         ((128, 128), {"secondary_ratio": 1.0}, "secondary_ratio=1.0 must lie in"),
         ((128, 128), {"secondary_ratio": -0.1}, "secondary_ratio=-0.1"),
         ((64, 64), {"mask_unit": 16, "secondary_ratio": 0.9}, "leave one of 4 kept units"),
+        ((64, 64), {"mask_unit": 32}, "mask_unit=32: of 64x64 px ummae keeps 1 unit"),
         ((128, 128), {"decoder_dim": 40}, "decoder_dim=40.* multiple of 32"),
         ((128, 128), {"decoder_depth": 0}, "decoder_depth=0.* at least one"),
     ],

@@ -35,9 +35,16 @@ FEW = 100  # test images below which it is said how coarse a result is
 
 @dataclass
 class AskedData(DataConfig):
-    """What is asked of the data: a key left empty asks for nothing (that of the run, else DataConfig's)."""
+    """What is asked of the data: a key left empty (not null: a run may have another) asks for nothing, so that of the
+    run counts, else DataConfig's."""
 
     path: str = ""
+    train_split: str | None = ""
+    val_split: str | None = ""
+    image_column: str | None = ""
+    label_column: str | None = ""
+    val_labels: str | None = ""
+    cache_dir: str | None = ""
     workers: int | None = None  # type: ignore[assignment]
     max_bad: float | None = None  # type: ignore[assignment]
     timeout: int | None = None  # type: ignore[assignment]

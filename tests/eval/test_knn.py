@@ -386,6 +386,13 @@ def test_a_data_key_given_at_its_default_wins_over_the_run(asked: list[str], wan
     assert (type(data), data.path, data.timeout) == (DataConfig, given, DataConfig().timeout)
 
 
+def test_null_takes_back_what_a_run_asked_for() -> None:
+    ran = {"data": config_dict(DataConfig(path="own", train_split="extra", val_split="train"))}
+    assert data_of(load_config(KnnConfig, []), ran).train_split == "extra"
+    data = data_of(load_config(KnnConfig, ["data.train_split=null", "data.val_split=null"]), ran)
+    assert data == DataConfig(path="own")
+
+
 def test_a_backbone_of_other_classes_is_told(
     folder: Path, tmp_path: Path, accelerator: Accelerator, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 #   DATA=cifar10_12k bash scripts/cifar_study.sh pretrain joint        # mocov3 | joint | simmim, then kNN and linear probe
 #   DATA=cifar10_12k bash scripts/cifar_study.sh grid joint            # joint, ... or none (supervised), random
 #   DATA=cifar10_12k bash scripts/cifar_study.sh final joint 20 light 1.0e-3 0.1   # epochs, augment, lr, drop path
+#   DATA=cifar10_12k bash scripts/cifar_study.sh final joint 20 light 1.0e-3 0.1 train.seed=1 name=seed_1   # and more keys
 #   LABELS=cifar10_1k DATA=cifar10_12k bash scripts/cifar_study.sh final joint 50 light 1.0e-3 0.1  # fine-tuned on fewer images
 # The grid is judged on the held-out slice of train; only `final` reads the test images.
 set -euo pipefail
@@ -36,6 +37,6 @@ grid)
         finetune "grid_${augment}_${lr}_$drop" 10 "$augment" "$lr" "$drop" finetune.holdout=true
     done
     ;;
-final) finetune "final_$3_$4_$5_$6" "$3" "$4" "$5" "$6" ;;
+final) finetune "final_$3_$4_$5_$6" "$3" "$4" "$5" "$6" "${@:7}" ;;
 *) echo "given $step, expected pretrain, grid or final" >&2; exit 2 ;;
 esac

@@ -18,12 +18,15 @@ from torch.nn.functional import normalize
 
 from gcssl.checkpoint import write_backbone
 from gcssl.config import DataConfig, ModelConfig, PretrainConfig, config_dict, load_config, to_yaml
+from gcssl.data import open_data
 from gcssl.errors import UserError
 from gcssl.eval import knn
 from gcssl.eval.compare import compare
+from gcssl.eval.features import extract
 from gcssl.eval.inputs import data_of, describe_test
 from gcssl.eval.knn import KnnConfig, _threads, knn_accuracy, knn_correct, run, search, self_check
 from gcssl.models.build import backbone_info, build_backbone
+from gcssl.models.load import load_backbone
 
 BACKENDS = ("faiss", "torch")
 
@@ -319,6 +322,25 @@ def test_a_run_is_judged_on_its_own_data_and_keeps_the_result(
     paired = compare(path / "eval/knn.json", tmp_path / "knn.json")
     assert (paired["a"], paired["b"]) == pytest.approx((result["knn/top1@5"], other["knn/top1@5"]))
     assert paired["p"] == result["compare"]["mcnemar"]["p"]
+
+
+def test_features_and_temperature_asked_for_are_those_judged(
+    folder: Path, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    path, ks = make_run(tmp_path / "run", folder), [1, 10, 20, 66]
+    backbone, splits = load_backbone(str(path))[0], open_data(DataConfig(path=str(folder)), (64, 64))
+    assert splits.test is not None
+    kinds = ("last", "stage1")
+    bank, test = (
+        extract(backbone, images, np.arange(len(images)), accelerator, kinds=kinds)
+        for images in (splits.train, splits.test)
+    )
+    told = []
+    for name, (kind, t) in {"a": ("last", 0.07), "b": ("stage1", 0.07), "c": ("stage1", 10.0)}.items():
+        result = run(KnnConfig(str(path), name=name, ks=ks, features=kind, temperature=t), accelerator)
+        told.append({k: result[f"knn/top1@{k}"] for k in ks})
+        assert told[-1] == knn_accuracy(bank.x[kind], bank.y, test.x[kind], test.y, ks, t)
+    assert told[0] != told[1] != told[2]  # else another key's numbers would pass
 
 
 def test_a_fresh_backbone_is_compared_on_what_the_first_one_sees(

@@ -222,12 +222,12 @@ class SameCrops(Inputs):
     def __init__(self, inputs: Inputs) -> None:
         super().__init__(**vars(inputs))
         self.epochs: list[int] = []
-        self.drawn: set[tuple[tuple[float, float], str]] = set()
+        self.drawn: set[ViewSpec] = set()
 
     def features(self, images: Any, kinds: tuple[str, ...], random: Any = None, epoch: int = 0) -> Any:
         if random is not None:
             self.epochs.append(epoch)
-            self.drawn.add((random.scale, random.interpolation))
+            self.drawn.add(random)
         return super().features(images, kinds)
 
 
@@ -267,7 +267,7 @@ def test_cached_and_augmented_agree_when_the_crop_is_the_whole_image(
     assert a["metrics"] == b["metrics"]
     assert a["notes"]["chosen"] == b["notes"]["chosen"]
     assert inputs.epochs == [0, 1, 2]  # new crops in each
-    assert inputs.drawn == {((0.3, 0.9), inputs.crop.interpolation)}
+    assert inputs.drawn == {ViewSpec(scale=(0.3, 0.9), flip_p=0.5, interpolation=inputs.crop.interpolation)}
 
 
 @pytest.mark.parametrize("failing", [0, 1])

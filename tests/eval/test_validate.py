@@ -67,10 +67,11 @@ def test_each_image_counts_once_with_the_checkpoints_own_crop(
 
 
 def test_crop_size_and_interpolation_can_be_asked_for(folder: Path, tmp_path: Path, accelerator: Accelerator) -> None:
-    export(tmp_path / "m")
-    asked = {"crop_pct": 0.9, "interpolation": "bicubic", "model": ModelConfig(name="", img_size=96)}
+    model = export(tmp_path / "m")
+    asked = {"crop_pct": 0.5, "interpolation": "nearest", "model": ModelConfig(name="", img_size=96)}
     result = run(config(tmp_path / "m", folder, tmp_path / "out", **asked), accelerator)
-    assert result["crop"] == {"size": [96, 96], "crop_pct": 0.9} and result["interpolation"] == "bicubic"
+    assert result["crop"] == {"size": [96, 96], "crop_pct": 0.5} and result["interpolation"] == "nearest"
+    assert result["validate/top1"] == pytest.approx(by_hand(model, folder, 0.5, "nearest", side=96))
 
 
 def test_a_checkpoint_that_squashes_images_does_so_unless_a_crop_is_asked_for(

@@ -113,6 +113,31 @@ def test_validate_finds_the_fine_tuned_accuracy_again(folder: Path, tmp_path: Pa
     assert top1 == pytest.approx(result["finetune/top1"])
 
 
+def test_validate_crops_as_the_fine_tuned_weights_were_judged(folder: Path, tmp_path: Path, accelerator) -> None:
+    asked = ["crop_pct=0.5", "interpolation=nearest", "train.steps=4"]
+    result = finetune.run(config(folder, tmp_path, *asked), accelerator)
+    assert (result["crop"]["crop_pct"], result["interpolation"]) == (0.5, "nearest")
+    argv = [f"backbone={tmp_path / 'finetune'}", f"data.path={folder}", f"out={tmp_path / 'v'}", "data.workers=0"]
+    again = validate.run(load_config(InputConfig, argv), accelerator)
+    for key in ("crop", "interpolation"):
+        assert again[key] == result[key]
+    assert again["validate/top1"] == pytest.approx(result["finetune/top1"])
+
+
+@pytest.mark.usefixtures("accelerator")  # sets the device
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_is_judged_in_its_own_precision(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    judged, topk = [], finetune.topk_correct
+    monkeypatch.setattr(finetune, "topk_correct", lambda logits, y: judged.append(logits) or topk(logits, y))
+    cfg = config(folder, tmp_path, f"train.precision={precision}", "train.steps=1")
+    finetune.run(cfg, make_accelerator(cfg.train, cfg.runtime))
+    assert len(judged) == 2  # averaged and raw weights
+    for logits in judged:
+        assert torch.equal(logits, logits.bfloat16().float()) == (precision == "bf16")
+
+
 def saved(path: Path, seed: int = 1, **kw: Any) -> Path:
     """An exported encoder; not the architecture and size that configs have by default."""
     torch.manual_seed(seed)
@@ -319,6 +344,20 @@ def test_transform_is_a_function_of_the_key() -> None:
     assert torch.equal(a, maker(pixels, 0, (0, 1, 2))["image"])
     assert not torch.equal(a, maker(pixels, 0, (0, 1, 3))["image"])
     assert a.shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("augment", "scale", "interpolation"),
+    [("none", (1.0, 1.0), "bicubic"), ("light", (0.3, 0.9), "bicubic"), ("full", (0.3, 0.9), "bilinear bicubic")],
+)
+def test_training_crops_are_of_the_scale_asked_for(
+    tmp_path: Path, augment: str, scale: tuple[float, float], interpolation: str
+) -> None:
+    """Without crops the whole image; the full recipe alone draws its interpolation, as timm does."""
+    cfg = config(tmp_path, tmp_path, f"finetune.augment={augment}", "finetune.scale=[0.3,0.9]")
+    crop = TransformMaker(cfg.finetune, (64, 64), (0.5,) * 3, (0.5,) * 3).transform.transforms[0]
+    assert tuple(crop.scale) == scale
+    assert str(crop).endswith(f"interpolation={interpolation})")
 
 
 def test_training_images_are_normalised_by_the_backbones_own_mean_and_std(

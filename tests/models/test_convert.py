@@ -14,6 +14,7 @@ from gcssl.errors import UserError
 from gcssl.models.build import build_backbone
 from gcssl.models.convert import describe, from_nvlabs, load_weights, read_state
 from gcssl.models.gcvit import GCViT
+from gcssl.models.windows import resize_table
 
 NANO = {"embed_dim": 32, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8)}
 
@@ -137,6 +138,16 @@ def test_tables_are_resized_and_said() -> None:
     ]
     equal = [k for k, v in source.state_dict().items() if torch.equal(v, target.state_dict()[k])]
     assert len(equal) == len(source.state_dict()) - 8
+
+
+def test_tables_are_cropped_where_the_model_asks_for_it() -> None:
+    source, target = nano(img_size=128), nano(1, bias_resize="crop")
+    notes = load_weights(target, source.state_dict())
+    assert notes[0] == "bias tables of stage 1: 4x4 -> 2x2 (crop)"
+    name = "stages.0.blocks.0.attn.rel_pos.relative_position_bias_table"
+    table, loaded = source.state_dict()[name], target.state_dict()[name]
+    assert torch.equal(loaded, resize_table(table, (4, 4), (2, 2), "crop"))
+    assert torch.equal(loaded, table.view(7, 7, -1)[2:5, 2:5].flatten(0, 1))  # the nearest offsets, as they were
 
 
 def test_tables_of_other_window_shapes_need_their_size() -> None:

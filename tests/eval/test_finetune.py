@@ -28,7 +28,7 @@ from gcssl.eval.finetune import (
     open_run,
     to_device,
 )
-from gcssl.eval.inputs import InputConfig
+from gcssl.eval.inputs import InputConfig, data_of
 from gcssl.loader import run_sizes
 from gcssl.models.build import backbone_info, build_backbone
 from gcssl.models.load import load_backbone
@@ -303,7 +303,8 @@ def test_the_average_warms_up() -> None:
 
 def test_holdout_trains_without_the_slice_that_it_is_judged_on(folder: Path, tmp_path: Path, accelerator) -> None:
     def where(*keys: str) -> list[set[str]]:
-        inputs = open_run(config(folder, tmp_path, *keys), accelerator, "none")
+        cfg = config(folder, tmp_path, *keys)
+        inputs = open_run(dataclasses.replace(cfg, data=data_of(cfg, None)), accelerator, "none")
         return [{images.where(i) for i in range(len(images))} for images in (inputs.train, inputs.test)]
 
     (rest, held), (train, test) = where("finetune.holdout=true"), where()

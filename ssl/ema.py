@@ -1,14 +1,16 @@
 """Momentum (teacher) networks: an exponential moving average of the student's parameters."""
 
 import copy
-from typing import Self
+from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gcssl.badsteps import tracked_norms
+from gcssl.models.build import Backbone
 from gcssl.optim import cosine
-from gcssl.ssl.views import ViewObjective
+from gcssl.ssl.base import Setup
+from gcssl.ssl.views import ViewObjective, check_share, run_views
 
 
 def momentum_copy(student: nn.Module) -> nn.Module:
@@ -49,15 +51,36 @@ def momentum_at(step: int, total: int, m0: float) -> float:
 
 
 class MomentumObjective(ViewObjective):
-    """An objective whose teacher follows its student: `follows` names (teacher, student) pairs of modules.
+    """An objective whose teacher follows its student: a copy of the encoder, and of each of `heads` as momentum_*.
 
     The teachers have no drop path (`set_teaching`) and move once per optimizer step that really happened.
-    `start_momentum` rises to 1 along a cosine over `total_steps`.
+    `cfg.momentum` rises to 1 along a cosine over `total_steps`.
     """
 
-    follows: tuple[tuple[str, str], ...] = (("teacher", "encoder"), ("momentum_projector", "projector"))
-    start_momentum: float
-    total_steps: int
+    heads: tuple[str, ...] = ("projector",)
+    teacher: nn.Module
+    momentum_projector: nn.Module
+
+    def __init__(self, cfg: Any, encoder: Backbone, setup: Setup) -> None:
+        super().__init__()
+        check_share(cfg, "momentum")
+        self.cfg, self.encoder, self.total_steps = cfg, encoder, setup.total_steps
+
+    @property
+    def follows(self) -> list[tuple[str, str]]:
+        """The (teacher, student) pairs of modules."""
+        return [("teacher", "encoder"), *((f"momentum_{head}", head) for head in self.heads)]
+
+    def make_teachers(self) -> None:
+        """Call it once the student's heads are made."""
+        for teacher, student in self.follows:
+            setattr(self, teacher, momentum_copy(getattr(self, student)))
+
+    @torch.no_grad()
+    def teach(self, batch: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """The teacher's pooled features B C of the first two views, seen whole, and what its projector gives: B d."""
+        seen = run_views(self.teacher, batch, range(2))  # B C
+        return seen, [self.momentum_projector(h) for h in seen]
 
     def train(self, mode: bool = True) -> Self:
         """Set the student's mode; of the teachers only the batch norms follow."""
@@ -71,7 +94,7 @@ class MomentumObjective(ViewObjective):
 
         MoCo v3 moves the teacher at the start of step + 1, before encoding the keys: the same moment.
         """
-        return momentum_at(step + 1, self.total_steps, self.start_momentum)
+        return momentum_at(step + 1, self.total_steps, self.cfg.momentum)
 
     def schedules(self, step: int) -> dict[str, float]:
         return {"momentum": self.momentum(step)}

@@ -7,23 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gcssl.models.build import Backbone
 from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import DINOHead
 from gcssl.ssl.base import Setup
-from gcssl.ssl.ema import momentum_copy
-from gcssl.ssl.prototypes import (
-    Center,
-    PrototypeConfig,
-    PrototypeObjective,
-    check_prototypes,
-    crops_loss,
-    cross_entropy,
-    teacher_signs,
-)
-from gcssl.ssl.views import multi_crop_draw, run_maps, use_maps_alone
+from gcssl.ssl.prototypes import Center, PrototypeConfig, PrototypeObjective, crops_loss, cross_entropy, teacher_signs
+from gcssl.ssl.views import run_maps, use_maps_alone
 
 
 @dataclass
@@ -64,30 +55,15 @@ def region_loss(
 class EsViT(PrototypeObjective):
     """DINO's parts and a second head, centre and momentum copy for regions. Views are the mean of their regions."""
 
-    default_encoder = "teacher"
-    follows = (
-        ("teacher", "encoder"),
-        ("momentum_projector", "projector"),
-        ("momentum_region_projector", "region_projector"),
-    )
     heads = ("projector", "region_projector")
     centers = ("center", "region_center")
+    region_projector: DINOHead
+    momentum_region_projector: nn.Module
+    region_center: Center
 
     def __init__(self, cfg: EsViTConfig, encoder: Backbone, setup: Setup) -> None:
-        super().__init__()
-        check_prototypes(cfg)
-        self.cfg, self.total_steps, self.steps_per_epoch = cfg, setup.total_steps, setup.steps_per_epoch
-        self.start_momentum, self.n_views = cfg.momentum, 2 + cfg.local_crops
-        self.draw = multi_crop_draw(cfg, encoder, setup.augment)
-        self.encoder = encoder
+        super().__init__(cfg, encoder, setup)
         use_maps_alone(encoder, cfg.name)
-        size = (encoder.num_features, cfg.hidden_dim, cfg.bottleneck_dim, cfg.out_dim, not cfg.norm_last_layer)
-        self.projector, self.region_projector = DINOHead(*size), DINOHead(*size)
-        self.teacher = momentum_copy(encoder)
-        self.momentum_projector = momentum_copy(self.projector)
-        self.momentum_region_projector = momentum_copy(self.region_projector)
-        self.center = Center(cfg.out_dim, cfg.center_momentum)
-        self.region_center = Center(cfg.out_dim, cfg.center_momentum)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         t, temperature = self.teacher_temp(step), self.cfg.student_temp

@@ -6,6 +6,7 @@ stem and tokens after it (ssl/simmim.py says why).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,29 +17,18 @@ from torch import Tensor
 from gcssl.augment import View, ViewSpec
 from gcssl.errors import UserError
 from gcssl.models.build import Backbone
-from gcssl.models.heads import DINOHead
 from gcssl.ssl.base import Setup
-from gcssl.ssl.ema import momentum_copy
 from gcssl.ssl.masking import draw_blocks, fill_color, hide_pixels, make_mask_token
 from gcssl.ssl.prototypes import (
     Center,
     PrototypeConfig,
     PrototypeObjective,
-    check_prototypes,
     crops_loss,
     cross_entropy,
     teacher_signs,
     warmed_up,
 )
-from gcssl.ssl.views import (
-    CropDraw,
-    check_above_zero,
-    check_at_least,
-    check_share,
-    multi_crop_draw,
-    run_maps,
-    run_views,
-)
+from gcssl.ssl.views import check_above_zero, check_at_least, check_share, run_maps, run_views
 
 
 @dataclass
@@ -56,9 +46,9 @@ class IBOTConfig(PrototypeConfig):
 
 @dataclass(frozen=True)
 class MaskedCropDraw:
-    """DINO's crops; of each large one, with probability `prob`, blocks of units hidden: masks h w or None."""
+    """DINO's crops; in each large one, with probability `prob`, blocks of units hidden: masks h w or None."""
 
-    crops: CropDraw
+    crops: Callable[..., Any]
     unit: int
     prob: float
     ratio: tuple[float, float]
@@ -68,7 +58,7 @@ class MaskedCropDraw:
     ) -> tuple[list[tuple[ViewSpec, View]], list[np.ndarray | None]]:
         views, masks = self.crops(rng, img_size)
         grid = (img_size[0] // self.unit, img_size[1] // self.unit)
-        for i in range(len(self.crops.large)):
+        for i in range(2):
             masked, ratio = rng.random() < self.prob, rng.uniform(*self.ratio)
             masks[i] = draw_blocks(rng, grid, max(1, round(ratio * grid[0] * grid[1])) if masked else 0)
         return views, masks
@@ -86,12 +76,13 @@ def masked_loss(teacher: Tensor, student: Tensor, mask: Tensor, temperature: flo
 class IBOT(PrototypeObjective):
     """Student: encoder, mask token, projector. Teacher: momentum copies of encoder and projector, two centres."""
 
-    default_encoder = "teacher"
     centers = ("center", "patch_center")
+    patch_center: Center
 
     def __init__(self, cfg: IBOTConfig, encoder: Backbone, setup: Setup) -> None:
-        super().__init__()
-        check_prototypes(cfg)
+        token = make_mask_token(encoder, cfg.name)  # before the heads, so that a seed gives the weights it gave
+        super().__init__(cfg, encoder, setup)
+        self.mask_token = token
         check_above_zero(cfg, "warmup_teacher_patch_temp", "teacher_patch_temp")
         check_at_least(cfg, pred_start_epoch=0)
         check_share(cfg, "mask_prob")
@@ -99,20 +90,7 @@ class IBOT(PrototypeObjective):
         if not 0 < low <= high < 1:
             given = f"objective.mask_ratio={cfg.mask_ratio}, objective.mask_ratio_var={cfg.mask_ratio_var}"
             raise UserError(f"{given}: ratio - var and ratio + var must lie between 0 and 1, both excluded")
-        self.cfg, self.total_steps, self.steps_per_epoch = cfg, setup.total_steps, setup.steps_per_epoch
-        self.start_momentum, self.n_views = cfg.momentum, 2 + cfg.local_crops
-        self.draw = MaskedCropDraw(
-            multi_crop_draw(cfg, encoder, setup.augment), encoder.stride, cfg.mask_prob, (low, high)
-        )
-        self.encoder = encoder
-        self.mask_token = make_mask_token(encoder, cfg.name)
-        self.projector = DINOHead(
-            encoder.num_features, cfg.hidden_dim, cfg.bottleneck_dim, cfg.out_dim, not cfg.norm_last_layer
-        )
-        self.teacher = momentum_copy(encoder)
-        self.momentum_projector = momentum_copy(self.projector)
-        self.center = Center(cfg.out_dim, cfg.center_momentum)
-        self.patch_center = Center(cfg.out_dim, cfg.center_momentum)
+        self.draw = MaskedCropDraw(self.draw, encoder.stride, cfg.mask_prob, (low, high))
 
     def loss_changes(self, step: int) -> bool:
         """Whether the masked term joins the loss at this step."""

@@ -12,9 +12,9 @@ from gcssl.models.build import Backbone
 from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import mlp
 from gcssl.ssl.base import Setup
-from gcssl.ssl.ema import MomentumObjective, momentum_copy
+from gcssl.ssl.ema import MomentumObjective
 from gcssl.ssl.gather import all_gather_no_grad
-from gcssl.ssl.views import check_above_zero, check_at_least, check_share, norm, pair_draw, run_views, signs
+from gcssl.ssl.views import check_above_zero, check_at_least, norm, pair_draw, signs
 
 
 @dataclass
@@ -49,27 +49,20 @@ class MoBY(MomentumObjective):
     _keys: Tensor  # 2 N d: of the last forward, for the queue
 
     def __init__(self, cfg: MoBYConfig, encoder: Backbone, setup: Setup) -> None:
-        super().__init__()
+        super().__init__(cfg, encoder, setup)
         check_at_least(cfg, hidden_dim=1, out_dim=1, queue=1)
         check_above_zero(cfg, "temperature")
-        check_share(cfg, "momentum")
-        self.cfg, self.total_steps, self.start_momentum = cfg, setup.total_steps, cfg.momentum
-        dim = encoder.num_features
-        self.encoder = encoder
         # Linear, batch norm, ReLU, Linear; no norm at the end
-        self.projector = mlp([dim, cfg.hidden_dim, cfg.out_dim], norm)[:-1]
+        self.projector = mlp([encoder.num_features, cfg.hidden_dim, cfg.out_dim], norm)[:-1]
         self.predictor = mlp([cfg.out_dim, cfg.hidden_dim, cfg.out_dim], norm)[:-1]
-        self.teacher = momentum_copy(encoder)
-        self.momentum_projector = momentum_copy(self.projector)
+        self.make_teachers()
         self.register_buffer("queue", F.normalize(torch.randn(2, cfg.queue, cfg.out_dim), dim=-1))  # newest first
         self.draw = pair_draw(setup.augment)
 
     def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Loss from the student's pooled features B C of the two views; the teacher sees both views whole."""
-        with torch.no_grad():
-            seen = run_views(self.teacher, batch, range(2))  # B C
-            keys = [self.momentum_projector(h) for h in seen]  # B d
-            seen, joined = ([all_gather_no_grad(x) for x in part] for part in (seen, keys))  # N C, N d
+        """Loss from the student's pooled features B C of the two views."""
+        seen, keys = self.teach(batch)  # B C, B d
+        seen, joined = ([all_gather_no_grad(x) for x in part] for part in (seen, keys))  # N C, N d
         self._keys = F.normalize(torch.stack([at_least_fp32(k) for k in joined]), dim=-1)
         queries = [self.predictor(self.projector(h)) for h in features]  # B d
         found = [queue_loss(queries[i], keys[1 - i], self.queue[1 - i], self.cfg.temperature) for i in (0, 1)]

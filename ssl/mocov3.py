@@ -18,9 +18,9 @@ from gcssl.models.build import Backbone
 from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import mlp
 from gcssl.ssl.base import Setup
-from gcssl.ssl.ema import MomentumObjective, momentum_copy
+from gcssl.ssl.ema import MomentumObjective
 from gcssl.ssl.gather import all_gather_no_grad, rank
-from gcssl.ssl.views import check_above_zero, check_at_least, check_share, norm, pair_draw, run_views, signs
+from gcssl.ssl.views import check_above_zero, check_at_least, norm, pair_draw, signs
 
 
 @dataclass
@@ -53,25 +53,19 @@ class MoCoV3(MomentumObjective):
     couples_batch = True
 
     def __init__(self, cfg: MoCoV3Config, encoder: Backbone, setup: Setup) -> None:
-        super().__init__()
+        super().__init__(cfg, encoder, setup)
         check_at_least(cfg, hidden_dim=1, projector_layers=1, predictor_layers=0, out_dim=1)
         check_above_zero(cfg, "temperature")
-        check_share(cfg, "momentum")
-        self.cfg, self.total_steps, self.start_momentum = cfg, setup.total_steps, cfg.momentum
         dim = encoder.num_features
-        self.encoder = encoder
         self.projector = mlp([dim, *[cfg.hidden_dim] * (cfg.projector_layers - 1), cfg.out_dim], norm)
         between = [cfg.hidden_dim] * (cfg.predictor_layers - 1)
         self.predictor = mlp([cfg.out_dim, *between, cfg.out_dim], norm) if cfg.predictor_layers else nn.Identity()
-        self.teacher = momentum_copy(encoder)
-        self.momentum_projector = momentum_copy(self.projector)
+        self.make_teachers()
         self.draw = pair_draw(setup.augment)
 
     def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Loss from the student's pooled features B C of the two views; the teacher sees both views whole."""
-        with torch.no_grad():
-            taught = run_views(self.teacher, batch, range(2))  # B C
-            taught = [all_gather_no_grad(torch.cat([h, self.momentum_projector(h)], 1)) for h in taught]  # N C + d
+        """Loss from the student's pooled features B C of the two views."""
+        taught = [all_gather_no_grad(torch.cat(x, 1)) for x in zip(*self.teach(batch), strict=True)]  # N C + d
         seen, keys = zip(*(t.tensor_split([features[0].shape[1]], 1) for t in taught), strict=True)
         queries = [self.predictor(self.projector(h)) for h in features]  # B d
         first, t = rank() * len(queries[0]), self.cfg.temperature

@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gcssl.models.build import Backbone
 from gcssl.models.functional import at_least_fp32
+from gcssl.models.heads import DINOHead
+from gcssl.ssl.base import Setup
 from gcssl.ssl.ema import MomentumObjective
 from gcssl.ssl.gather import all_gather_no_grad, all_gather_with_grad, all_reduce_mean
-from gcssl.ssl.views import MultiCropConfig, check_above_zero, check_at_least, check_share, signs
+from gcssl.ssl.views import MultiCropConfig, check_above_zero, check_at_least, check_share, multi_crop_draw, signs
 
 
 @dataclass
@@ -117,23 +120,29 @@ def warmed_up(step: int, steps_per_epoch: int, start: float, end: float, epochs:
     return start + (end - start) * share
 
 
-def check_prototypes(cfg: PrototypeConfig) -> None:
-    check_at_least(cfg, out_dim=2, warmup_teacher_temp_epochs=0, freeze_last_layer_epochs=0)
-    check_above_zero(cfg, "student_temp", "teacher_temp", "warmup_teacher_temp")
-    check_share(cfg, "center_momentum")
-    check_at_least(cfg, koleo_weight=0)
-
-
 class PrototypeObjective(MomentumObjective):
-    """What DINO, EsViT and iBOT do alike once their heads are made: temperatures, the frozen last layer.
-
-    Heads are named *projector, the teacher's momentum_*projector, with their prototypes in `last`.
+    """What DINO, EsViT and iBOT do alike: crops, heads with their prototypes in `last`, teachers, centres of what these
+    say, temperatures.
     """
 
-    cfg: Any  # a PrototypeConfig
-    steps_per_epoch: int
-    heads: tuple[str, ...] = ("projector",)  # the student's
+    default_encoder = "teacher"
+    projector: DINOHead
     centers: tuple[str, ...] = ("center",)
+    center: Center
+
+    def __init__(self, cfg: Any, encoder: Backbone, setup: Setup) -> None:
+        super().__init__(cfg, encoder, setup)
+        check_at_least(cfg, out_dim=2, warmup_teacher_temp_epochs=0, freeze_last_layer_epochs=0, koleo_weight=0)
+        check_above_zero(cfg, "student_temp", "teacher_temp", "warmup_teacher_temp")
+        check_share(cfg, "center_momentum")
+        self.steps_per_epoch, self.n_views = setup.steps_per_epoch, 2 + cfg.local_crops
+        self.draw = multi_crop_draw(cfg, encoder, setup.augment)
+        size = (encoder.num_features, cfg.hidden_dim, cfg.bottleneck_dim, cfg.out_dim, not cfg.norm_last_layer)
+        for head in self.heads:
+            setattr(self, head, DINOHead(*size))
+        self.make_teachers()
+        for center in self.centers:
+            setattr(self, center, Center(cfg.out_dim, cfg.center_momentum))
 
     @property
     def couples_batch(self) -> bool:

@@ -12,9 +12,9 @@ from torch import Tensor
 from gcssl.models.build import Backbone
 from gcssl.models.heads import DINOHead
 from gcssl.ssl.base import Setup
-from gcssl.ssl.ema import MomentumObjective, momentum_copy
+from gcssl.ssl.ema import MomentumObjective
 from gcssl.ssl.gather import all_gather_no_grad, all_reduce_sum_with_grad, world_size
-from gcssl.ssl.views import MultiCropConfig, check_above_zero, multi_crop_draw, run_views, signs
+from gcssl.ssl.views import MultiCropConfig, check_above_zero, multi_crop_draw, signs
 
 
 @dataclass
@@ -51,25 +51,19 @@ class SimDINO(MomentumObjective):
     couples_batch = True  # the covariance is that of the global batch
 
     def __init__(self, cfg: SimDINOConfig, encoder: Backbone, setup: Setup) -> None:
-        super().__init__()
+        super().__init__(cfg, encoder, setup)
         check_above_zero(cfg, "coeff", "eps")
-        self.cfg, self.total_steps = cfg, setup.total_steps
-        self.start_momentum, self.n_views = cfg.momentum, 2 + cfg.local_crops
+        self.n_views = 2 + cfg.local_crops
         self.draw = multi_crop_draw(cfg, encoder, setup.augment)
-        self.encoder = encoder
-        dim = encoder.num_features
-        self.projector = DINOHead(dim, cfg.hidden_dim, cfg.bottleneck_dim, count=0)
-        self.teacher = momentum_copy(encoder)
-        self.momentum_projector = momentum_copy(self.projector)
+        self.projector = DINOHead(encoder.num_features, cfg.hidden_dim, cfg.bottleneck_dim, count=0)
+        self.make_teachers()
 
     def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Loss from the student's pooled features B C of all crops; the teacher sees the two large ones whole.
+        """Loss from the student's pooled features B C of all crops; the teacher sees the two large ones.
 
         The coding rate is that of the mean of student's and teacher's embedding of each large crop.
         """
-        with torch.no_grad():
-            seen = run_views(self.teacher, batch, range(2))  # B C
-            teacher = [self.momentum_projector(h) for h in seen]  # B p
+        seen, teacher = self.teach(batch)  # B C, B p
         student = self.projector(torch.cat(features)).chunk(len(features))
         with torch.autocast(student[0].device.type, enabled=False):
             agree = agreement(teacher, student)

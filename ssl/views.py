@@ -180,7 +180,6 @@ def multi_crop_draw(cfg: MultiCropConfig, encoder: Backbone, augment: AugmentCon
     solarize_p has one value each for the first large crop, the second, and the small ones.
     """
     check_at_least(cfg, hidden_dim=1, bottleneck_dim=1, local_crops=0, local_size=1)
-    check_share(cfg, "momentum")
     kinds = 3 if cfg.local_crops else 2
     large = [replace(spec, scale=(0.4, 1.0), interpolation="bicubic") for spec in (BYOL_1, BYOL_2)]
     first, second = (override(spec, augment, i, kinds) for i, spec in enumerate(large))

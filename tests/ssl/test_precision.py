@@ -22,7 +22,7 @@ def rows(n: int, seed: int) -> Tensor:
 def simdino(make_objective: Make, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     objective = make_objective("simdino")
     objective.projector = objective.momentum_projector = nn.Identity()
-    monkeypatch.setattr("gcssl.ssl.simdino.run_views", lambda *_: [rows(32, 1), rows(32, 2)])
+    monkeypatch.setattr("gcssl.ssl.ema.run_views", lambda *_: [rows(32, 1), rows(32, 2)])
     return objective.loss([rows(32, 3), rows(32, 4)], {}, 0)["loss"]
 
 

@@ -13,7 +13,7 @@ from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import mlp
 from gcssl.ssl.base import Setup
 from gcssl.ssl.ema import MomentumObjective
-from gcssl.ssl.gather import all_gather_no_grad
+from gcssl.ssl.gather import gather_together
 from gcssl.ssl.views import check_at_least, norm, pair_draw, signs
 
 
@@ -49,4 +49,5 @@ class BYOL(MomentumObjective):
         seen, targets = self.teach(batch)  # B C, B d
         predictions = [self.predictor(self.projector(h)) for h in features]  # B d
         loss = regression_loss(predictions[0], targets[1]) + regression_loss(predictions[1], targets[0])
-        return {"loss": loss, **signs(*([all_gather_no_grad(x) for x in part] for part in (seen, targets)))}
+        joined = gather_together([*seen, *targets])  # N C, N C, N d, N d
+        return {"loss": loss, **signs(joined[:2], joined[2:])}

@@ -7,7 +7,7 @@ of sum_s L_s; the mean that DistributedDataParallel takes over processes then gi
 loss. Without an initialised process group every function is the identity.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -67,6 +67,13 @@ def all_gather_no_grad(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
     dist.all_gather(parts, x.detach().contiguous())
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def gather_together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each of some (n, d) as `all_gather_no_grad` gives it, (world * n, d), by one gather for all."""
+    joined = all_gather_no_grad(torch.cat(list(tensors), 1))
+    return list(joined.split([x.shape[1] for x in tensors], 1))
 
 
 def all_gather_with_grad(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import mlp
 from gcssl.ssl.base import Setup
 from gcssl.ssl.ema import MomentumObjective
-from gcssl.ssl.gather import all_gather_no_grad
+from gcssl.ssl.gather import gather_together
 from gcssl.ssl.views import check_above_zero, check_at_least, norm, pair_draw, signs
 
 
@@ -62,14 +62,14 @@ class MoBY(MomentumObjective):
     def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Loss from the student's pooled features B C of the two views."""
         seen, keys = self.teach(batch)  # B C, B d
-        seen, joined = ([all_gather_no_grad(x) for x in part] for part in (seen, keys))  # N C, N d
-        self._keys = F.normalize(torch.stack([at_least_fp32(k) for k in joined]), dim=-1)
+        joined = gather_together([*seen, *keys])  # N C, N C, N d, N d
+        self._keys = F.normalize(torch.stack([at_least_fp32(k) for k in joined[2:]]), dim=-1)
         queries = [self.predictor(self.projector(h)) for h in features]  # B d
         found = [queue_loss(queries[i], keys[1 - i], self.queue[1 - i], self.cfg.temperature) for i in (0, 1)]
         return {
             "loss": found[0][0] + found[1][0],
             "accuracy": (found[0][1] + found[1][1]) / 2,
-            **signs(seen, joined),
+            **signs(joined[:2], joined[2:]),
         }
 
     @torch.no_grad()

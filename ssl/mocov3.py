@@ -19,7 +19,7 @@ from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import mlp
 from gcssl.ssl.base import Setup
 from gcssl.ssl.ema import MomentumObjective
-from gcssl.ssl.gather import all_gather_no_grad, rank
+from gcssl.ssl.gather import gather_together, rank
 from gcssl.ssl.views import check_above_zero, check_at_least, norm, pair_draw, signs
 
 
@@ -65,8 +65,9 @@ class MoCoV3(MomentumObjective):
 
     def loss(self, features: list[Tensor], batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Loss from the student's pooled features B C of the two views."""
-        taught = [all_gather_no_grad(torch.cat(x, 1)) for x in zip(*self.teach(batch), strict=True)]  # N C + d
-        seen, keys = zip(*(t.tensor_split([features[0].shape[1]], 1) for t in taught), strict=True)
+        seen, keys = self.teach(batch)  # B C, B d
+        joined = gather_together([*seen, *keys])  # N C, N C, N d, N d
+        keys = joined[2:]
         queries = [self.predictor(self.projector(h)) for h in features]  # B d
         first, t = rank() * len(queries[0]), self.cfg.temperature
         loss_1, right_1 = info_nce(queries[0], keys[1], first, t)
@@ -74,7 +75,7 @@ class MoCoV3(MomentumObjective):
         return {
             "loss": loss_1 + loss_2,
             "accuracy": (right_1 + right_2) / 2,
-            **signs(seen, keys),  # of the teacher, over all processes
+            **signs(joined[:2], keys),  # of the teacher
         }
 
     def chance(self, global_batch: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import DINOHead
 from gcssl.ssl.base import Setup
 from gcssl.ssl.ema import MomentumObjective
-from gcssl.ssl.gather import all_gather_no_grad, all_gather_with_grad, all_reduce_mean
+from gcssl.ssl.gather import all_gather_with_grad, all_reduce_mean, gather_together
 from gcssl.ssl.views import MultiCropConfig, check_above_zero, check_at_least, check_share, multi_crop_draw, signs
 
 
@@ -110,8 +110,8 @@ def teacher_signs(view_loss: Tensor, teacher: Sequence[Tensor], seen: Sequence[T
     """What tells a collapse: entropy of the teacher's log-probabilities B K, what of the loss is above it, and the
     spread of its pooled features B C over all processes.
     """
-    uncertain, gathered = entropy(teacher), [all_gather_no_grad(h) for h in seen]
-    return {"teacher_entropy": uncertain, "kl": view_loss.detach() - uncertain, **signs(gathered, gathered)}
+    uncertain, joined = entropy(teacher), gather_together(seen)
+    return {"teacher_entropy": uncertain, "kl": view_loss.detach() - uncertain, **signs(joined, joined)}
 
 
 def warmed_up(step: int, steps_per_epoch: int, start: float, end: float, epochs: float) -> float:

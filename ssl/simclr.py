@@ -15,7 +15,7 @@ from gcssl.models.build import Backbone
 from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import BatchNorm, mlp
 from gcssl.ssl.base import Setup
-from gcssl.ssl.gather import all_gather_no_grad, all_gather_with_grad, rank, reducer
+from gcssl.ssl.gather import all_gather_with_grad, gather_together, rank, reducer
 from gcssl.ssl.views import ViewObjective, check_above_zero, check_at_least, pair_draw, signs
 
 
@@ -66,8 +66,7 @@ class SimCLR(ViewObjective):
         z = self.projector(features[0]), self.projector(features[1])  # B d
         joined = all_gather_with_grad(z[0]), all_gather_with_grad(z[1])  # N d
         loss, accuracy = nt_xent(z, joined, rank() * len(z[0]), self.cfg.temperature)
-        seen = [all_gather_no_grad(h) for h in features]  # N C
-        return {"loss": loss, "accuracy": accuracy, **signs(seen, joined)}
+        return {"loss": loss, "accuracy": accuracy, **signs(gather_together(features), joined)}
 
     def chance(self, global_batch: int) -> dict[str, float]:
         """The loss of embeddings that say nothing, for the collapse watch."""

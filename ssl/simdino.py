@@ -13,7 +13,7 @@ from gcssl.models.build import Backbone
 from gcssl.models.heads import DINOHead
 from gcssl.ssl.base import Setup
 from gcssl.ssl.ema import MomentumObjective
-from gcssl.ssl.gather import all_gather_no_grad, all_reduce_sum_with_grad, world_size
+from gcssl.ssl.gather import all_reduce_sum_with_grad, gather_together, world_size
 from gcssl.ssl.views import MultiCropConfig, check_above_zero, multi_crop_draw, signs
 
 
@@ -72,6 +72,6 @@ class SimDINO(MomentumObjective):
             count = both.shape[1] * world_size()
             rate = torch.stack([coding_rate(c, count, self.cfg.eps) for c in covariance]).mean()
             loss = -self.cfg.coeff * agree - rate
-        gathered = [all_gather_no_grad(h) for h in seen]
+        joined = gather_together(seen)  # N C
         terms = {"loss/agreement": agree.detach(), "loss/coding_rate": rate.detach()}
-        return {"loss": loss, **terms, **signs(gathered, gathered)}
+        return {"loss": loss, **terms, **signs(joined, joined)}

@@ -13,7 +13,7 @@ from gcssl.models.build import Backbone
 from gcssl.models.functional import at_least_fp32
 from gcssl.models.heads import mlp
 from gcssl.ssl.base import Setup
-from gcssl.ssl.gather import all_gather_no_grad, all_gather_with_grad
+from gcssl.ssl.gather import all_gather_with_grad, gather_together
 from gcssl.ssl.views import ViewObjective, check_at_least, norm, pair_draw, signs
 
 
@@ -64,8 +64,7 @@ class VICReg(ViewObjective):
             }
             loss = torch.stack([getattr(self.cfg, name) * term for name, term in terms.items()]).sum()
         logged = {f"loss/{name}": term.detach() for name, term in terms.items()}
-        seen = [all_gather_no_grad(h) for h in features]  # N C
-        return {"loss": loss, **logged, **signs(seen, z)}
+        return {"loss": loss, **logged, **signs(gather_together(features), z)}
 
     def chance(self, global_batch: int) -> dict[str, float]:
         """The loss of embeddings that say nothing, for the collapse watch."""

@@ -173,9 +173,7 @@ def fit(
             with accelerator.accumulate(model):
                 seed_torch(train.seed, MODEL, step, accelerator.process_index, meter.micro)
                 out = model(batch, step)
-                if objective.measures(step, cfg.log.every, sizes.accumulate):
-                    scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
-                    out |= objective.grad_norms(out, step, scale)
+                out |= objective.grad_norms(out, step, cfg.log.every, sizes.accumulate, accelerator.scaler)
                 accelerator.backward(out["loss"])
                 meter.add(out)
                 if not accelerator.sync_gradients:

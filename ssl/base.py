@@ -53,12 +53,12 @@ class Objective(nn.Module):
         """What losses are while the embeddings say nothing, by their logged names: for the collapse watch."""
         return {}
 
-    def measures(self, step: int, log_every: int, accumulate: int = 1) -> bool:
-        """Whether step `step` logs `grad_norms` too."""
-        return False
-
-    def grad_norms(self, out: dict[str, Any], step: int, scale: float = 1.0) -> dict[str, Tensor]:
-        """Norms of the gradients of parts of the loss, from what `forward` returned and before its backward pass."""
+    def grad_norms(
+        self, out: dict[str, Any], step: int, log_every: int = 1, accumulate: int = 1, scaler: Any = None
+    ) -> dict[str, Tensor]:
+        """Norms of the gradients of parts of the loss, in the steps that log them: from what `forward` returned, before
+        its backward pass, which fp16's `scaler` scales.
+        """
         return {}
 
     def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:

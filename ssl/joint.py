@@ -214,13 +214,18 @@ class Joint(Objective):
         due = self.balances(step) or step % (NORMS_EVERY * log_every) == log_every - 1
         return due and accumulate == 1
 
-    def grad_norms(self, out: dict[str, Any], step: int, scale: float = 1.0) -> dict[str, Tensor]:
+    def grad_norms(
+        self, out: dict[str, Any], step: int, log_every: int = 1, accumulate: int = 1, scaler: Any = None
+    ) -> dict[str, Tensor]:
         """Of each weighted part's gradient on the encoder, of the mean loss over processes: its norm, that of each
         stage, and the cosine between the two.
 
         Call it before `backward` and on every process: it runs each part's backward pass and keeps the graph.
-        scale: what the loss is multiplied by for that, so that no fp16 gradient is lost.
+        scaler: its scale multiplies the loss for that, so that no fp16 gradient is lost; reading it waits for a GPU.
         """
+        if not self.measures(step, log_every, accumulate):
+            return {}
+        scale = scaler.get_scale() if scaler else 1.0
         named = [(n, p) for n, p in self.encoder.named_parameters() if p.requires_grad]
         norms, flats = {}, []
         for name, loss in out["_parts"].items():

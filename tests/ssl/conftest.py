@@ -53,7 +53,7 @@ def make_objective() -> Callable[..., Any]:
 
 @pytest.fixture
 def make_midway(make_objective: Callable[..., Any]) -> Callable[..., Any]:
-    """make_objective's, as some way into a run: a teacher unlike the student, centres unlike zero and each other."""
+    """make_objective's, as some way into a run: teachers unlike the student, centres unlike zero and each other."""
 
     def make(name: str, **cfg: Any) -> Any:
         objective = make_objective(name, **cfg)
@@ -61,7 +61,7 @@ def make_midway(make_objective: Callable[..., Any]) -> Callable[..., Any]:
             for key, p in objective.named_parameters():
                 if key.startswith(("teacher.", "momentum_")):
                     p.add_(0.05 * torch.randn_like(p))
-            for key in objective.centers:
+            for key in getattr(objective, "centers", ()):
                 getattr(objective, key).mean.normal_(0, 0.1)
         return objective
 

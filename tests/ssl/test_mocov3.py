@@ -61,11 +61,9 @@ def test_info_nce_similarities_are_fp32_under_autocast() -> None:
     assert torch.equal(loss, info_nce(q, keys, 0, 0.2)[0])
 
 
-def test_loss_equals_a_slow_version_of_the_algorithm(make_objective: Make, make_batch: Make) -> None:
-    objective, batch = make_objective("mocov3"), make_batch(6, views=2)
+def test_loss_equals_a_slow_version_of_the_algorithm(make_midway: Make, make_batch: Make) -> None:
+    objective, batch = make_midway("mocov3"), make_batch(6, views=2)
     with torch.no_grad():
-        for p in objective.teacher.parameters():  # a teacher that differs from the student
-            p.add_(0.01 * torch.randn_like(p))
         q = [objective.predictor(objective.projector(objective.encoder(x))) for x in batch["views"]]
         k = [objective.momentum_projector(objective.teacher(x)) for x in batch["views"]]
         expected = slow_info_nce(q[0], k[1], 0, 0.2) + slow_info_nce(q[1], k[0], 0, 0.2)

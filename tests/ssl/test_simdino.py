@@ -46,8 +46,8 @@ def test_coding_rate_equals_logdet() -> None:
     torch.testing.assert_close(coding_rate(z.T @ z, 10, 0.5), expected)
 
 
-def test_loss_is_made_of_both_terms(make_objective: Make, make_batch: Make) -> None:
-    objective = make_objective("simdino", local_crops=2, local_size=32, coeff=2.0, eps=0.5)
+def test_loss_is_made_of_both_terms(make_midway: Make, make_batch: Make) -> None:
+    objective = make_midway("simdino", local_crops=2, local_size=32, coeff=2.0, eps=0.5)
     batch = make_batch(4, views=2, small=2)
     with torch.no_grad():
         student = [objective.projector(objective.encoder(x)) for x in batch["views"]]

@@ -6,6 +6,7 @@ Everything is imported once; each start is a fork. Prints a line a run: its name
 epoch, and what differs in the end. Exit 1 where something does.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ import torch  # noqa: E402
 
 from gcssl.config import PretrainConfig, load_config  # noqa: E402
 from gcssl.eval import finetune  # noqa: E402
+from gcssl.eval.inputs import data_of  # noqa: E402
 from gcssl.pretrain import pretrain  # noqa: E402
 from gcssl.runtime import make_accelerator, quiet_libraries  # noqa: E402
 from gcssl.ssl.objectives import SCHEMAS  # noqa: E402
@@ -41,6 +43,7 @@ def train(name: str, out: Path, workers: int) -> None:
     if name == "finetune":
         yaml, model = str(ROOT / "configs/eval/finetune_demo.yaml"), ["model.name=gcvit_nano", "data.path=shapes"]
         cfg = load_config(finetune.FinetuneConfig, [yaml, *argv, *model, "backbone=none", f"out={out.parent}"])
+        cfg = dataclasses.replace(cfg, data=data_of(cfg, None))
         finetune.finetune(cfg, make_accelerator(cfg.train, cfg.runtime), out, "none")
     else:
         yaml = str(ROOT / f"configs/pretrain/{name}_gcvit_nano.yaml")

@@ -74,12 +74,9 @@ def _splits(cfg: DataConfig, root: Path, default_labels: str | None) -> Found:
         if others:
             rest = f"{others[0]} ({len(others)} in all)" if len(others) > 1 else others[0]
             say(f"data: {root} has the splits {', '.join(splits)}; not used beside them: {rest}")
-    elif not splits and len(others) > 1 and all(_words(name) & {*TRAIN_NAMES, *TEST_NAMES} for name in others):
-        train = next((name for name in others if _words(name) & {*TRAIN_NAMES}), others[0])
-        told = f"{root} holds {', '.join(others)}, which may be splits or classes"
-        test = next(name for name in others if name != train)
-        raise UserError(f"data.path: {told}; say data.train_split={train} data.val_split={test}, or rename them")
     elif not splits or others:  # a class may be called train: then its sisters are classes too
+        if not splits and not images:
+            _check_no_split(root, folders)
         return {"train": partial(_labelled_tree, root)} if _has_image(root) else {}
     if cfg.val_labels is None:
         _tell_unread(root)
@@ -92,6 +89,14 @@ def _splits(cfg: DataConfig, root: Path, default_labels: str | None) -> Found:
             is_val = not name.lower().startswith("test")  # the images of a test split may well have no labels
             found[name] = partial(_test_tree, root / name, root / train, labels, is_val)
     return found
+
+
+def _check_no_split(root: Path, folders: list[str]) -> None:
+    """UserError where all folders are named much as splits are, such as training_set and test_set."""
+    train, test = ([name for name in folders if _words(name) & {*names}] for names in (TRAIN_NAMES, TEST_NAMES))
+    if train and test and {*train, *test} == {*folders}:
+        told = f"{root} holds {', '.join(folders[:3])}, which may be splits or classes"
+        raise UserError(f"data.path: {told}; say data.train_split={train[0]} data.val_split={test[0]}, or rename them")
 
 
 def _names(cfg: DataConfig, root: Path) -> tuple[list[str], list[str]]:

@@ -740,6 +740,14 @@ def test_two_folders_named_as_splits_are_no_classes(tmp_path: Path) -> None:
     assert splits.train.classes == ["ant", "cat", "dog"] and splits.test is not None and splits.test.name == "test_set"
     write_tree(tmp_path / "lorry")  # beside it they may be classes: a train, and a test bench
     assert opened(tmp_path).train.classes == ["lorry", "test_set", "training_set"]
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for name in ("train-1.png", "test-1.png"):  # images may be called so
+        (flat / name).write_bytes(encoded((0, 0, 0)))
+    assert len(opened(flat).train) == 2
+    for name in ("test_a", "test_b"):
+        write_tree(tmp_path / "tests" / name)
+    assert opened(tmp_path / "tests").train.classes == ["test_a", "test_b"]
 
 
 def test_which_of_two_test_splits_judges_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,17 @@
+"""Without a GPU: nothing of a training step stays on the CPU, and nothing waits for the device."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils import backend_registration
+
+SCRIPT = Path(__file__).with_name("other_device.py")
+
+
+def test_training_steps_stay_on_their_device_and_read_nothing_from_it() -> None:
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this torch cannot register a device from Python")
+    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "all on the device", done.stdout + done.stderr

@@ -2,18 +2,23 @@
 
     python -m gcssl.plan configs/pretrain/x.yaml [key=value ...] plan.processes=8 [plan.images_per_s=568] [plan.price=2]
 
-FLOPs and memory are counted on the real objective, on two and four images of the data. Its speed is plan.images_per_s
-of one process where that is given, else that of plan.minutes of real training here, by one process. Without the images
-at hand, say data.path=shapes data.shapes_n=<how many there will be>. Nothing is written.
+FLOPs and memory are counted on the real objective and two and four images of the data, by shapes alone: nothing is
+computed. Its speed is plan.images_per_s of one process where that is given, else that of plan.minutes of real training
+here, by one process. Without the images at hand, say data.path=shapes data.shapes_n=<how many there will be>. Nothing
+is written.
 """
 
+import copy
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from gcssl.config import PretrainConfig, load_config
@@ -27,6 +32,7 @@ from gcssl.trial import changed, duration, first_steps, rate
 
 Row = tuple[str, str, str]  # what, how much, where from
 Shape = Sequence[int]
+CPU_STEP = 3e11  # FLOPs of a step that is timed on a CPU: some seconds; larger batches are no faster there
 
 
 @dataclass
@@ -43,15 +49,15 @@ class PlanConfig(PretrainConfig):
     plan: PlanOptions = field(default_factory=PlanOptions)
 
 
-def saved_mib(step: Callable[[], object], model: nn.Module) -> float:
-    """Storage that autograd keeps for the backward pass of `step`, parameters of `model` left out."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+def saved_mib(step: Callable[[], object], parameters: Iterable[Tensor]) -> float:
+    """Storage that autograd keeps for the backward pass of `step`, `parameters` left out."""
+    own = {p.untyped_storage()._cdata for p in parameters}
     kept: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -75,10 +81,13 @@ class Counted:
 
 
 def count(dry: DryRun) -> Counted:
-    objective, train = dry.objective.train(), dry.cfg.train
-    kept, flops = {}, 0
+    fake, train = FakeTensorMode(), dry.cfg.train
+    with FakeCopyMode(fake):
+        objective = copy.deepcopy(dry.objective.train())
+    ours = {torch.ops.aten.convolution_backward: conv_backward_flops}
+    kept, flops = {}, 0.0
     for images in (2, 4):
-        batch = dry.batch(images)
+        batch = pytree.tree_map_only(Tensor, fake.from_tensor, dry.batch(images))
 
         def step(batch: dict[str, Any] = batch) -> None:
             seed_torch(train.seed, MODEL)
@@ -87,9 +96,8 @@ def count(dry: DryRun) -> Counted:
             loss.backward()
             objective.zero_grad()
 
-        ours = {torch.ops.aten.convolution_backward: conv_backward_flops}
-        with FlopCounterMode(display=False, custom_mapping=ours) as counter:
-            kept[images] = saved_mib(step, objective)
+        with fake, FlopCounterMode(display=False, custom_mapping=ours) as counter:
+            kept[images] = saved_mib(step, objective.parameters())
         flops = counter.get_total_flops() / images
     image = (kept[4] - kept[2]) / 2
     trained = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
@@ -97,13 +105,21 @@ def count(dry: DryRun) -> Counted:
     return Counted(flops, image, kept[2] - 2 * image + (state + optimizer + trained) / 2**20)
 
 
-def speed(cfg: PlanConfig, sizes: Sizes) -> tuple[float, str]:
-    """(images/s of one process, where that number is from)."""
+def speed(cfg: PlanConfig, sizes: Sizes, flops: float) -> tuple[float, str]:
+    """(images/s of one process, where that number is from); `flops` of an image's step."""
     if cfg.plan.images_per_s is not None:
         return cfg.plan.images_per_s, "given: plan.images_per_s"
+    how = ""
+    if not torch.cuda.is_available():  # else a step may take an hour, and memory that is not there
+        few = min(sizes.batch_size, max(2, int(CPU_STEP / flops)))
+        how = f" of {few} images" if few < sizes.batch_size else ""
+        sizes = dataclasses.replace(sizes, batch_size=few, accumulate=1)
+        if cfg.train.precision == "bf16" and not bf16_is_fast():
+            cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision="fp32"))
+            how += " in fp32, as bf16 is slower on this processor"
     told = first_steps(cfg, cfg.plan.minutes, sizes)
-    few = ", too few to tell: raise plan.minutes" if len(told) < 5 else ""
-    return rate(told), f"measured here: {len(told)} steps{few}"
+    rest = ", too few to tell: raise plan.minutes" if len(told) < 5 else ""
+    return rate(told), f"measured here: {len(told)} steps{how}{rest}"
 
 
 def dry_run(cfg: PlanConfig) -> DryRun:
@@ -124,7 +140,7 @@ def rows(cfg: PlanConfig) -> list[Row]:
     images = sizes.total_steps * sizes.global_batch
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     memory = (counted.fixed_mib + counted.image_mib * sizes.batch_size) / 1024
-    per_process, source = speed(cfg, sizes)
+    per_process, source = speed(cfg, sizes, counted.flops)
     share = cfg.plan.efficiency if sizes.world > 1 else 1.0
     hours = images / (per_process * sizes.world * share) / 3600
     found: list[Row] = [
@@ -149,11 +165,8 @@ def rows(cfg: PlanConfig) -> list[Row]:
 
 def main(argv: list[str]) -> None:
     cfg = load_config(PlanConfig, argv, SCHEMAS)
-    emulated = cfg.train.precision == "bf16" and not bf16_is_fast()
-    quicker = "train.precision=fp32 train.batch_size=8, or a machine with bf16, is quicker"
-    slow = f"; its bf16 is emulated on this processor, which takes many minutes: {quicker}" if emulated else ""
     trains = f", then training for up to {cfg.plan.minutes:g} minutes" if cfg.plan.images_per_s is None else ""
-    say(f"counting a step of 2 and of 4 images{trains}{slow}")
+    say(f"counting a step of 2 and of 4 images{trains}")
     found = rows(cfg)
     width = max(len(value) for _, value, _ in found)
     for name, value, source in found:

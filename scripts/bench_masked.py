@@ -82,8 +82,8 @@ def measure(steps: dict[Way, tuple[Any, Step]], rounds: int, batch: int) -> list
     rows: list[dict[str, object]] = []
     for (way, ratio), own in times.items():
         (model, step), (plain, plain_step) = steps[way, ratio], steps["plain", ratio]
-        mib = saved_mib(step, model) / batch
-        share = mib / (saved_mib(plain_step, plain) / batch)
+        mib = saved_mib(step, model.parameters()) / batch
+        share = mib / (saved_mib(plain_step, plain.parameters()) / batch)
         rows.append(
             {"way": way, "ratio": ratio, "seconds": statistics.median(own), **ratios(times["plain", ratio], own),
              "mib_per_image": mib, "mib_share": share}

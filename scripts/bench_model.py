@@ -108,7 +108,7 @@ def measure(
             print(f"{name}, {kind}: compiled in {time.perf_counter() - start:.0f} s", flush=True)
     memory = {name: peak_mib(step) for name, step in steps.items()}
     if kind == "train" and not torch.cuda.is_available():
-        memory = {name: saved_mib(step, ways[name].model) for name, step in steps.items()}
+        memory = {name: saved_mib(step, ways[name].model.parameters()) for name, step in steps.items()}
     times = alternate(steps, args.rounds, args.times)
     for name, own in times.items():
         row = {"what": kind, "model": name, "images": args.batch / statistics.median(own), **ratios(times["timm"], own)}

@@ -70,7 +70,7 @@ def growth(rounds: int) -> list[dict[str, Any]]:
             batches[value] = value if key == "batch" else BATCH
             own = keys if key == "batch" else [*keys, f"{key}={value}"]
             steps[value], model = objective_step(objective, own, batches[value])
-            kept[value] = saved_mib(steps[value], model) / batches[value]
+            kept[value] = saved_mib(steps[value], model.parameters()) / batches[value]
         for value, times in alternate(steps, rounds, warm=1).items():
             seconds = statistics.median(times) / batches[value]
             rows.append(
@@ -83,7 +83,7 @@ def objectives(rounds: int, batch: int = 32) -> list[dict[str, Any]]:
     steps, kept = {}, {}
     for name, keys in SETTINGS.items():
         steps[name], model = objective_step(name, keys, batch)
-        kept[name] = saved_mib(steps[name], model) / batch
+        kept[name] = saved_mib(steps[name], model.parameters()) / batch
     times = alternate(steps, rounds, warm=1)
     return [
         {"objective": name, "rate": batch / statistics.median(own), "mib": kept[name], **ratios(times["simmim"], own)}
@@ -102,7 +102,7 @@ def checkpointing(rounds: int, batch: int = 2) -> list[dict[str, Any]]:
             model.zero_grad()
             model(x).square().mean().backward()
 
-        mib = {on: saved_mib(lambda on=on: step(on), model) / batch for on in (False, True)}
+        mib = {on: saved_mib(lambda on=on: step(on), model.parameters()) / batch for on in (False, True)}
         times = alternate({on: (lambda on=on: step(on)) for on in (False, True)}, rounds, warm=1)
         rows += [
             {"variant": variant, "checkpointing": on, "seconds": statistics.median(own) / batch, "mib": mib[on],

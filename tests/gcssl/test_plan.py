@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gcssl.config import load_config
 from gcssl.dryrun import DryRun
 from gcssl.errors import UserError
-from gcssl.loader import run_sizes
+from gcssl.loader import Sizes, run_sizes
 from gcssl.plan import PlanConfig, count, dry_run, main, rows, saved_mib, si, speed
 from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 
@@ -34,20 +34,26 @@ def test_flops_are_three_times_those_of_encoder_and_head() -> None:
     assert count(one).flops == pytest.approx(3 * (counter.get_total_flops() + head), rel=0.03)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+FEW = ("simmim", "mae", "mocov3")
+ALL = [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in OBJECTIVES]
+
+
+@pytest.mark.parametrize("objective", ALL)
 def test_the_memory_of_a_batch_is_foreseen(objective: str) -> None:
-    """Counted on two and four images, and seen with six."""
+    """Counted on the shapes of two and four images, and seen with six that are computed."""
     one = dry(objective)
     found, objective_ = count(one), one.objective.train()
     batch = one.batch(6)
-    kept = saved_mib(lambda: objective_(batch, 0)["loss"].backward(), objective_)
+    kept = saved_mib(lambda: objective_(batch, 0)["loss"].backward(), objective_.parameters())
     static = sum(p.numel() * (4 if p.requires_grad else 1) for p in objective_.parameters()) * 4 / 2**20
     assert found.image_mib * 6 + found.fixed_mib == pytest.approx(kept + static, rel=0.05)
 
 
 def test_parameters_do_not_count_as_kept() -> None:
     layer, x = torch.nn.Linear(64, 64, bias=False), torch.randn(1, 64, requires_grad=True)
-    assert saved_mib(lambda: layer(x), layer) == 64 * 4 / 2**20  # the weight, which it needs too, has 16 KiB
+    assert (
+        saved_mib(lambda: layer(x), layer.parameters()) == 64 * 4 / 2**20
+    )  # the weight, which it needs too, has 16 KiB
 
 
 def test_fewer_images_than_are_counted_with(tmp_path: Path) -> None:
@@ -83,7 +89,28 @@ def test_hours_and_price() -> None:
 def test_few_steps_say_little_of_the_speed(monkeypatch: pytest.MonkeyPatch, steps: int, told: str) -> None:
     monkeypatch.setattr("gcssl.plan.first_steps", lambda *_: [{"images_per_s": 10.0}] * steps)
     cfg = config("simmim", "plan.images_per_s=null")
-    assert speed(cfg, run_sizes(cfg.train, 256, 1)) == (pytest.approx(10.0), f"measured here: {told}")
+    assert speed(cfg, run_sizes(cfg.train, 256, 1), 1e8) == (pytest.approx(10.0), f"measured here: {told}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU times whole batches, in bf16")
+def test_a_cpu_times_few_images_and_no_slow_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch for a GPU of 80 GB would take hours here, or all memory."""
+    asked: list[tuple[int, int, str]] = []
+
+    def steps(cfg: PlanConfig, _: float, sizes: Sizes) -> list[dict[str, float]]:
+        asked.append((sizes.batch_size, sizes.accumulate, cfg.train.precision))
+        return [{"images_per_s": 10.0}] * 5
+
+    monkeypatch.setattr("gcssl.plan.first_steps", steps)
+    monkeypatch.setattr("gcssl.plan.bf16_is_fast", lambda: False)
+    cfg = config("simmim", "plan.images_per_s=null", "train.precision=bf16", "train.accumulate=2")
+    sizes = run_sizes(cfg.train, 256, 1)
+    slow = "in fp32, as bf16 is slower on this processor"
+    assert speed(cfg, sizes, 1e11)[1] == f"measured here: 5 steps of 3 images {slow}"
+    assert speed(cfg, sizes, 1e12)[1] == f"measured here: 5 steps of 2 images {slow}"
+    monkeypatch.setattr("gcssl.plan.bf16_is_fast", lambda: True)
+    assert speed(cfg, sizes, 1e8)[1] == "measured here: 5 steps"
+    assert asked == [(3, 1, "fp32"), (2, 1, "fp32"), (16, 1, "bf16")]
 
 
 def test_the_speed_is_measured_where_none_is_given(capfd: pytest.CaptureFixture[str]) -> None:

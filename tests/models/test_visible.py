@@ -84,9 +84,9 @@ def test_drop_path_and_gradient_checkpointing() -> None:
         torch.testing.assert_close(kept[name], fast[name], rtol=1e-12, atol=1e-12, msg=name)
     assert not torch.allclose(fast["out"], undropped["out"])
     x, mask = images(size), mask_of(size, 5)
-    little = saved_mib(lambda: encoder.train().forward_visible(x, mask), encoder)
+    little = saved_mib(lambda: encoder.train().forward_visible(x, mask), encoder.parameters())
     encoder.set_grad_checkpointing(False)
-    assert little < 0.6 * saved_mib(lambda: encoder.forward_visible(x, mask), encoder)
+    assert little < 0.6 * saved_mib(lambda: encoder.forward_visible(x, mask), encoder.parameters())
 
 
 def test_nothing_hidden_is_the_plain_encoder() -> None:

@@ -222,18 +222,21 @@ def fit(
 def prepared(
     objective: Objective, optimizer: torch.optim.Optimizer, accelerator: Accelerator, train: TrainConfig
 ) -> tuple[Any, Any]:
-    """What the loop calls in their places: on several processes under DDP, or cut over them."""
+    """What the loop calls in their places: under DDP on several processes, or cut over them. The optimizer's state is
+    where torch wants it: step counts that Accelerate moved to a GPU would be read back in each step.
+    """
     if train.compile:
         compile_encoders(objective)
     if train.shard and accelerator.num_processes > 1:
         shard(objective, optimizer, accelerator)
         model = accelerator.prepare_model(objective, evaluation_mode=True)  # which leaves DDP out
-        return model, accelerator.prepare_optimizer(optimizer)
-    return accelerator.prepare(objective, optimizer)
+        return model, accelerator.prepare_optimizer(optimizer, device_placement=False)
+    return accelerator.prepare(objective, optimizer, device_placement=[True, False])
 
 
 def compile_encoders(objective: Objective) -> None:
     """torch.compile of student and teacher, a graph a size: sizes are few, symbolic ones take minutes to trace."""
+    torch._functorch.config.donated_buffer = False  # grad_norms goes through a graph that backward needs again
     for name, part in objective.named_children():
         if name in ("encoder", "teacher"):
             part.compile(dynamic=False)

@@ -237,6 +237,7 @@ def _cached(inputs: Inputs, settings: list[Setting], plan: Plan, held: np.ndarra
     train = inputs.features(inputs.train, kinds)
     begin = time.perf_counter()
     slice_rows, (x, y) = _where(train, held), _moved(train, _place(train, device))
+    del train  # on a GPU x is a copy
     keep = torch.ones(len(y), dtype=torch.bool)
     keep[slice_rows] = False
     rows, slice_rows = keep.nonzero()[:, 0].to(y.device), slice_rows.to(y.device)

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Self
 
-from gcssl.errors import Failure, Preempted, UserError, is_full_disk, is_main_process, outcome
+from gcssl.errors import Failure, LostProcess, Preempted, UserError, is_full_disk, is_main_process, outcome
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -228,23 +228,29 @@ def check_accelerator(accelerator: "Accelerator", train: "TrainConfig", accumula
 @contextmanager
 def main_process_first(accelerator: "Accelerator") -> Iterator[None]:
     """The main process runs the block before the others do, and all leave it together, however long it takes: copying
-    or listing a set takes hours, and runtime.timeout is for processes that compute."""
+    or listing a set takes hours, and runtime.timeout is for processes that compute. LostProcess where the others take
+    runtime.timeout more than twice as long as the main process did."""
     if accelerator.num_processes == 1:
         yield
         return
     from torch import distributed
 
     store = distributed.distributed_c10d._get_default_store()  # no group of gloo, which needs a network of its own
-    turn, patience = f"gcssl/first/{next(_TURNS)}", timedelta(days=2)
+    turn, begin = f"gcssl/first/{next(_TURNS)}", time.monotonic()
     if not accelerator.is_main_process:
-        store.wait([f"{turn}/main"], patience)
+        store.wait([f"{turn}/main"], timedelta(days=2))
     try:
         yield
     finally:
         store.set(f"{turn}/main", "")
         if store.add(f"{turn}/count", 1) == accelerator.num_processes:
             store.set(f"{turn}/all", "")
-        store.wait([f"{turn}/all"], patience)
+        patience = store.timeout + 2 * timedelta(seconds=time.monotonic() - begin)
+        try:
+            store.wait([f"{turn}/all"], patience)
+        except RuntimeError as error:
+            told = f"a process was lost before or while it opened the images: waited {patience.total_seconds():.0f} s"
+            raise LostProcess(f"{told} for it") from error
 
 
 def keep_freed_memory() -> None:

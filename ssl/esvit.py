@@ -39,17 +39,19 @@ def region_loss(
     """Mean over pairs of a teacher's crop and another crop of the student's, samples and student regions
     (equation 3).
 
-    teacher: log-probabilities B m K; student: outputs B n K; *_features: the backbone's B m C and B n C.
+    teacher: log-probabilities B m K; student: outputs B n K; *_features: the backbone's B m C and B n C. As in
+    crops_loss each student crop is compared with a sum.
     """
-    losses = []
-    for t, log_q in enumerate(teacher):
-        every = log_q.exp()  # B m K
-        for v, outputs in enumerate(student):
-            if v != t:
+    every, losses, pairs = [log_q.exp() for log_q in teacher], [], 0  # B m K
+    for v, outputs in enumerate(student):
+        total = torch.zeros((), device=outputs.device)
+        for t, q in enumerate(every):
+            if t != v:
                 best = matched_regions(student_features[v], teacher_features[t])  # B n
-                q = every.gather(1, best[..., None].expand(-1, -1, log_q.shape[-1]))  # B n K
-                losses.append(cross_entropy(q, outputs, temperature).mean())
-    return torch.stack(losses).mean()
+                total = total + q.gather(1, best[..., None].expand(-1, -1, q.shape[-1]))  # B n K
+                pairs += 1
+        losses.append(cross_entropy(total, outputs, temperature).mean())
+    return torch.stack(losses).sum() / pairs
 
 
 class EsViT(PrototypeObjective):
@@ -71,14 +73,15 @@ class EsViT(PrototypeObjective):
             taught = [m.flatten(2).transpose(1, 2) for m in run_maps(self.teacher, batch, range(2))]  # B m C
             seen = [r.mean(1) for r in taught]  # B C
             outputs = [self.momentum_projector(h) for h in seen]  # B K
-            regions = [self.momentum_region_projector(r) for r in taught]  # B m K
+            regions = self.momentum_region_projector(torch.cat(taught, 1)).chunk(2, 1)  # B m K each
             self.center.note(torch.cat(outputs), step)
             self.region_center.note(torch.cat(regions), step)
             teacher = [self.center(x, t) for x in outputs]
             teacher_regions = [self.region_center(x, t) for x in regions]
         found = [m.flatten(2).transpose(1, 2) for m in run_maps(self.encoder, batch, range(self.n_views))]  # B n C
         student = self.projector(torch.cat([r.mean(1) for r in found])).chunk(len(found))
-        student_regions = [self.region_projector(r) for r in found]  # B n K
+        counts = [r.shape[1] for r in found]
+        student_regions = self.region_projector(torch.cat(found, 1)).split(counts, 1)  # B n K each
         view = crops_loss(teacher, student, temperature)
         region = region_loss(teacher_regions, student_regions, taught, found, temperature)
         return {

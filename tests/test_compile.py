@@ -11,7 +11,7 @@ from gcssl.config import PretrainConfig, load_config
 from gcssl.dryrun import DoctorConfig, examine
 from gcssl.eval.features import frozen
 from gcssl.log import RunLog
-from gcssl.pretrain import pretrain, show_batch
+from gcssl.pretrain import compile_encoders, pretrain, show_batch
 from gcssl.rng import seed_torch
 from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 
@@ -53,6 +53,22 @@ def test_a_compiled_encoder_is_one_graph_a_size_and_computes_the_same(objective:
     with frozen(objective_.encoder):
         objective_.encoder(torch.rand(7, 3, *objective_.encoder.img_size))
     assert len(graphs) == known, "what one process alone does, or once an epoch, must not wait for a compiler"
+
+
+def test_a_compiled_graph_can_be_walked_again_after_a_step_that_did_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As joint measures its parts' gradients before backward, with log.every=10 first in the tenth step."""
+    torch._dynamo.reset()
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled(self, backend="aot_eager", **how))
+    parts = torch.nn.ModuleDict({"encoder": torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU())})
+    compile_encoders(parts)  # type: ignore[arg-type]
+    encoder, x = parts["encoder"], torch.randn(4, 8)
+    encoder(x).square().mean().backward()
+    loss = encoder(x).square().mean()
+    (grad,) = torch.autograd.grad(loss, encoder[0].weight, retain_graph=True)
+    encoder.zero_grad()
+    loss.backward()
+    assert torch.equal(grad, encoder[0].weight.grad)
 
 
 @pytest.mark.slow

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from torch.utils import backend_registration
 
-SCRIPT = Path(__file__).with_name("other_device.py")
+ROOT = Path(__file__).parent.parent
 
 
 def test_training_steps_stay_on_their_device_and_read_nothing_from_it() -> None:
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch cannot register a device from Python")
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
+    argv = [sys.executable, "-m", "tests.other_device"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "all on the device", done.stdout + done.stderr

@@ -285,6 +285,7 @@ def test_judged_weights_are_the_average_and_it_moves_from_the_start() -> None:
     moved = model.ema.module.state_dict()
     assert all(torch.allclose(moved[k], start[k] + 1.0) for k in start if start[k].is_floating_point())
     assert not any(p.requires_grad for p in model.ema.parameters())
+    assert model.train().encoder.training and not any(part.training for part in model.ema.modules())
 
 
 def test_the_average_warms_up() -> None:

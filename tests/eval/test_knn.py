@@ -23,7 +23,7 @@ from gcssl.errors import UserError
 from gcssl.eval import knn
 from gcssl.eval.compare import compare
 from gcssl.eval.features import extract
-from gcssl.eval.inputs import data_of, describe_test
+from gcssl.eval.inputs import data_of, describe_test, model_of
 from gcssl.eval.knn import KnnConfig, _threads, knn_accuracy, knn_correct, run, search, self_check
 from gcssl.models.build import backbone_info, build_backbone
 from gcssl.models.load import load_backbone
@@ -406,6 +406,11 @@ def test_a_data_key_given_at_its_default_wins_over_the_run(asked: list[str], wan
     assert (data.shapes_n, data.workers, data.max_bad) == want
     given = asked[0].removeprefix("data.path=") if asked and "path" in asked[0] else "own"
     assert (type(data), data.path, data.timeout) == (DataConfig, given, DataConfig().timeout)
+
+
+def test_a_run_is_not_asked_for_the_weights_that_it_began_from() -> None:
+    ran = {"model": config_dict(ModelConfig(weights="gone.safetensors", drop_path=0.2))}
+    assert model_of(load_config(KnnConfig, ["backbone=run"]), ran) == ModelConfig(drop_path=0.0)
 
 
 def test_null_takes_back_what_a_run_asked_for() -> None:

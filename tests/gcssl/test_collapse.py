@@ -29,6 +29,8 @@ def told(watch: CollapseWatch, values: dict[str, float], steps: int) -> list[str
 def test_a_healthy_run_is_left_alone() -> None:
     assert told(CollapseWatch({"loss": math.log(64)}), HEALTHY, 300) == []
     assert told(CollapseWatch({}), {"loss": 0.3}, 300) == []  # an objective without signs
+    for near in (0.98, 1.02):  # a loss that has begun to fall
+        assert told(CollapseWatch({"loss": 4.0}), {"loss": 4.0 * near}, 300) == []
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from gcssl.pretrain import pretrain
 from gcssl.runtime import make_accelerator
 from gcssl.ssl.objectives import SCHEMAS
 from gcssl.ssl.simmim import SimMIM
-from gcssl.trial import differences, duration, replay, verify_resume
+from gcssl.trial import differences, duration, rate, replay, verify_resume
 
 YAML = Path(__file__).parents[2] / "configs/pretrain"
 SMALL = ["data.shapes_n=256", "data.workers=0", "train.batch_size=16", "train.warmup_epochs=1", "doctor.minutes=0"]
@@ -140,6 +140,12 @@ def test_windows_that_see_little() -> None:
     assert found.verdict == "warn" and "2x2" in found.told
 
 
+def test_a_share_that_units_cannot_give_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """The objective is made twice: without storage, to see what it refuses, and then for the run."""
+    examine(config("simmim", "objective.mask_unit=32", "data.shapes_n=32"))
+    assert capsys.readouterr().out.count("mask: 3 of 4 units are hidden") == 1
+
+
 def test_a_backbone_that_mixes_images(monkeypatch: pytest.MonkeyPatch) -> None:
     dry = examine(config("simmim"))
     stem = dry.backbone.stem.forward
@@ -190,6 +196,12 @@ def test_waiting_for_data_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_first_steps(dry).verdict == "ok"
     shares = [0.25]
     assert doctor.check_first_steps(dry).verdict == "warn"
+
+
+def test_the_first_step_is_no_part_of_the_speed_unless_it_is_alone() -> None:
+    slow, fast = {"images_per_s": 1.0}, {"images_per_s": 100.0}
+    assert rate([slow, fast, fast]) == pytest.approx(100.0)
+    assert rate([slow]) == pytest.approx(1.0)
 
 
 def test_the_gain_of_compilation_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,17 @@ def test_a_second_signal_does_not_change_the_exit_code() -> None:
     assert (done.returncode, done.stderr.count("\n"), done.stdout) == (75, 1, "caf\\udce9\n"), done
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for a signal")
+def test_a_launcher_that_dies_while_it_is_looked_at_ends_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells of deaths that come after it was asked to, so of this one nobody else would."""
+    with subprocess.Popen(["sh", "-c", "read _", "accelerate", "launch"], stdin=subprocess.PIPE) as launcher:
+        parents = iter([launcher.pid, 1])
+        monkeypatch.setattr(os, "getppid", lambda: next(parents))
+        assert leave(None, tmp_path) == (-signal.SIGTERM, "")
+
+
 def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
     assert leave(KeyboardInterrupt(), tmp_path) == (1, "gcssl: interrupted from the keyboard\n")
 

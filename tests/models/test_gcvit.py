@@ -156,6 +156,20 @@ def test_two_attention_bodies_agree(shared: bool) -> None:
         attend(q, k, v, bias, "flash")
 
 
+@pytest.mark.parametrize(
+    "kind, learns, fused",
+    [(torch.bfloat16, False, False), (torch.float32, False, True), (torch.float32, True, False)],
+)
+def test_the_body_that_is_faster_on_a_cpu_is_chosen(
+    kind: torch.dtype, learns: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, sdpa = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *x, **named: calls.append(1) or sdpa(*x, **named))
+    q, k, v = torch.randn(3, 2, 4, 3, 9, 8, dtype=kind)
+    attend(q, k, v, torch.randn(3, 9, 9, requires_grad=learns))
+    assert bool(calls) == fused
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_more_windows_than_a_kernel_takes_are_cut_with_equal_results(own: bool, monkeypatch: Any) -> None:
     torch.manual_seed(0)

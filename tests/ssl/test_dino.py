@@ -225,6 +225,12 @@ def test_crop_sizes_that_a_backbone_cannot_take_are_refused(make_objective: Make
         make_objective("dino", fixed, local_crops=1, local_size=96)
 
 
+def test_a_backbone_on_which_crops_were_tried_out_is_in_the_mode_it_had(make_objective: Make) -> None:
+    """The doctor looks at a new objective as it is: with drop path, and batch norms that take the batch's moments."""
+    objective = make_objective("dino", local_crops=1, local_size=32)
+    assert all(module.training for module in objective.encoder.modules())
+
+
 def test_koleo_equals_a_slow_version() -> None:
     crops = [torch.randn(5, 3), torch.randn(5, 3)]
     total = 0.0

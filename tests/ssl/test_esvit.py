@@ -90,6 +90,18 @@ def test_both_heads_freeze_follow_and_have_centres(make_objective: Make, make_ba
     assert not torch.equal(objective.center.mean, objective.region_center.mean)
 
 
+def test_centres_move_to_what_the_teacher_says_of_both_crops(make_objective: Make, make_batch: Make) -> None:
+    objective, batch = make_objective("esvit"), make_batch(4, views=2)
+    with torch.no_grad():
+        taught = torch.cat([objective.teacher.forward_features(x) for x in batch["views"]]).flatten(2).mT  # 2B m C
+        outputs = objective.momentum_projector(taught.mean(1))  # 2B K
+        regions = objective.momentum_region_projector(taught).flatten(0, 1)  # 2B*m K
+    objective(batch, 0)
+    objective.after_step(0)
+    torch.testing.assert_close(objective.center.mean, 0.1 * outputs.mean(0))
+    torch.testing.assert_close(objective.region_center.mean, 0.1 * regions.mean(0))
+
+
 def test_joint_cannot_share_its_maps(make_objective: Make) -> None:
     with pytest.raises(UserError, match="share=true: esvit"):
         make_objective("joint", view="esvit", share=True)

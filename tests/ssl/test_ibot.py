@@ -108,6 +108,18 @@ def test_two_centres_and_temperatures(make_objective: Make, batch: dict[str, Any
     assert objective.patch_center.mean.abs().sum() > 0
 
 
+def test_centres_move_to_what_the_teacher_says_of_both_crops(make_objective: Make, batch: dict[str, Any]) -> None:
+    """It sees them whole."""
+    objective = make_objective("ibot")
+    with torch.no_grad():
+        taught = torch.cat([objective.teacher.forward_features(x) for x in batch["views"]]).flatten(2).mT  # 2B n C
+        outputs, patches = (objective.momentum_projector(x) for x in (taught.mean(1), taught.flatten(0, 1)))
+    objective(batch, 0)
+    objective.after_step(0)
+    torch.testing.assert_close(objective.center.mean, 0.1 * outputs.mean(0))
+    torch.testing.assert_close(objective.patch_center.mean, 0.1 * patches.mean(0))
+
+
 def test_draw_masks_half_of_the_large_crops(make_objective: Make) -> None:
     draw = pickle.loads(pickle.dumps(make_objective("ibot", local_crops=2, local_size=32).draw))
     counts = []

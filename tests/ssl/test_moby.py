@@ -35,6 +35,12 @@ def test_each_view_is_told_from_the_other_views_queue(make_midway: Make, make_ba
     torch.testing.assert_close(out["loss"], expected)
 
 
+def test_heads_end_without_a_norm(make_objective: Make) -> None:
+    objective = make_objective("moby")
+    for head in (objective.projector, objective.predictor):
+        assert [type(m).__name__ for m in head] == ["Linear", "BatchNorm", "ReLU", "Linear"]
+
+
 @pytest.mark.parametrize("size", [3, 10, 12])
 def test_queue_holds_the_newest_keys_in_order(size: int, make_objective: Make, make_batch: Make) -> None:
     """Batches of 4 into queues shorter than a batch, no multiple of one, and a multiple of one."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gcssl.models.heads import BatchNorm
 from gcssl.ssl.mocov3 import info_nce
 
 Make = Callable[..., Any]
@@ -70,3 +71,9 @@ def test_loss_equals_a_slow_version_of_the_algorithm(make_midway: Make, make_bat
         out = objective(batch, 0)
     assert out["loss"].item() == pytest.approx(expected, rel=1e-4)
     assert set(out) == {"loss", "accuracy", "feature_std", "feature_rank"}
+
+
+def test_heads_end_in_a_norm_without_scale_and_shift(make_objective: Make) -> None:
+    objective = make_objective("mocov3")
+    for head in (objective.projector, objective.predictor):
+        assert isinstance(head[-1], BatchNorm) and not list(head[-1].parameters())

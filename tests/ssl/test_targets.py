@@ -123,6 +123,12 @@ def test_hidden_std_equals_a_slow_version() -> None:
     assert hidden_std(x, mask).item() == pytest.approx((squares / count) ** 0.5, rel=1e-5)
 
 
+@pytest.mark.parametrize("size, steps", [((64, 256), (4, 16)), ((256, 64), (16, 4)), ((31, 32), (1, 2))])
+def test_hidden_std_looks_at_16_to_31_sites_an_axis(size: tuple[int, int], steps: tuple[int, int]) -> None:
+    x, mask = torch.randn(4, 3, *size), torch.ones(4, 1, 1, dtype=torch.bool)
+    torch.testing.assert_close(hidden_std(x, mask), hidden_std(x[..., :: steps[0], :: steps[1]], mask))
+
+
 @pytest.mark.parametrize(
     "name, last", [("simmim", "head"), ("localmim", "heads.3"), ("mae", "decoder.pred"), ("ummae", "decoder.pred")]
 )

@@ -131,6 +131,11 @@ def test_bf16_run_has_an_fp32_loss(ummae: Any, draw_batch: Make) -> None:
 # ---- the rest
 
 
+@pytest.mark.parametrize("side, unit", [(64, 8), (128, 16), (256, 16)])
+def test_units_are_16_px_at_most(side: int, unit: int, make_objective: Make) -> None:
+    assert make_objective("ummae", size=(side, side), decoder_dim=32).unit == unit
+
+
 @pytest.mark.parametrize(
     "size, cfg, told",
     [

@@ -272,7 +272,7 @@ def show_batch(objective: Objective, batch: dict[str, Any], step: int, log: RunL
     with gathered(objective), torch.no_grad(), torch.compiler.set_stance("force_eager"):  # the others wait
         if log.shows_images:
             objective.eval()
-            log.images(step, objective.pictures(batch, step))
+            log.images(step, objective.pictures(batch))
             objective.train()
 
 

@@ -61,6 +61,6 @@ class Objective(nn.Module):
         """
         return {}
 
-    def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+    def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Rows of images to be shown, n 3 H W in 0..1; called in eval mode without gradients."""
         return {}

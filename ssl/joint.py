@@ -265,12 +265,11 @@ class Joint(Objective):
         return self.view.schedules(step)
 
     def after_step(self, step: int) -> None:
-        """Both parts' commits after optimizer step `step`, the one that `forward` got."""
-        self.masked.after_step(step)
+        """The view part's commits after optimizer step `step`, the one that `forward` got, and the scales'."""
         self.view.after_step(step)
         if self.measured is not None:
             self.commit_scale()
 
-    def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+    def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The masked part's original, hidden and reconstructed images."""
-        return self.masked.pictures(self.masked_batch(batch), step)
+        return self.masked.pictures(self.masked_batch(batch))

@@ -90,7 +90,7 @@ class LocalMIM(Objective):
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         return self.loss(self.features(batch), batch)
 
-    def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+    def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """What `reconstruction` makes of the last stage's prediction."""
         few = first_samples(batch)
         x, mask = few["views"][0], few["masks"][0]

@@ -70,7 +70,7 @@ class MAE(Objective):
         x, mask = batch["views"][0], batch["masks"][0]
         return target_loss("norm_pixels", self.predict(batch), x, mask, self.unit)
 
-    def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+    def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """What `reconstruction` makes of the first samples."""
         few = first_samples(batch)
         x, mask = few["views"][0], few["masks"][0]

@@ -76,7 +76,7 @@ class SimMIM(Objective):
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         return self.loss(self.features(batch), batch)
 
-    def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+    def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """What `reconstruction` makes of the first samples."""
         few = first_samples(batch)
         x, mask = few["views"][0], few["masks"][0]

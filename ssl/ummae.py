@@ -130,7 +130,7 @@ class UMMAE(Objective):
         x, mask = batch["views"][0], batch["masks"][0]
         return target_loss("norm_pixels", self.predict(batch), x, mask, self.unit)
 
-    def pictures(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+    def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """What `reconstruction` makes of the first samples; hidden: what the encoder sees, each unit in its place."""
         few = first_samples(batch)
         x, (mask, second) = few["views"][0], few["masks"][:2]

@@ -90,7 +90,7 @@ def a_step(objective: Objective, batch: dict[str, Any], mode: FakeTensorMode) ->
                 assert value.device.type == DEVICE, f"{key} is on {value.device}"
         objective.eval()
         with torch.no_grad():
-            objective.pictures(batch, STEP)
+            objective.pictures(batch)
 
 
 def pretraining(name: str) -> None:

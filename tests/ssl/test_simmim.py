@@ -136,7 +136,7 @@ def test_other_targets_and_fill(make_objective: Make, make_batch: Make, scramble
     with torch.no_grad():
         assert torch.equal(objective.features(batch), objective.features(scramble(batch)))
         assert objective(scramble(batch), 0)["loss"] != loss  # the hidden pixels are the target
-    shown = objective.pictures(batch, 0)
+    shown = objective.pictures(batch)
     assert ("reconstructed" in shown) == (cfg["target"] != "hog")
     assert all(p.shape == (2, 3, 64, 64) and 0 <= p.min() and p.max() <= 1 for p in shown.values())
 
@@ -146,7 +146,7 @@ def test_learned_fill_is_one_colour_for_hidden_pixels(make_objective: Make, make
     assert torch.equal(objective(batch, 0)["loss"], plain(batch, 0)["loss"])  # it begins as the zero fill
     with torch.no_grad():
         objective.mask_color.copy_(torch.tensor([0.1, 0.2, 0.3]))
-    shown = objective.eval().pictures(batch, 0)["hidden"]
+    shown = objective.eval().pictures(batch)["hidden"]
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (objective.encoder.mean, objective.encoder.std))
     colour = (objective.mask_color.detach().view(3, 1, 1) * std + mean).expand_as(shown)
     hidden = upsample_mask(batch["masks"][0], 64, 64)[:, None].expand_as(shown)
@@ -170,7 +170,7 @@ def test_draw_gives_one_crop_and_its_mask_and_pickles(make_objective: Make) -> N
 
 def test_pictures_show_what_is_hidden_and_predicted(make_objective: Make, make_batch: Make) -> None:
     objective, batch = make_objective("simmim").eval(), make_batch(10)
-    shown = objective.pictures(batch, 0)
+    shown = objective.pictures(batch)
     assert set(shown) == {"original", "hidden", "reconstructed"}
     assert all(p.shape == (8, 3, 64, 64) and 0 <= p.min() and p.max() <= 1 for p in shown.values())
     hidden = upsample_mask(batch["masks"][0][:8], 64, 64)[:, None].expand(8, 3, 64, 64)

@@ -187,7 +187,7 @@ def test_joint_has_its_own_crop_and_both_masks(make_objective: Make) -> None:
     out = joint(batch, 0)
     own = {"views": batch["views"][2:], "masks": batch["masks"][2:]}
     torch.testing.assert_close(out["loss/ummae"], joint.masked(own, 0)["loss"].detach())
-    assert set(joint.eval().pictures(batch, 0)) == {"original", "hidden", "reconstructed"}
+    assert set(joint.eval().pictures(batch)) == {"original", "hidden", "reconstructed"}
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "vit_tiny_patch16_224"])
@@ -201,7 +201,7 @@ def test_a_wrapped_backbone(make_objective: Make, draw_batch: Make, name: str) -
 
 def test_pictures(ummae: Any, draw_batch: Make) -> None:
     batch = draw_batch(ummae.eval(), 10, SIZE)
-    shown = ummae.pictures(batch, 0)
+    shown = ummae.pictures(batch)
     assert set(shown) == {"original", "hidden", "reconstructed"}
     assert all(p.shape == (8, 3, *SIZE) and 0 <= p.min() and p.max() <= 1 for p in shown.values())
     mask, second = (m[:8] for m in batch["masks"])

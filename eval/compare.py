@@ -12,6 +12,7 @@ from gcssl.config import HELP
 from gcssl.errors import UserError, one_line
 from gcssl.eval.metrics import mcnemar
 from gcssl.eval.results import table, unpacked
+from gcssl.log import say
 from gcssl.runtime import entry
 
 
@@ -25,6 +26,9 @@ def compare(first: Path, second: Path) -> dict[str, float | int]:
     if metric != other:
         raise UserError(f"{second}: {other} cannot be paired with {metric} of {first}")
     pair = mcnemar(a["right"], b["right"])  # an image that one could not decode is wrong there
+    for path, result in ((first, a), (second, b)):
+        if bad := result.get("n_bad"):
+            say(f"{path}: {bad} images could not be decoded: its top-1 leaves them out, the test counts them as wrong")
     return {"a": a[metric], "b": b[metric], **pair}
 
 

@@ -190,7 +190,8 @@ def check_specs(backbone: str, compare: str | None) -> None:
 def result_path(cfg: Any, task: str, run: dict[str, Any] | None) -> Path:
     """<run>/eval/[<name>/]<task>.json, or <out>/[<name>/]<task>.json where out is given; UserError if not writable."""
     if not cfg.out and run is None:
-        raise UserError(f"out: needed because backbone={cfg.backbone} is no run folder; pass out=<folder>")
+        told = f"backbone={cfg.backbone} is no run folder (it has no config.yaml)"
+        raise UserError(f"out: not given, and {told}; give out=<folder> for the result, or a run folder")
     if cfg.name is not None and (not cfg.name or Path(cfg.name).name != cfg.name or cfg.name in (".", "..")):
         raise UserError(f"name: {cfg.name!r} given, expected one word (it names a folder)")
     folder = Path(cfg.out) if cfg.out else Path(cfg.backbone) / "eval"
@@ -242,8 +243,9 @@ def labels_of(images: "Images") -> np.ndarray:
     if images.labels is None:
         if isinstance(images.reader, Files):
             why = f"{images.reader.root} does not hold one folder of images a class, two classes at least"
-            raise UserError(f"data.path: split {images.name} has no labels, and probes need them: {why}")
-        raise UserError(f"data.label_column: split {images.name} has no labels, and probes need them")
+            told = f"data.path: split {images.name} has no labels, and evaluations need them: {why}"
+            raise UserError(f"{told}; give data.path=<a labelled set>")
+        raise UserError(f"data.label_column: split {images.name} has no labels, and evaluations need them")
     return images.labels
 
 

@@ -22,7 +22,7 @@ from gcssl.errors import UserError, check_machine, one_line
 from gcssl.folders import entries, find_folders, has_folders, split_folders
 from gcssl.log import say
 from gcssl.shapes import CLASSES, shapes_split
-from gcssl.sources import TEST_NAMES, TRAIN_NAMES, Found, Raw, Reader
+from gcssl.sources import TEST_NAMES, TRAIN_NAMES, Files, Found, Raw, Reader
 from gcssl.tables import HUB_NAME, TABLES, find_hub, find_other, find_tables, load_other
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit; larger files are refused as decompression bombs
@@ -286,8 +286,11 @@ def _hash(n: int, text: str) -> np.ndarray:
 
 
 def _fingerprint(images: Images) -> str:
-    """sha256 of count, labels, class names and the bytes of three images: the same wherever the set lies."""
+    """sha256 of count, labels, names of classes and files, bytes of three images: the same wherever the set lies."""
     digest = hashlib.sha256(f"{len(images)} {images.classes}".encode())
+    if isinstance(images.reader, Files):
+        for name in images.reader.names:
+            digest.update(name.as_py() + b"\0")
     if images.labels is not None:
         digest.update(images.labels.tobytes())
     for i in sorted({0, len(images) // 2, len(images) - 1}):

@@ -134,13 +134,14 @@ def _tell_unread(root: Path) -> None:
 def _test_tree(root: Path, train: Path, val_labels: str | None, needs_labels: bool) -> Raw:
     """A test split beside `train`: class folders named as there, or flat files with a label file."""
     names, labels, classes = _tree(root)
-    if len(classes) >= 2:
+    if len(classes) >= 2 or (classes and classes[0] in _classes(train)):
         return Raw(Files(root, names), labels, classes)
     if not needs_labels or len(_classes(train)) < 2:
         return Raw(Files(root, names))
     if val_labels is None:
+        where = f"in one folder, {classes[0]}, which is no class of {train}" if classes else "without class folders"
         raise UserError(
-            f"data.val_labels: not given, and {root} holds {len(names)} files without class folders; "
+            f"data.val_labels: not given, and {root} holds {len(names)} files {where}; "
             f"expected {KAGGLE_LABELS}, or one class name per line in the order of the sorted file names"
         )
     return Raw(Files(root, names), read_label_file(Path(val_labels), names), None)
@@ -221,7 +222,7 @@ def _folders(root: Path) -> list[str]:
 
 
 def _images(root: Path) -> list[str]:
-    return sorted(e.name for e in entries(root) if _is_image(e.name) and _holds(e.is_file))
+    return sorted(e.name for e in entries(root) if _is_image(e.name) and not _holds(e.is_dir))  # dead links: bad images
 
 
 def entries(root: Path) -> list[os.DirEntry[str]]:

@@ -57,6 +57,15 @@ def _stop_here(number: int, _: FrameType | None) -> None:
     raise error
 
 
+def end_with_parent(parent: int, number: int) -> None:
+    """Have the kernel send this process signal `number` when its `parent` dies, or at once where that is gone."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # sys/prctl.h: PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, number)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), number)
+
+
 def follow_launcher() -> None:
     """Have the kernel send SIGTERM when `accelerate launch` dies: it leaves its one process running, untold."""
     if sys.platform != "linux":
@@ -67,10 +76,7 @@ def follow_launcher() -> None:
     except OSError:
         return
     if b"launch" in words and any(b"accelerate" in word for word in words):
-        set_parent_death_signal = 1  # sys/prctl.h: PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-        if os.getppid() != parent:  # it died meanwhile
-            os.kill(os.getpid(), signal.SIGTERM)
+        end_with_parent(parent, signal.SIGTERM)
 
 
 def _report(error: BaseException, code: int, reason: str) -> None:
@@ -245,7 +251,7 @@ def main_process_first(accelerator: "Accelerator") -> Iterator[None]:
         store.set(f"{turn}/main", "")
         if store.add(f"{turn}/count", 1) == accelerator.num_processes:
             store.set(f"{turn}/all", "")
-        patience = store.timeout + 2 * timedelta(seconds=time.monotonic() - begin)
+        patience = store.timeout + 2 * timedelta(seconds=time.monotonic() - begin)  # type: ignore[attr-defined]
         try:
             store.wait([f"{turn}/all"], patience)
         except RuntimeError as error:

@@ -3,8 +3,10 @@
 import atexit
 import contextlib
 import multiprocessing
+import os
 import signal
 import weakref
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from gcssl.data import Images
 from gcssl.errors import Failure, UserError, one_line
+from gcssl.runtime import end_with_parent
 
 
 class ReportingSet(Dataset[dict[str, Any]]):
@@ -44,7 +47,7 @@ class WorkerLoader(DataLoader[Any]):
             dataset,
             num_workers=num_workers,
             timeout=timeout if num_workers else 0,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, os.getpid()),
             multiprocessing_context=_context() if num_workers else None,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(0),  # torch draws from it; nothing of a batch comes from there
@@ -108,7 +111,8 @@ def _context() -> str:
     return "fork" if can_fork else "spawn"
 
 
-def _start_worker(_: int) -> None:
-    """Signals are the main process's business, which lets its workers finish."""
+def _start_worker(parent: int, _: int) -> None:
+    """Signals are the main process's business, which lets its workers finish; they die with it, whatever they await."""
+    end_with_parent(parent, signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a scheduler may send to every process of a job
         signal.signal(number, signal.SIG_IGN)

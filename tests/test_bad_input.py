@@ -339,7 +339,7 @@ def test_unlabelled_images_cannot_be_probed(tmp_path: Path, refused) -> None:
         Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / f"{i}.png")
     line = refused(knn, "backbone=random", f"data.path={tmp_path}", f"out={tmp_path / 'e'}", "model.img_size=64")
     assert line.startswith(
-        f"gcssl: data.path: split train has no labels, and probes need them: {tmp_path} does not hold one"
+        f"gcssl: data.path: split train has no labels, and evaluations need them: {tmp_path} does not hold one"
     )
 
 

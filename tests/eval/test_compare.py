@@ -40,11 +40,16 @@ def test_two_results_are_paired(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert lines[3] == "McNemar's exact test: p = 0.099"
 
 
-def test_the_printed_top1_is_the_results_own_where_an_image_could_not_be_decoded(tmp_path: Path) -> None:
+def test_the_printed_top1_is_the_results_own_where_an_image_could_not_be_decoded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = written(tmp_path / "a", torch.tensor([True, True, False, False]))
     result = json.loads(file.read_text())
-    file.write_text(json.dumps({**result, "knn/top1@20": 66.7}))  # of three images, the fourth being undecodable
-    assert compare(file, file)["a"] == 66.7
+    file.write_text(json.dumps({**result, "knn/top1@20": 66.7, "n_bad": 1}))  # of three images of four
+    other = written(tmp_path / "b", torch.tensor([True, True, False, False]))
+    assert compare(file, other)["a"] == 66.7
+    (told,) = capsys.readouterr().out.splitlines()
+    assert told == f"{file}: 1 images could not be decoded: its top-1 leaves them out, the test counts them as wrong"
 
 
 def test_what_cannot_be_paired_is_refused(tmp_path: Path) -> None:

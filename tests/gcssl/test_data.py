@@ -252,6 +252,24 @@ def test_a_flat_val_without_or_with_wrong_labels_is_refused(tmp_path: Path) -> N
         assert f"{name} cannot be read as text: UnicodeDecodeError" in refused(inner, val_labels=str(tmp_path / name))
 
 
+def test_one_class_folder_is_a_labelled_val_if_it_is_trained_on(tmp_path: Path) -> None:
+    write_tree(tmp_path / "train")
+    write_tree(tmp_path / "val", classes=("cat",))
+    test = opened(tmp_path).test
+    assert test is not None and test.labels is not None and test.labels.tolist() == [1, 1, 1]
+    (tmp_path / "val" / "cat").rename(tmp_path / "val" / "yak")
+    assert f"holds 3 files in one folder, yak, which is no class of {tmp_path / 'train'}; expected" in refused(tmp_path)
+
+
+def test_links_that_lead_nowhere_are_bad_images_and_not_left_out(tmp_path: Path) -> None:
+    (tmp_path / "flat.png").write_bytes(encoded(COLOURS["cat"]))
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
+    images = opened(tmp_path).train
+    assert len(images) == 2
+    with pytest.raises(BadImage, match="No such file"):
+        images.load(1)
+
+
 def test_a_test_split_that_cannot_be_opened_hinders_no_pretraining(tmp_path: Path) -> None:
     splits = opened(kaggle(tmp_path / "flat"))  # a flat val/ without its label file
     assert len(splits.train) == 9
@@ -670,11 +688,12 @@ def test_the_held_out_slice_is_stratified_and_a_part() -> None:
 
 
 def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path: Path) -> None:
-    for name in ("a", "b", "c"):
+    for name in ("a", "b", "c", "d"):
         write_tree(tmp_path / name / "train")
     (tmp_path / "c" / "train" / "ant" / "ant_0.png").write_bytes(encoded((9, 9, 9)))
-    a, b, c = (opened(tmp_path / name).train.fingerprint for name in ("a", "b", "c"))
-    assert a == b != c
+    (tmp_path / "d" / "train" / "ant" / "ant_1.png").rename(tmp_path / "d" / "train" / "ant" / "ant_17.png")
+    a, b, c, d = (opened(tmp_path / name).train.fingerprint for name in ("a", "b", "c", "d"))
+    assert a == b and len({a, c, d}) == 3  # its three images are others, not the one that has another name
 
 
 def test_select_keeps_labels_and_images_together(tmp_path: Path) -> None:

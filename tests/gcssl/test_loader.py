@@ -296,6 +296,41 @@ def test_an_abandoned_loader_does_not_hold_up_the_exit(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "mine").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for a signal")
+def test_workers_die_with_the_process_that_started_them() -> None:
+    """By the kernel: one that hangs, or waits for room in a full queue, does not see that nobody asks any more."""
+    code = (
+        "import time; from gcssl.config import DataConfig; from gcssl.data import open_data\n"
+        "from gcssl.loader import eval_loader; from gcssl.eval.features import Crop\n"
+        "images = open_data(DataConfig(path='shapes', shapes_n=200), (64, 64)).train\n"
+        "batches = iter(eval_loader(images, range(200), (64, 64), Crop((64, 64)), 4, 2))\n"
+        "next(batches)\n"
+        "print(*[worker.pid for worker in __import__('multiprocessing').active_children()], flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)  # they see nothing
+        parent.kill()
+    end = time.monotonic() + 20
+    while any(alive(pid) for pid in workers) and time.monotonic() < end:
+        time.sleep(0.05)
+    left = [pid for pid in workers if alive(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert len(workers) == 2 and not left
+
+
+def alive(pid: int) -> bool:
+    """Neither gone nor a zombie that nobody waits for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_reading_leaves_torchs_random_state_alone(workers: int) -> None:
     before = torch.get_rng_state()

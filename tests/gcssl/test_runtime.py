@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -105,6 +106,37 @@ def test_a_launcher_that_dies_while_it_is_looked_at_ends_its_process(
         parents = iter([launcher.pid, 1])
         monkeypatch.setattr(os, "getppid", lambda: next(parents))
         assert leave(None, tmp_path) == (-signal.SIGTERM, "")
+
+
+@pytest.mark.slow
+def test_a_process_that_is_lost_before_the_images_are_opened_ends_the_others() -> None:
+    """Nobody's launcher ends them, as under SLURM: the main process has opened the images and waits."""
+    program = (
+        "import os; from gcssl.config import RuntimeConfig, TrainConfig\n"
+        "from gcssl.runtime import entry, main_process_first, make_accelerator\n"
+        "def main(_):\n"
+        "    accelerator = make_accelerator(TrainConfig(), RuntimeConfig(timeout=3))\n"
+        "    if accelerator.process_index == 1:\n"
+        "        os._exit(137)\n"
+        "    with main_process_first(accelerator):\n"
+        "        pass\n"
+        "entry(main)\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    world |= {"ACCELERATE_USE_CPU": "true"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    (_, told), _ = (process.communicate(timeout=120) for process in ranks)
+    assert ranks[0].returncode == 1, told
+    assert "gcssl: a process was lost before or while it opened the images: waited" in told
 
 
 def test_ctrl_c_is_one_line(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def model_of(cfg: Any, run: dict[str, Any] | None) -> ModelConfig:
 def check_specs(backbone: str, compare: str | None) -> None:
     """UserError for a backbone not given, or a path to nothing: said before anything is opened."""
     if not backbone:
-        raise UserError("backbone: not given; pass a run folder, a checkpoint, random or none")
+        raise UserError("backbone: not given; pass a run folder, a checkpoint, random, or none in finetune")
     for key, spec in (("backbone", backbone), ("compare", compare)):
         if spec:
             check_exists(spec, key)
@@ -365,6 +365,9 @@ def evaluate(
     "correct": N bool under that metric, "index": N} of the test images.
     """
     begin = time.perf_counter()
+    for key, spec in (("backbone", cfg.backbone), ("compare", cfg.compare)):
+        if spec == "none":
+            raise UserError(f"{key}=none: from scratch, as only finetune trains; an untrained one is {key}=random")
     cfg, _, path, settings = asked_result(task, cfg)
     inputs = open_inputs(cfg, accelerator, only_test)
     other = other_inputs(inputs, cfg.compare) if cfg.compare else None  # before any work is done

@@ -70,6 +70,8 @@ def _splits(cfg: DataConfig, root: Path, default_labels: str | None) -> Found:
             f"data.path: {root} holds {train} with classes in it beside {folders[0]}, so {train} may be a split or a "
             f"class; say data.train_split={train}, or rename it"
         )
+    if train and (empty := [n for n in _folders(root) if n.lower() in TEST_NAMES and n not in splits]):
+        say(f"data: {root / empty[0]} holds no images, so it is no test split")
     if train and (tests or train == cfg.train_split):
         if others:
             rest = f"{others[0]} ({len(others)} in all)" if len(others) > 1 else others[0]

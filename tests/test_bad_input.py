@@ -334,6 +334,11 @@ def test_an_evaluation_takes_weights_from_backbone_alone(tmp_path: Path, refused
     assert "eval.online_every: no such key" in refused(knn, *keys, "eval.online_every=2")
 
 
+def test_only_fine_tuning_trains_from_scratch(tmp_path: Path, refused) -> None:
+    line = refused(knn, "backbone=random", "compare=none", "model.name=gcvit_nano", f"out={tmp_path}")
+    assert line == "gcssl: compare=none: from scratch, as only finetune trains; an untrained one is compare=random\n"
+
+
 def test_unlabelled_images_cannot_be_probed(tmp_path: Path, refused) -> None:
     for i in range(4):
         Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / f"{i}.png")

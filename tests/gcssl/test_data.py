@@ -261,6 +261,13 @@ def test_one_class_folder_is_a_labelled_val_if_it_is_trained_on(tmp_path: Path) 
     assert f"holds 3 files in one folder, yak, which is no class of {tmp_path / 'train'}; expected" in refused(tmp_path)
 
 
+def test_an_empty_val_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path / "train")
+    (tmp_path / "val").mkdir()
+    assert opened(tmp_path).test is None
+    assert f"data: {tmp_path / 'val'} holds no images, so it is no test split\n" in capsys.readouterr().out
+
+
 def test_links_that_lead_nowhere_are_bad_images_and_not_left_out(tmp_path: Path) -> None:
     (tmp_path / "flat.png").write_bytes(encoded(COLOURS["cat"]))
     (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")

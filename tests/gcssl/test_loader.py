@@ -297,6 +297,7 @@ def test_an_abandoned_loader_does_not_hold_up_the_exit(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for a signal")
+@pytest.mark.fault("kill -9 of a process whose workers hang", "they die with it")
 def test_workers_die_with_the_process_that_started_them() -> None:
     """By the kernel: one that hangs, or waits for room in a full queue, does not see that nobody asks any more."""
     code = (

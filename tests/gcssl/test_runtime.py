@@ -109,6 +109,7 @@ def test_a_launcher_that_dies_while_it_is_looked_at_ends_its_process(
 
 
 @pytest.mark.slow
+@pytest.mark.fault("a process lost before the images are opened, no launcher ends the others", "they end, in one line")
 def test_a_process_that_is_lost_before_the_images_are_opened_ends_the_others() -> None:
     """Nobody's launcher ends them, as under SLURM: the main process has opened the images and waits."""
     program = (

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gcssl.badsteps import tracked_norms
 from gcssl.models.build import Backbone
+from gcssl.models.gcvit import GCViT
 from gcssl.optim import cosine
 from gcssl.ssl.base import Setup
 from gcssl.ssl.views import ViewObjective, check_share, run_views
@@ -103,4 +104,5 @@ class MomentumObjective(ViewObjective):
         """Move the teachers after optimizer step `step`, the one that `forward` got."""
         for teacher, student in self.follows:
             ema_update(getattr(self, teacher), getattr(self, student), self.momentum(step))
-            set_teaching(getattr(self, teacher), self.training)  # where timm's LeViT caches its attention biases
+        if not isinstance(self.teacher, GCViT):
+            set_teaching(self.teacher, self.training)  # where timm's LeViT caches its attention biases

@@ -53,11 +53,11 @@ def train(name: str, out: Path, workers: int) -> None:
 def start(name: str, out: Path, workers: int) -> int:
     """A fork that trains; its output goes to <out>.log."""
     child = os.fork()
+    os.setpgid(child, 0)  # its loader workers die with it; in both processes, so that no kill comes before it
     if child:
         return child
     log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
-    os.setpgid(0, 0)  # its loader workers die with it
     try:
         train(name, out, workers)
     except BaseException:

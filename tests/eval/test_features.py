@@ -162,7 +162,7 @@ torch.save([got.x, got.y, got.index, got.n_bad, few.x], f"{out}/features{acceler
 data = DataConfig(path=folder, workers=0)
 common = dict(backbone="random", out=out, batch_size=5, data=data)
 torch.manual_seed(1)
-knn.run(knn.KnnConfig(ks=[1, 5, 20], compare="none", **common), accelerator)
+knn.run(knn.KnnConfig(ks=[1, 5, 20], compare="random", **common), accelerator)
 for protocol in ("cached", "augmented"):
     cfg = linear_probe.LinearProbeConfig(
         protocol=protocol, name=protocol, epochs=2, head_batch=16, lrs=[0.01, 0.03], **common)

@@ -34,8 +34,7 @@ def test_flops_are_three_times_those_of_encoder_and_head() -> None:
     assert count(one).flops == pytest.approx(3 * (counter.get_total_flops() + head), rel=0.03)
 
 
-FEW = ("simmim", "mae", "mocov3")
-ALL = [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in OBJECTIVES]
+ALL = [pytest.param(name, marks=() if name == "simmim" else pytest.mark.slow) for name in OBJECTIVES]
 
 
 @pytest.mark.parametrize("objective", ALL)

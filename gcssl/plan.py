@@ -32,7 +32,7 @@ from gcssl.trial import changed, duration, first_steps, rate
 
 Row = tuple[str, str, str]  # what, how much, where from
 Shape = Sequence[int]
-CPU_STEP = 3e11  # FLOPs of a step that is timed on a CPU: some seconds; larger batches are no faster there
+CPU_STEP = 3e11  # FLOPs of a step that is timed on a CPU: some seconds
 
 
 @dataclass

@@ -64,13 +64,15 @@ class WorkerLoader(DataLoader[Any]):
                 batch = next(iterator)
             except StopIteration:
                 return
-            except (UserError, Failure) as error:  # raised in a worker: torch puts the traceback before the message
-                line = str(error).strip().split("\n")[-1]
-                raise type(error)(line.removeprefix(f"gcssl.errors.{type(error).__name__}: ")) from None
-            except RuntimeError as error:
-                if "DataLoader" not in str(error) or "Caught" in str(error):
+            except Exception as error:
+                if isinstance(error, RuntimeError) and "DataLoader" in str(error) and "Caught" not in str(error):
+                    raise UserError(self._what_died(error)) from error
+                if self.num_workers:  # else the garbage collector may close the queues first, and wait 10 s a worker
+                    iterator._shutdown_workers()
+                if not isinstance(error, UserError | Failure):
                     raise
-                raise UserError(self._what_died(error)) from error
+                line = str(error).strip().split("\n")[-1]  # torch puts the worker's traceback before the message
+                raise type(error)(line.removeprefix(f"gcssl.errors.{type(error).__name__}: ")) from None
             yield batch
 
     def _started(self) -> Any:

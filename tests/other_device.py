@@ -1,5 +1,5 @@
 """Run alone, as it registers a device for the whole process: a training step of each objective, and of fine-tuning, on
-a device that is not the CPU and computes nothing.
+a device that is not the CPU and computes nothing.     python -m tests.other_device [simmim finetune ...]
 
 Tensors there have a shape, a type and a device (torch's FakeTensorMode), so an operation that mixes devices raises, and
 so does one that needs a value on the host, which would make a GPU wait. Prints a line for each that fails.
@@ -128,9 +128,10 @@ def linear_grid() -> None:
 
 def failures() -> Iterator[str]:
     runs = {name: partial(pretraining, name) for name in OBJECTIVES}
-    for name, run in {**runs, "finetune": finetuning, "linear_probe": linear_grid}.items():
+    runs |= {"finetune": finetuning, "linear_probe": linear_grid}
+    for name in sys.argv[1:] or runs:
         try:
-            run()
+            runs[name]()
         except Exception as error:
             ours = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
             yield f"{name}: {ours[-1].filename}:{ours[-1].lineno}: {type(error).__name__}: {str(error)[:300]}"

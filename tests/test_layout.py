@@ -32,11 +32,16 @@ def test_an_editable_install_is_found_from_the_folder_above_a_clone(tmp_path: Pa
     assert done.returncode == 0 and str(ROOT) not in done.stdout, done.stderr
 
 
-def test_ssl_is_pythons_own() -> None:
+def test_ssl_is_pythons_own_and_knn_brings_no_heavy_library() -> None:
     assert ssl.create_default_context().verify_mode == ssl.CERT_REQUIRED
-    code = "import ssl, asyncio; ssl.create_default_context(); import gcssl.ssl.masking; print(ssl.__file__)"
+    code = (
+        "import sys, ssl, asyncio; ssl.create_default_context(); from gcssl.eval.knn import knn_accuracy; "
+        "import gcssl.ssl.masking; print(ssl.__file__); "
+        "print([m for m in ('datasets', 'faiss', 'accelerate', 'tensorboard') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and not done.stdout.startswith(str(ROOT)), done.stderr
+    assert done.stdout.splitlines()[1] == "[]"
 
 
 @pytest.mark.parametrize("name", LINKS)

@@ -100,12 +100,18 @@ def test_a_job_told_to_stop_queues_again_and_goes_on(tasks: int, tmp_path: Path)
     assert cluster.status()["step"] == step + 1 and len(cluster.requeued.read_text().split()) == 2
 
 
-def test_a_job_that_finished_or_was_refused_does_not_queue_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "code", "told"),
+    [
+        pytest.param("train.steps=1", 0, "backbone.safetensors", marks=pytest.mark.slow),
+        ("train.stepz=1", 2, "train.stepz"),
+    ],
+)
+def test_a_job_that_finished_or_was_refused_does_not_queue_again(
+    key: str, code: int, told: str, tmp_path: Path
+) -> None:
     cluster = Cluster(tmp_path, 1)
-    job = cluster.submit("train.steps=1")
-    told = job.communicate(timeout=100)[0]
-    assert job.returncode == 0, told
-    assert [cluster.status()["state"], (cluster.out / "backbone.safetensors").exists()] == ["finished", True]
-    job = cluster.submit("train.stepz=1")
-    assert "train.stepz" in job.communicate(timeout=100)[0] and job.returncode == 2
+    job = cluster.submit(key)
+    said = job.communicate(timeout=100)[0]
+    assert job.returncode == code and told in said, said
     assert not cluster.requeued.exists()

@@ -29,9 +29,10 @@ def test_installed_wheel_pretrains_and_evaluates(tmp_path: Path) -> None:
     # The other packages are borrowed. A .pth line adds the folder alone: its own .pth (our editable install) is
     # not read.
     (Path(packages) / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    assert str(venv) in call(python, "-c", "import gcssl; print(gcssl.__file__)", cwd=tmp_path)
-    find = "import gcssl.configs as c; print(list(c.__path__)[0])"
-    yaml = Path(call(python, "-c", find, cwd=tmp_path).strip()) / "pretrain/simmim_gcvit_nano.yaml"
+    find = "import gcssl, gcssl.configs as c; print(gcssl.__file__, list(c.__path__)[0])"
+    package, configs = call(python, "-c", find, cwd=tmp_path).split()
+    assert str(venv) in package
+    yaml = Path(configs) / "pretrain/simmim_gcvit_nano.yaml"
     small = ["data.shapes_n=64", "data.workers=0", "train.batch_size=16", "train.steps=2", "eval.online_every=0"]
     call(python, "-m", "gcssl.pretrain", yaml, "out=run", *small, cwd=tmp_path)
     call(python, "-m", "gcssl.eval.knn", "backbone=run", "data.workers=0", cwd=tmp_path)

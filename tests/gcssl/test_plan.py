@@ -1,5 +1,6 @@
 """What a plan says: FLOPs and memory as counted otherwise, hours by hand, refusals in one line."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from gcssl.config import load_config
 from gcssl.dryrun import DryRun
 from gcssl.errors import UserError
 from gcssl.loader import Sizes, run_sizes
-from gcssl.plan import PlanConfig, count, dry_run, main, rows, saved_mib, si, speed
+from gcssl.plan import Counted, PlanConfig, count, dry_run, main, rows, saved_mib, si, speed
 from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 
 YAML = Path(__file__).parents[2] / "configs/pretrain"
@@ -26,12 +27,18 @@ def dry(objective: str, *more: str) -> DryRun:
     return dry_run(config(objective, *more))
 
 
+@cache
+def counted(objective: str, *more: str) -> Counted:
+    """Four passes over shapes: seconds."""
+    return count(dry(objective, *more))
+
+
 def test_flops_are_three_times_those_of_encoder_and_head() -> None:
     one = dry("simmim")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         one.backbone(torch.randn(1, 3, 64, 64))
     head = 2 * 4 * 256 * 32 * 32 * 3  # four tokens of 256 numbers to the pixels of their cells
-    assert count(one).flops == pytest.approx(3 * (counter.get_total_flops() + head), rel=0.03)
+    assert counted("simmim").flops == pytest.approx(3 * (counter.get_total_flops() + head), rel=0.03)
 
 
 ALL = [pytest.param(name, marks=() if name == "simmim" else pytest.mark.slow) for name in OBJECTIVES]
@@ -41,7 +48,7 @@ ALL = [pytest.param(name, marks=() if name == "simmim" else pytest.mark.slow) fo
 def test_the_memory_of_a_batch_is_foreseen(objective: str) -> None:
     """Counted on the shapes of two and four images, and seen with six that are computed."""
     one = dry(objective)
-    found, objective_ = count(one), one.objective.train()
+    found, objective_ = counted(objective), one.objective.train()
     batch = one.batch(6)
     kept = saved_mib(lambda: objective_(batch, 0)["loss"].backward(), objective_.parameters())
     static = sum(p.numel() * (4 if p.requires_grad else 1) for p in objective_.parameters()) * 4 / 2**20
@@ -58,30 +65,28 @@ def test_parameters_do_not_count_as_kept() -> None:
 def test_fewer_images_than_are_counted_with(tmp_path: Path) -> None:
     for i in range(3):
         Image.new("RGB", (64, 64), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
-    keys = ["train.batch_size=2", "eval.online_every=0"]
-    few = count(dry("simmim", f"data.path={tmp_path}", *keys))
-    many = count(dry("simmim", *keys))
+    few = counted("simmim", f"data.path={tmp_path}", "train.batch_size=2", "eval.online_every=0")
+    many = counted("simmim")
     assert few.flops == many.flops and few.image_mib == pytest.approx(many.image_mib, rel=1e-3)
 
 
-def test_the_memory_of_the_whole_batch_is_told() -> None:
-    one = config("simmim", "train.batch_size=128")
-    found, told = count(dry_run(one)), dict(row[:2] for row in rows(one))["memory"]
-    assert float(told.split()[0]) == pytest.approx((found.fixed_mib + 128 * found.image_mib) / 1024, abs=0.01)
+def test_the_memory_of_the_whole_batch_and_the_hours_are_told() -> None:
+    one = {name: value for name, value, _ in rows(config("simmim", "train.batch_size=128", "train.epochs=3600"))}
+    mib = counted("simmim").fixed_mib + 128 * counted("simmim").image_mib
+    assert float(one["memory"].split()[0]) == pytest.approx(mib / 1024, abs=0.01)
+    assert "efficiency" not in one and one["time"] == f"{256 * 3600 / 100 / 3600:.3g} hours"
 
 
 def test_half_precision_keeps_less() -> None:
-    full, half = (count(dry("simmim", f"train.precision={name}")).image_mib for name in ("fp32", "bf16"))
+    full, half = counted("simmim").image_mib, counted("simmim", "train.precision=bf16").image_mib
     assert 0.4 * full < half < 0.8 * full
 
 
-def test_hours_and_price() -> None:
+def test_hours_and_price_of_many() -> None:
     keys = ["train.batch_size=16", "train.global_batch=64", "train.epochs=3600", "plan.price=2"]
     found = {name: value for name, value, _ in rows(config("simmim", *keys, "plan.processes=4", "plan.efficiency=0.8"))}
     hours = 256 * 3600 / (100 * 4 * 0.8) / 3600
     assert found["time"] == f"{60 * hours:.2g} minutes" and found["price"] == f"{hours * 4 * 2:.2f}"
-    alone = {name: value for name, value, _ in rows(config("simmim", *keys))}
-    assert "efficiency" not in alone and alone["time"] == f"{256 * 3600 / 100 / 3600:.3g} hours"
 
 
 @pytest.mark.parametrize(("steps", "told"), [(4, "4 steps, too few to tell: raise plan.minutes"), (5, "5 steps")])

@@ -115,7 +115,7 @@ def test_class_names_without_a_head_of_as_many_are_left_out(tmp_path: Path) -> N
 
 
 def test_onnx_runtime_gives_the_same_for_any_number_of_images(tmp_path: Path) -> None:
-    model = make_run(tmp_path / "run", "gcvit_nano", img_size=64, num_classes=3)
+    model = make_run(tmp_path / "run", "gcvit_nano", img_size=64, num_classes=3, depths=[2, 1, 1, 1])
     path = tmp_path / "a.onnx"
     export(ExportConfig(str(tmp_path / "run"), "onnx", str(path)))
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -18,8 +18,9 @@ from gcssl.ssl.objectives import OBJECTIVES
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("many_processes.py")
 WORLDS = [2, pytest.param(3, marks=pytest.mark.slow)]
-MORE = ["dino-koleo", *(f"joint-{one}" for one in ("balance", "share", "localmim", "mae", "ummae", "simclr", "dino"))]
-CASES = [*OBJECTIVES, *MORE, "collectives"]
+MORE = ["dino-koleo", "joint-balance", "joint-share"]
+PAIRS = [f"joint-{one}" for one in ("localmim", "mae", "ummae", "simclr", "dino")]  # parts that are cases alone, too
+CASES = [*OBJECTIVES, *MORE, "collectives", *(pytest.param(name, marks=pytest.mark.slow) for name in PAIRS)]
 
 
 @pytest.fixture(scope="module", params=WORLDS)

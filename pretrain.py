@@ -205,8 +205,8 @@ def fit(
             log.step(step, values, sizes.global_batch, meter.take_wait())
             with log.pause():
                 probing = probe is not None and probe.due(step)
-                if step % sizes.steps_per_epoch == 0 or step == sizes.total_steps:
-                    show_batch(objective, batch, step, log)
+                if objective.n_pictures and (step % sizes.steps_per_epoch == 0 or step == sizes.total_steps):
+                    show_batch(objective, to_device(dataset.examples(objective.n_pictures), 0), step, log)
                 if stopping or probing or step == sizes.total_steps or saves_at(step, cfg.checkpoint, sizes):
                     state.save(step, cfg.checkpoint, sizes.steps_per_epoch)
                 if stopping:

@@ -120,12 +120,11 @@ class RunLog:
         return any(line["step"] == step and name in line for line in lines)
 
     def images(self, step: int, pictures: dict[str, Tensor]) -> None:
-        """pictures: name -> B 3 H W in 0..1, shown as one row."""
+        """pictures: name -> B 3 H W in 0..1; one picture, a row a name."""
         if self._board is None:
             return
-        for name, batch in pictures.items():
-            row = batch.detach().float().clamp(0, 1).permute(1, 2, 0, 3).flatten(2)  # 3 H B*W
-            self._board.add_image(name, row.cpu(), step)
+        rows = [batch.detach().float().clamp(0, 1).permute(1, 2, 0, 3).flatten(2) for batch in pictures.values()]
+        self._board.add_image("reconstructions", torch.cat(rows, 1).cpu(), step)  # 3 rows*H B*W
         self._board.flush()
 
     def summary(self) -> str:

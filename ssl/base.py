@@ -28,6 +28,7 @@ class Objective(nn.Module):
 
     default_encoder = "student"  # student | teacher: the one that the objective's paper evaluates
     couples_batch: Any = False  # whether the loss compares the images of a batch: then micro-batches give another loss
+    n_pictures = 0  # images that it wants to show after an epoch
     encoder: Any
     draw: Callable[..., Any]  # (rng, (H, W)) -> a sample's ([(spec, view), ...], [mask h w or None, ...])
 
@@ -62,5 +63,5 @@ class Objective(nn.Module):
         return {}
 
     def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Rows of images to be shown, n 3 H W in 0..1; called in eval mode without gradients."""
+        """Rows of images to be shown, n 3 H W in 0..1, of a batch of n_pictures; in eval mode without gradients."""
         return {}

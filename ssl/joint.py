@@ -165,7 +165,7 @@ class Joint(Objective):
         view = view_class(part_config(cfg, view_schema), encoder, setup)
         learning = [p for p in encoder.parameters() if p.requires_grad]
         masked = masked_class(part_config(cfg, masked_schema), encoder, dataclasses.replace(setup, augment=plain))
-        self.default_encoder = view.default_encoder
+        self.default_encoder, self.n_pictures = view.default_encoder, masked.n_pictures
         self.couples_batch = view.couples_batch or cfg.balance  # the scales are of the whole batch's gradients
         self.draw = JointDraw(view.draw, masked.draw, cfg.share)
         lend(masked, "encoder")

@@ -32,7 +32,7 @@ from gcssl.ssl.masking import (
     hide_pixels,
     make_mask_token,
 )
-from gcssl.ssl.targets import TARGETS, check_target, first_samples, reconstruction, target_head, target_loss
+from gcssl.ssl.targets import TARGETS, check_target, reconstruction, target_head, target_loss
 
 
 @dataclass
@@ -45,6 +45,8 @@ class LocalMIMConfig:
 
 class LocalMIM(Objective):
     """Heads on all maps of stride 4 and more, on any backbone that has two or more of them."""
+
+    n_pictures = 8
 
     def __init__(self, cfg: LocalMIMConfig, encoder: Backbone, setup: Setup) -> None:
         super().__init__()
@@ -92,8 +94,7 @@ class LocalMIM(Objective):
 
     def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """What `reconstruction` makes of the last stage's prediction."""
-        few = first_samples(batch)
-        x, mask = few["views"][0], few["masks"][0]
-        pred = self.heads[-1](self.features(few)[-1])
+        x, mask = batch["views"][0], batch["masks"][0]
+        pred = self.heads[-1](self.features(batch)[-1])
         seen = hide_pixels(x, mask, fill_color(self.encoder))
         return reconstruction(self.encoder, x, mask, seen, pred, self.target, self.cells[-1])

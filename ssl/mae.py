@@ -24,7 +24,7 @@ from gcssl.models.decoders import TokenDecoder
 from gcssl.models.gcvit import GCViT
 from gcssl.ssl.base import Objective, Setup
 from gcssl.ssl.masking import MaskedDraw, check_ratio, check_unit, hidden_count, hide_pixels, upsample_mask
-from gcssl.ssl.targets import first_samples, reconstruction, target_loss
+from gcssl.ssl.targets import reconstruction, target_loss
 
 
 @dataclass
@@ -39,6 +39,8 @@ class MAEConfig:
 
 class MAE(Objective):
     """Masked autoencoder on GC ViT."""
+
+    n_pictures = 8
 
     def __init__(self, cfg: MAEConfig, encoder: Backbone, setup: Setup) -> None:
         super().__init__()
@@ -71,7 +73,8 @@ class MAE(Objective):
         return target_loss("norm_pixels", self.predict(batch), x, mask, self.unit)
 
     def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What `reconstruction` makes of the first samples."""
-        few = first_samples(batch)
-        x, mask = few["views"][0], few["masks"][0]
-        return reconstruction(self.encoder, x, mask, hide_pixels(x, mask), self.predict(few), "norm_pixels", self.unit)
+        """What `reconstruction` makes of them."""
+        x, mask = batch["views"][0], batch["masks"][0]
+        return reconstruction(
+            self.encoder, x, mask, hide_pixels(x, mask), self.predict(batch), "norm_pixels", self.unit
+        )

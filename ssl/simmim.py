@@ -25,7 +25,7 @@ from gcssl.ssl.masking import (
     hide_pixels,
     make_mask_token,
 )
-from gcssl.ssl.targets import HOG_CELL, TARGETS, check_target, first_samples, reconstruction, target_head, target_loss
+from gcssl.ssl.targets import HOG_CELL, TARGETS, check_target, reconstruction, target_head, target_loss
 
 
 @dataclass
@@ -41,6 +41,8 @@ class SimMIMConfig:
 
 class SimMIM(Objective):
     """Masked image modelling on any backbone; one that takes no mask token is masked in its pixels only."""
+
+    n_pictures = 8
 
     def __init__(self, cfg: SimMIMConfig, encoder: Backbone, setup: Setup) -> None:
         super().__init__()
@@ -77,8 +79,7 @@ class SimMIM(Objective):
         return self.loss(self.features(batch), batch)
 
     def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What `reconstruction` makes of the first samples."""
-        few = first_samples(batch)
-        x, mask = few["views"][0], few["masks"][0]
+        """What `reconstruction` makes of them."""
+        x, mask = batch["views"][0], batch["masks"][0]
         seen = hide_pixels(x, mask, self.mask_color)
-        return reconstruction(self.encoder, x, mask, seen, self.head(self.features(few)), self.target, self.cell)
+        return reconstruction(self.encoder, x, mask, seen, self.head(self.features(batch)), self.target, self.cell)

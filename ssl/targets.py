@@ -20,7 +20,6 @@ from gcssl.ssl.masking import upsample_mask
 TARGETS = ("pixels", "norm_pixels", "hog")
 BINS = 9  # of a half turn
 HOG_CELL = 8  # MaskFeat's, pixels
-N_PICTURES = 8
 
 
 # ---- targets of images B 3 H W
@@ -132,11 +131,6 @@ def hidden_std(values: Tensor, mask: Tensor) -> Tensor:
 
 
 # ---- pictures
-
-
-def first_samples(batch: dict[str, Any]) -> dict[str, Any]:
-    """The first few samples of a batch: all that pictures show."""
-    return {key: [part[:N_PICTURES] for part in batch[key]] for key in ("views", "masks")}
 
 
 def reconstruction(

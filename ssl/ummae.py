@@ -35,7 +35,7 @@ from gcssl.ssl.masking import (
     make_mask_token,
     upsample_mask,
 )
-from gcssl.ssl.targets import first_samples, reconstruction, target_loss
+from gcssl.ssl.targets import reconstruction, target_loss
 from gcssl.ssl.views import check_takes
 
 
@@ -107,6 +107,8 @@ def check_half(encoder: Backbone, img_size: tuple[int, int]) -> None:
 class UMMAE(Objective):
     """Uniformly masked autoencoder on any backbone; one that takes no mask token is masked in its pixels only."""
 
+    n_pictures = 8
+
     def __init__(self, cfg: UMMAEConfig, encoder: Backbone, setup: Setup) -> None:
         super().__init__()
         height, width = size = setup.img_size
@@ -131,8 +133,7 @@ class UMMAE(Objective):
         return target_loss("norm_pixels", self.predict(batch), x, mask, self.unit)
 
     def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What `reconstruction` makes of the first samples; hidden: what the encoder sees, each unit in its place."""
-        few = first_samples(batch)
-        x, (mask, second) = few["views"][0], few["masks"][:2]
+        """What `reconstruction` makes of them; hidden: what the encoder sees, each unit in its place."""
+        x, (mask, second) = batch["views"][0], batch["masks"][:2]
         seen = hide_pixels(x, mask | upsample_mask(second, *mask.shape[1:]), fill_color(self.encoder))
-        return reconstruction(self.encoder, x, mask, seen, self.predict(few), "norm_pixels", self.unit)
+        return reconstruction(self.encoder, x, mask, seen, self.predict(batch), "norm_pixels", self.unit)

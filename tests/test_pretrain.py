@@ -1,5 +1,6 @@
 """The story: a run trains, stops, goes on bit for bit, refuses what cannot work, and leaves what its folder says."""
 
+import io
 import json
 import os
 import shutil
@@ -148,7 +149,10 @@ def test_a_run_stopped_by_the_clock_loses_nothing(whole: Path, tmp_path: Path) -
     assert [line["step"] for line in lines(tmp_path) if "online_knn/top1@20" in line] == [1, 2, 3]
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
-    assert [event.step for event in board.Images("reconstructed")] == [1, 2, 3]
+    shown = board.Images("reconstructions")
+    assert [event.step for event in shown] == [1, 2, 3]
+    originals = [np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))[:64] for event in shown]
+    assert all(np.array_equal(originals[0], one) for one in originals) and originals[0].std() > 0  # to be compared
 
 
 def test_the_probe_changes_no_bit_and_may_be_left_out_on_the_way(whole: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """say, the progress lines, metrics.jsonl and TensorBoard, also across a resume."""
 
+import io
 import json
 import subprocess
 import sys
@@ -7,8 +8,10 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gcssl.log
@@ -71,12 +74,14 @@ def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
     run(tmp_path, 4, 10, trackers=("tensorboard",))
     time.sleep(1.01)
     log = RunLog(tmp_path, 10, 10, 2, ("tensorboard",), enabled=True)
-    log.images(10, {"original": torch.rand(3, 3, 8, 8)})
+    log.images(10, {"original": torch.zeros(3, 3, 8, 8), "hidden": torch.ones(3, 3, 8, 8)})
     log.close()
     board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
     board.Reload()
     assert [event.step for event in board.Scalars("loss")] == [2, 4, 6, 8, 10]
-    assert (board.Images("original")[0].width, board.Images("original")[0].height) == (24, 8)
+    with Image.open(io.BytesIO(board.Images("reconstructions")[0].encoded_image_string)) as picture:
+        assert picture.size == (24, 16)
+        assert np.array_equal(np.asarray(picture)[:, 0, 0], [0] * 8 + [255] * 8)
 
 
 def test_other_processes_write_and_say_nothing(

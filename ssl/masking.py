@@ -87,11 +87,12 @@ class MaskedDraw:
 def draw_blocks(rng: np.random.Generator, grid: tuple[int, int], count: int) -> np.ndarray:
     """Boolean mask h w with exactly `count` units hidden in rectangles (BEiT, arXiv:2106.08254, algorithm 1).
 
-    Rectangles have aspect ratios of 0.3 to 1/0.3 and may overlap; one that would hide too many is trimmed.
+    Rectangles have aspect ratios of 0.3 to 1/0.3 and, as in iBOT's code, a third of the grid's side squared at least,
+    where as much is left to hide; they may overlap, and one that would hide too many is trimmed.
     """
-    mask = np.zeros(grid, dtype=bool)
+    mask, least = np.zeros(grid, dtype=bool), max(1, (min(grid) // 3) ** 2)
     while (left := count - int(mask.sum())) > 0:
-        area, ratio = rng.uniform(1, max(left, 1)), math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+        area, ratio = rng.uniform(min(least, left), left), math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
         h = min(max(round(math.sqrt(area * ratio)), 1), grid[0])
         w = min(max(round(math.sqrt(area / ratio)), 1), grid[1])
         top, first = rng.integers(grid[0] - h + 1), rng.integers(grid[1] - w + 1)

@@ -23,6 +23,7 @@ from gcssl.augment import (
     BYOL_2,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    MAE,
     SIMCLR,
     SIMMIM,
     ViewSpec,
@@ -235,6 +236,7 @@ def test_colours_are_normalised_with_and_without_parameters() -> None:
 
 def test_published_parameters() -> None:
     assert SIMMIM.scale == (0.67, 1.0) and SIMMIM.jitter_p == SIMMIM.blur_p == SIMMIM.gray_p == 0
+    assert MAE.scale == (0.2, 1.0) and MAE.interpolation == "bicubic" and MAE.jitter_p == MAE.blur_p == MAE.gray_p == 0
     assert SIMCLR.jitter == (0.8, 0.8, 0.8, 0.2) and SIMCLR.blur_p == 0.5 and SIMCLR.solarize_p == 0
     assert BYOL_1.jitter == BYOL_2.jitter == (0.4, 0.4, 0.2, 0.1)
     assert (BYOL_1.blur_p, BYOL_1.solarize_p, BYOL_2.blur_p, BYOL_2.solarize_p) == (1.0, 0.0, 0.1, 0.2)

@@ -149,7 +149,7 @@ class RunFolder:
                 pass  # the run in the folder is as it was
             elif self.is_main:
                 self._end(state, code, reason)
-            elif state in ("refused", "failed"):  # the main process may only see a lost connection
+            elif state in ("refused", "failed") or not getattr(error, "agreed", True):  # the main one sees a loss
                 self._end(state, code, f"process {os.environ['RANK']}: {reason}")
         except OSError as failure:
             print(f"gcssl: {self.path}/status.json: cannot be written: {failure}", file=sys.stderr)
@@ -160,7 +160,7 @@ class RunFolder:
         if not self._started:
             self.start()
         self.step = step
-        if self.is_main and not self._another_failed():
+        if self.is_main and not self._another_ended():
             self._write("running", step=step)
 
     def _open(self) -> None:
@@ -251,13 +251,13 @@ class RunFolder:
             self._lock = None
 
     def _end(self, state: str, code: int, reason: str) -> None:
-        if not self._another_failed():
+        if not self._another_ended():
             self._write(state, step=self.step, exit_code=code, reason=reason)
 
-    def _another_failed(self) -> bool:
+    def _another_ended(self) -> bool:
         """Has a process of this start said why it ended? The others only see a lost connection."""
         told = self._read_json("status.json")
-        return told.get("begun") == self._begun and told.get("state") in ("failed", "refused")
+        return told.get("begun") == self._begun and told.get("state") in ("failed", "refused", "preempted")
 
     def _write(self, state: str, **more: Any) -> None:
         now = datetime.now(UTC).isoformat()

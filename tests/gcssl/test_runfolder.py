@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from gcssl.config import DataConfig, PretrainConfig, TrainConfig, config_dict
-from gcssl.errors import NumericStop, Preempted, UserError
+from gcssl.errors import LostProcess, NumericStop, Preempted, UserError
 from gcssl.keys import flatten
 from gcssl.runfolder import RunFolder
 from gcssl.ssl.objectives import SCHEMAS
@@ -321,6 +321,28 @@ def test_progress_does_not_hide_that_another_process_failed(tmp_path: Path) -> N
         run.progress(7)
         raise RuntimeError("connection lost")
     assert status(tmp_path)["reason"] == "process 1: out of memory"
+
+
+@pytest.mark.parametrize("alone", [0, 1])
+def test_a_signal_to_one_process_alone_is_what_ended_the_run(
+    alone: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the online probe: the other one only sees a lost connection."""
+    with contextlib.ExitStack() as leave:
+        main = RunFolder(tmp_path, config())
+        leave.callback(main._release)
+        main.__enter__().progress(4)
+        monkeypatch.setenv("RANK", "1")
+        other = RunFolder(tmp_path, config())
+        other._begun, other.step = main._begun, 4  # which it is told by the main process
+        stopped, lost = Preempted("stopped by SIGTERM"), LostProcess("connection closed by peer")
+        stopped.agreed = False
+        first, second = (main, other) if alone == 0 else (other, main)
+        first.__exit__(Preempted, stopped, None)
+        second.__exit__(LostProcess, lost, None)
+    end = status(tmp_path)
+    assert (end["state"], end["exit_code"], end["step"]) == ("preempted", 75, 4)
+    assert "SIGTERM" in end["reason"]
 
 
 def test_the_lock_is_freed_when_the_run_ends(tmp_path: Path) -> None:

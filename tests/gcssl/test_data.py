@@ -7,8 +7,6 @@ import os
 import shutil
 import sys
 import tarfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -694,18 +692,6 @@ def test_the_held_out_slice_is_stratified_and_a_part() -> None:
     assert not np.array_equal(held, held_out(images_of(labels, fingerprint="g"))[1])
     assert not np.array_equal(np.diff(held[:50]), np.full(49, held[1] - held[0]))
     assert len(held_out(images_of(None, 1000))[1]) == 50
-
-
-def test_a_class_costs_no_pass_over_all_images() -> None:
-    labels = np.arange(400_000) % 20_000
-
-    def seconds(call: Callable[[], object]) -> float:
-        begin = time.process_time()
-        call()
-        return time.process_time() - begin
-
-    one_pass = min(seconds(lambda: np.flatnonzero(labels == 7)) for _ in range(5))
-    assert seconds(lambda: held_out(images_of(labels))) < 20_000 * one_pass / 4
 
 
 def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path: Path) -> None:

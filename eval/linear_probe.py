@@ -120,12 +120,15 @@ class HeadGrid:
         """{setting: (top-1 in percent, -cross-entropy)} on x {kind: N D}, y N; -inf where not finite."""
         out, y = {}, y.to(self.device)
         for kind, settings in self.settings.items():
-            parts = [self.logits(kind, norm({kind: v.to(self.device)})[kind]) for v in x[kind].split(4096)]
-            logits = torch.cat(parts)  # N G C
-            for g, setting in enumerate(settings):
-                loss = cross_entropy(logits[:, g], y).item()
-                good = math.isfinite(loss)
-                out[setting] = (percent(logits[:, g].argmax(1) == y), -loss) if good else (-math.inf, -math.inf)
+            right = loss = torch.zeros(len(settings), device=self.device)
+            for rows, target in zip(x[kind].split(1024), y.split(1024), strict=True):  # all logits may be too many
+                logits = self.logits(kind, norm({kind: rows.to(self.device)})[kind])  # B G C
+                targets = target[:, None].expand(-1, len(settings))
+                right = right + (logits.argmax(2) == targets).sum(0)
+                loss = loss + cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(0)
+            for setting, hits, total in zip(settings, right.tolist(), loss.tolist(), strict=True):
+                found = 100 * hits / len(y), -total / len(y)
+                out[setting] = found if math.isfinite(total) else (-math.inf, -math.inf)
         return out
 
     def head(self, setting: Setting) -> tuple[Tensor, Tensor]:

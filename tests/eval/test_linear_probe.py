@@ -88,6 +88,17 @@ def test_the_grid_equals_a_loop_over_single_heads() -> None:
     assert set(scores) == set(settings)
 
 
+def test_scores_are_of_all_rows_however_many() -> None:
+    x, y = blobs(2500, 4)
+    settings = [Setting("last", 0.3, 0.0), Setting("last", 0.01, 0.0)]
+    grid, norm = train_heads(x, y, torch.arange(200), settings, N_CLASSES, Plan(1, 64, 0), CPU)
+    for setting, (top1, negative_loss) in grid.scores(x, y, norm).items():
+        weight, bias = grid.head(setting)
+        logits = norm({"last": x["last"]})["last"] @ weight + bias
+        assert top1 == pytest.approx(100 * (logits.argmax(1) == y).double().mean().item())
+        assert negative_loss == pytest.approx(-torch.nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
+
+
 def test_rows_outside_the_training_rows_change_nothing() -> None:
     x, y = blobs(100, 2)
     rows, settings, plan = torch.arange(60), [Setting("last", 0.3, 0.0)], Plan(2, 16, 0)

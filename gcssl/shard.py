@@ -30,8 +30,12 @@ def check_shard(train: TrainConfig, objective: nn.Module) -> None:
 
 
 def shard(objective: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
-    """Cut the parameters of `objective`, and those and the state of its optimizer, in place."""
+    """Cut the parameters of `objective`, and those and the state of its optimizer, in place; process 0's count, as
+    in DDP, whatever file another one had its own from.
+    """
     say(f"train.shard: parameters, gradients and optimizer state cut over {accelerator.num_processes} processes")
+    for t in objective.state_dict().values():
+        torch.distributed.broadcast(t, src=0)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     before = list(objective.parameters())
     fully_shard(objective, mesh=mesh)

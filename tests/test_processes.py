@@ -55,6 +55,13 @@ def preempted(*given):
         (folder.parent / "seen").write_text(str([path.name for path in folder.glob("step_*")]))
     return Preempted(*given)
 
+def other_weights(cfg):
+    backbone = build(cfg)
+    if hurt and fault == "other weights":
+        for p in backbone.parameters():
+            p.data.add_(1)
+    return backbone
+
 def tell_norms(model, step):
     out = Path(next(word for word in sys.argv if word.startswith("out="))[4:])
     norms = {name: b.tolist() for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
@@ -70,13 +77,14 @@ def poisoned(self, batch, step):
 
 def slow(*batch):
     slow.step += 1
-    if hurt and slow.step == 3 and fault == "hang":
+    if hurt and slow.step == 4 and fault == "hang":  # the pictures after step 3 are a batch, too
         time.sleep(1000)
     return to_device(*batch)
 
 Preempted, program.Preempted = program.Preempted, preempted
 save, state.save_checkpoint = state.save_checkpoint, slow_save
 open_data, program.open_data = program.open_data, slow_data
+build, program.build_pretrain_backbone = program.build_pretrain_backbone, other_weights
 slow.step = -1
 SimMIM.forward, program.batch_to_device = poisoned, slow
 entry(main)
@@ -250,7 +258,8 @@ def test_a_sharded_run_is_the_same_run(recipe: str, tmp_path: Path) -> None:
     code, _, stderr = end(start(whole, *keys, recipe=recipe))
     assert code == 0, stderr[-2000:]
     for stop in ("train.max_hours=0", "train.max_hours=null"):
-        code, stdout, stderr = end(start(out, *keys, "train.shard=true", stop, recipe=recipe))
+        given = (*keys, "train.shard=true", stop)
+        code, stdout, stderr = end(start(out, *given, fault="other weights", recipe=recipe))  # those of process 0 count
     assert code == 0, stderr[-2000:]
     assert "cut over 2 processes" in stdout
     for name in ("loss", "grad_norm"):  # a slice's sums may be taken in another order

@@ -33,7 +33,7 @@ test: setup  ## the test suite without what takes long
 test-all: setup  ## the whole test suite
 	@$(PYTEST) -m "not learning"
 
-test-faults: setup  ## what a run must survive, broken on purpose: one row a fault; about ten minutes
+test-faults: setup  ## what a run must survive, broken on purpose: one row a fault; a quarter of an hour
 	@$(PYTEST) -m fault
 
 test-mutants: setup  ## break each guard on purpose and see its test fail; about half an hour

@@ -242,6 +242,7 @@ def test_teacher_follows_once_a_step_and_stays_in_eval_mode(make_objective: Make
 def test_pictures_are_those_of_the_masked_crop(make_objective: Make, make_batch: Make) -> None:
     joint, batch = make_objective("joint").eval(), joint_batch(make_batch, share=False)
     shown = joint.pictures(batch)
+    assert joint.n_pictures == joint.masked.n_pictures > 0
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (joint.encoder.mean, joint.encoder.std))
     torch.testing.assert_close(shown["original"], (batch["views"][2] * std + mean).clamp(0, 1))
 

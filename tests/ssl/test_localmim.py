@@ -117,7 +117,8 @@ def test_draw_pickles_and_hides_three_quarters(make_objective: Make) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_pictures_are_the_last_stages(make_objective: Make, make_batch: Make, target: str) -> None:
-    shown = make_objective("localmim", target=target).eval().pictures(make_batch(8))
+    objective = make_objective("localmim", target=target).eval()
+    shown = objective.pictures(make_batch(objective.n_pictures))
     assert ("reconstructed" in shown) == (target != "hog")
     assert all(p.shape == (8, 3, 64, 64) and 0 <= p.min() and p.max() <= 1 for p in shown.values())
 

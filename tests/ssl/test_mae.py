@@ -97,7 +97,7 @@ def test_other_backbones_and_windows_that_split_units_are_refused(make_objective
 
 
 def test_pictures_undo_the_units_moments(mae: Any, draw_batch: Make) -> None:
-    batch = draw_batch(mae.eval(), 8, SIZE)
+    batch = draw_batch(mae.eval(), mae.n_pictures, SIZE)
     shown = mae.pictures(batch)
     assert set(shown) == {"original", "hidden", "reconstructed"}
     assert all(p.shape == (8, 3, *SIZE) and 0 <= p.min() and p.max() <= 1 for p in shown.values())

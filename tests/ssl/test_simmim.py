@@ -170,7 +170,8 @@ def test_draw_gives_one_crop_and_its_mask_and_pickles(make_objective: Make) -> N
 
 
 def test_pictures_show_what_is_hidden_and_predicted(make_objective: Make, make_batch: Make) -> None:
-    objective, batch = make_objective("simmim").eval(), make_batch(8)
+    objective = make_objective("simmim").eval()
+    batch = make_batch(objective.n_pictures)
     shown = objective.pictures(batch)
     assert set(shown) == {"original", "hidden", "reconstructed"}
     assert all(p.shape == (8, 3, 64, 64) and 0 <= p.min() and p.max() <= 1 for p in shown.values())

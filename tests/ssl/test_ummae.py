@@ -200,7 +200,7 @@ def test_a_wrapped_backbone(make_objective: Make, draw_batch: Make, name: str) -
 
 
 def test_pictures(ummae: Any, draw_batch: Make) -> None:
-    batch = draw_batch(ummae.eval(), 8, SIZE)
+    batch = draw_batch(ummae.eval(), ummae.n_pictures, SIZE)
     shown = ummae.pictures(batch)
     assert set(shown) == {"original", "hidden", "reconstructed"}
     assert all(p.shape == (8, 3, *SIZE) and 0 <= p.min() and p.max() <= 1 for p in shown.values())

@@ -17,8 +17,10 @@ from gcssl.eval.metrics import rankme
 from gcssl.loader import Sizes
 from gcssl.log import say
 from gcssl.models.build import Backbone
+from gcssl.rng import ORDER, rng
 
 KNN_K, TEMPERATURE = 20, 0.07
+BANK = 1_300_000  # images it knows at most: all of ImageNet-1k; each process holds the features of all
 Parts = tuple[np.ndarray, np.ndarray]  # indices of images
 
 
@@ -73,6 +75,9 @@ def probe_parts(cfg: PretrainConfig, images: Images) -> Parts | None:
     bank, held = held_out(images)
     if not len(held):
         raise UserError("eval.online_every: with one image a class none can be held out; set eval.online_every=0")
+    if len(bank) > BANK:  # the same ones for every seed, as those held out
+        say(f"the online kNN probe knows {BANK} of the {len(bank)} other training images")
+        bank = np.sort(rng(0, ORDER).permutation(bank)[:BANK])
     return bank, held
 
 

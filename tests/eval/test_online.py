@@ -54,6 +54,28 @@ def test_a_run_that_ends_before_its_first_probe_says_so(
     assert ("online_every=5 epochs is longer than the run" in capsys.readouterr().out) != probed
 
 
+def test_of_a_large_set_the_probe_knows_so_many_and_always_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = PretrainConfig()
+    cfg.data.shapes_n = 4000
+    images = open_data(cfg.data).train
+    whole, held = held_out(images)
+    found = []
+    for cap, seed in ((len(whole), 0), (1000, 0), (1000, 1)):
+        monkeypatch.setattr(online, "BANK", cap)
+        cfg.train.seed = seed
+        parts = online.probe_parts(cfg, images)
+        assert parts is not None and parts[1].tolist() == held.tolist()
+        found.append(parts[0].tolist())
+    assert found[0] == whole.tolist()
+    assert found[1] == found[2] == sorted(set(found[1])) and len(found[1]) == 1000
+    assert set(found[1]) < set(found[0])
+    assert images.labels is not None
+    assert np.bincount(images.labels[found[1]], minlength=10).min() > 70
+    assert capsys.readouterr().out.count(f"knows 1000 of the {len(whole)} other") == 2
+
+
 def test_features_that_are_not_numbers_end_the_run_as_its_losses_would(tmp_path: Path) -> None:
     cfg = PretrainConfig(out=str(tmp_path))
     cfg.eval.online_every, cfg.data.shapes_n, cfg.data.workers = 1, 64, 0

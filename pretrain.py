@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -29,7 +28,7 @@ from gcssl.meter import BadSamples, Meter
 from gcssl.models.build import Backbone, backbone_info, from_config
 from gcssl.models.load import check_exists, load_backbone
 from gcssl.optim import groups_table, make_optimizer, param_groups, rates_at, set_lr
-from gcssl.rng import DROP_PATH, INIT, MODEL, rng, seed_torch
+from gcssl.rng import INIT, MODEL, drop_noise, seed_torch
 from gcssl.runfolder import RunFolder, broadcast, check_writable
 from gcssl.runtime import StopSignal, check_accelerator, entry, main_process_first, make_accelerator
 from gcssl.shard import check_shard, gathered, shard, whole, whole_tensor
@@ -70,7 +69,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
             position = batch["position"]
             batch = batch_to_device(batch, accelerator.device, backbone.mean, backbone.std, cfg.augment)
             if cfg.model.drop_path > 0 and backbone.n_noise:
-                shape = (len(batch["views"]), backbone.n_noise, sizes.global_batch)
+                shape = (len(batch["views"]), backbone.n_noise)
                 batch["noise"] = drop_noise(cfg.train.seed, step, shape, position, accelerator.device)
             return batch
 
@@ -98,8 +97,8 @@ def pretrain_sizes(cfg: PretrainConfig, n_images: int, world: int, couples: bool
         raise UserError(
             f"train.accumulate={sizes.accumulate}, batch_size={sizes.batch_size}: {cfg.objective.name}"
             f"{','.join(f' objective.{key}={x}' for key, x in keys.items() if x)}"
-            " compares the images of a batch, two at least, and none across micro-batches; use more processes, a larger"
-            " batch or another setting"
+            " compares the images of a batch, two at least, and none across micro-batches; use more processes"
+            " (doctor.processes=, plan.processes=), a larger batch or another setting"
         )
     return sizes
 
@@ -113,17 +112,6 @@ def build_pretrain_backbone(cfg: PretrainConfig) -> Backbone:
         say(f"model.weights: a new run from {cfg.model.weights} (step {info.get('step') or 'unknown'})")
         return backbone
     return from_config(cfg.model)
-
-
-def drop_noise(
-    seed: int, step: int, shape: tuple[int, int, int], position: Tensor, device: torch.device
-) -> list[Tensor]:
-    """Uniform numbers for drop path: drawn for the global batch, so that no process layout changes them.
-
-    shape: (views, rows, global batch); returns one (rows, B) tensor a view, at this batch's positions (on the CPU).
-    """
-    uniform = torch.from_numpy(rng(seed, DROP_PATH, step).random(shape, dtype=np.float32))[:, :, position]
-    return list((uniform.pin_memory() if device.type == "cuda" else uniform).to(device, non_blocking=True))
 
 
 def fit(
@@ -156,7 +144,8 @@ def fit(
     plan = sizes.plan(len(dataset), accelerator.process_index, train.seed, step)
     loader = train_loader(dataset, plan, cfg.data.workers, cfg.data.timeout)
     logged = (run.path, sizes.total_steps, step, cfg.log.every, cfg.log.trackers, accelerator.is_main_process)
-    meter, bad = Meter(accelerator), BadSamples(run.path, step, len(dataset), cfg.data.max_bad)
+    bad = BadSamples(run.path, step, len(dataset), cfg.data.max_bad)
+    meter = Meter(accelerator, bad.seen)
     objective.train()
     if run.is_main:
         cut_after(bad_steps.path, step)

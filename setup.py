@@ -23,7 +23,7 @@ setup(
         "datasets>=5.0",
         "omegaconf>=2.3",
         "safetensors>=0.5",
-        "pillow>=11,<13",  # 13 refuses to posterize to 0 bits, which timm's RandAugment asks for
+        "pillow>=11.3,<13",  # 13 refuses to posterize to 0 bits, which timm's RandAugment asks for
         "simplejpeg>=1.8",
         "numpy>=2.0",
         "tensorboard>=2.18",

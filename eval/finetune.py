@@ -27,7 +27,7 @@ from torch import Tensor
 from gcssl.checkpoint import write_backbone
 from gcssl.config import CheckpointConfig, DataConfig, LogConfig, RuntimeConfig, TrainConfig, load_config
 from gcssl.errors import UserError
-from gcssl.eval.features import ForwardOptions, count_bad, forward_all
+from gcssl.eval.features import ForwardOptions
 from gcssl.eval.inputs import (
     AskedData,
     Inputs,
@@ -42,15 +42,16 @@ from gcssl.eval.inputs import (
     open_splits,
     report,
 )
-from gcssl.eval.metrics import percent, topk_correct
+from gcssl.eval.metrics import percent
 from gcssl.eval.results import comparison, packed
-from gcssl.loader import Sizes, TrainSet, run_sizes
+from gcssl.eval.validate import classify
+from gcssl.loader import TrainSet, run_sizes
 from gcssl.log import say
 from gcssl.models.build import Backbone, backbone_info, from_config_on_meta
 from gcssl.models.load import FRESH, AskedModel, load_backbone
 from gcssl.optim import groups_table, param_groups
-from gcssl.pretrain import drop_noise, fit
-from gcssl.rng import INIT, MIXUP, seed_host, seed_torch
+from gcssl.pretrain import fit
+from gcssl.rng import INIT, MIXUP, drop_noise, seed_host, seed_torch
 from gcssl.runfolder import RunFolder
 from gcssl.runtime import batch_layout, entry, main_process_first, make_accelerator
 from gcssl.ssl.base import Objective
@@ -211,9 +212,7 @@ def finetune(cfg: FinetuneConfig, accelerator: Accelerator, folder: Path, spec: 
         say(groups_table(groups))
         maker = TransformMaker(cfg.finetune, backbone.img_size, backbone.mean, backbone.std)
         dataset = TrainSet(train, maker, cfg.train.seed)
-        place = partial(
-            to_device, cfg=cfg, accelerator=accelerator, backbone=backbone, sizes=sizes, classes=inputs.n_classes
-        )
+        place = partial(to_device, cfg=cfg, accelerator=accelerator, backbone=backbone, classes=inputs.n_classes)
         fit(cfg, accelerator, run_folder, objective, groups, dataset, sizes, place)
         if accelerator.is_main_process:
             averaged = objective.ema.module
@@ -281,9 +280,8 @@ def mixes(options: FinetuneOptions) -> bool:
 
 
 def to_device(
-    batch: dict[str, Any], step: int, *, cfg: FinetuneConfig, accelerator: Accelerator, backbone: Backbone,
-    sizes: Sizes, classes: int,
-) -> dict[str, Any]:  # fmt: skip
+    batch: dict[str, Any], step: int, *, cfg: FinetuneConfig, accelerator: Accelerator, backbone: Backbone, classes: int
+) -> dict[str, Any]:
     """The batch on the device with its targets, mixed where the recipe mixes.
 
     One mixing coefficient a step; partners are those of the micro-batch (the first image with the last), so that
@@ -298,8 +296,7 @@ def to_device(
         mixup = Mixup(options.mixup, options.cutmix, label_smoothing=options.smoothing, num_classes=classes)
         batch["image"], batch["target"] = mixup(batch["image"], batch["target"])
     if cfg.model.drop_path > 0 and backbone.n_noise:
-        shape = (1, backbone.n_noise, sizes.global_batch)
-        batch["noise"] = drop_noise(cfg.train.seed, step, shape, position, device)
+        batch["noise"] = drop_noise(cfg.train.seed, step, (1, backbone.n_noise), position, device)
     return batch
 
 
@@ -309,24 +306,17 @@ def judge(objective: Classifier, inputs: Inputs) -> dict[str, Any]:
     def both(x: Tensor) -> dict[str, Tensor]:
         return {"ema": objective.ema.module(x), "raw": objective.encoder(x)}
 
-    images, data = inputs.test, inputs.cfg.data
-    indices = np.arange(len(images))
+    data = inputs.cfg.data
     precision = "bf16" if inputs.cfg.train.precision == "bf16" else "fp32"
-    options = ForwardOptions(256, data.workers, precision, data.timeout)
-    out = forward_all(objective.encoder, both, images, indices, inputs.accelerator, inputs.crop, options)
-    correct = {name: topk_correct(logits[out.ok], out.y[out.ok]) for name, logits in out.x.items()}
+    found = classify(both, inputs, ForwardOptions(256, data.workers, precision, data.timeout))
+    ema, raw = found["hits"]["ema"], found["hits"]["raw"]
     metrics = {
-        "finetune/top1": percent(correct["ema"][1]),
-        "finetune/top5": percent(correct["ema"][5]),
-        "finetune/top1_raw": percent(correct["raw"][1]),
+        "finetune/top1": percent(ema[1]),
+        "finetune/top5": percent(ema[5]),
+        "finetune/top1_raw": percent(raw[1]),
     }
-    return {
-        "metrics": metrics,
-        "notes": {"n_test": int(out.ok.sum()), "n_bad": count_bad(out, images, indices)},
-        "paired": "finetune/top1",
-        "correct": correct["ema"][1],
-        "index": torch.from_numpy(indices)[out.ok],
-    }
+    paired = {"paired": "finetune/top1", "correct": ema[1], "index": found["index"]}
+    return {"metrics": metrics, "notes": found["notes"], **paired}
 
 
 def main(argv: list[str]) -> None:

@@ -23,7 +23,7 @@ from gcssl.augment import ViewSpec
 from gcssl.errors import UserError
 from gcssl.eval.features import GRID_KINDS, KINDS, Features
 from gcssl.eval.inputs import InputConfig, Inputs, evaluate, hold_out, program
-from gcssl.eval.metrics import percent, topk_correct
+from gcssl.eval.metrics import best, hits, percent
 from gcssl.loader import epoch_order
 from gcssl.log import say
 from gcssl.runfolder import broadcast
@@ -126,8 +126,8 @@ class HeadGrid:
                 targets = target[:, None].expand(-1, len(settings))
                 right = right + (logits.argmax(2) == targets).sum(0)
                 loss = loss + cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(0)
-            for setting, hits, total in zip(settings, right.tolist(), loss.tolist(), strict=True):
-                found = 100 * hits / len(y), -total / len(y)
+            for setting, n_right, total in zip(settings, right.tolist(), loss.tolist(), strict=True):
+                found = 100 * n_right / len(y), -total / len(y)
                 out[setting] = found if math.isfinite(total) else (-math.inf, -math.inf)
         return out
 
@@ -212,10 +212,10 @@ class Probe:
     n_held: int
     seconds: float  # of head training
 
-    def logits(self, features: Features) -> Tensor:
-        """N C on the CPU."""
-        kind = self.setting.features
-        return self.norm({kind: features.x[kind]})[kind] @ self.weight + self.bias
+    def best(self, features: Features) -> Tensor:
+        """The head's highest scores and their classes, N 2 5 on the CPU."""
+        kind, parts = self.setting.features, features.x[self.setting.features].split(1024)
+        return torch.cat([best(self.norm({kind: part})[kind] @ self.weight + self.bias) for part in parts])
 
 
 def _place(features: Features, device: torch.device) -> torch.device:
@@ -312,7 +312,7 @@ def probe(inputs: Inputs, cfg: LinearProbeConfig) -> dict[str, Any]:
         edge = f"lr {found.setting.lr:g} is at the edge of the grid"
         say(f"linear probe of {inputs.spec}: the chosen {edge}; lrs=[...] widens it")
     test = inputs.features(inputs.test, (found.setting.features,))  # the one time that the test split is read
-    top = topk_correct(found.logits(test), test.y, (1, 5))
+    top = hits(found.best(test), test.y)
     chosen = {
         "features": found.setting.features,
         "lr": found.setting.lr,

@@ -7,12 +7,18 @@ import torch
 from torch import Tensor
 
 
-def topk_correct(scores: Tensor, labels: Tensor, ks: Iterable[int] = (1, 5)) -> dict[int, Tensor]:
-    """{k: bool N}, true where the label is among the k highest scores; scores N C, labels N; k at most C."""
-    ks = sorted(set(ks))
-    order = scores.float().nan_to_num(-math.inf).topk(min(max(ks), scores.shape[1]), dim=1).indices  # N k
-    hit = order == labels[:, None]  # N k
-    return {k: hit[:, :k].any(1) for k in ks}
+def best(scores: Tensor, k: int = 5) -> Tensor:
+    """The k highest scores (all, where there are fewer) and their classes: N C -> N 2 k float32, the highest first.
+
+    What is kept of logits: those of half a million images and ten thousand classes are 22 GB.
+    """
+    return torch.stack(scores.float().topk(min(k, scores.shape[1]), dim=1), 1)
+
+
+def hits(top: Tensor, labels: Tensor, ks: Iterable[int] = (1, 5)) -> dict[int, Tensor]:
+    """{k: bool N}, true where the label is among the k highest; top N 2 K, as `best` gives it, labels N."""
+    found = top[:, 1].long() == labels[:, None]  # N K
+    return {k: found[:, :k].any(1) for k in ks}
 
 
 def percent(correct: Tensor) -> float:

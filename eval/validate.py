@@ -3,15 +3,17 @@
 `accelerate launch -m gcssl.eval.validate backbone=<fine-tuned run, timm or NVlabs checkpoint> data.path=...`
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gcssl.errors import UserError
-from gcssl.eval.features import count_bad, forward_all
+from gcssl.eval.features import ForwardOptions, count_bad, forward_all
 from gcssl.eval.inputs import FRESH, InputConfig, Inputs, evaluate, program
-from gcssl.eval.metrics import percent, topk_correct
+from gcssl.eval.metrics import best, hits, percent
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,29 +40,34 @@ def check_classes(inputs: Inputs) -> None:
         raise UserError(f"{spec}: its head has {outputs} classes, {inputs.cfg.data.path} has {inputs.n_classes}")
 
 
-def judge(inputs: Inputs, _cfg: InputConfig) -> dict[str, Any]:
-    """Validation of one classifier, each test image once."""
-    check_classes(inputs)
+def classify(logits: Callable[[Tensor], dict[str, Tensor]], inputs: Inputs, options: ForwardOptions) -> dict[str, Any]:
+    """What classifiers get right of inputs.test, each image once: logits(x) is {name: B C}.
+
+    Returns "hits" {name: {1: bool M, 5: bool M}} of the M images that could be decoded, their "index" M, and "notes".
+    """
     images = inputs.test
     indices = np.arange(len(images))
-    out = forward_all(
-        inputs.backbone,
-        lambda x: {"logits": inputs.backbone(x)},
-        images,
-        indices,
-        inputs.accelerator,
-        inputs.crop,
-        inputs.options,
-    )
-    n_bad = count_bad(out, images, indices)
-    top = topk_correct(out.x["logits"][out.ok], out.y[out.ok], (1, 5))
-    notes = {"protocol": "own head", "features": "logits", "n_test": int(out.ok.sum()), "n_bad": n_bad}
+
+    def call(x: Tensor) -> dict[str, Tensor]:
+        return {name: best(scores) for name, scores in logits(x).items()}
+
+    out = forward_all(inputs.backbone, call, images, indices, inputs.accelerator, inputs.crop, options)
+    notes = {"n_test": int(out.ok.sum()), "n_bad": count_bad(out, images, indices)}
+    right = {name: hits(top[out.ok], out.y[out.ok]) for name, top in out.x.items()}
+    return {"hits": right, "index": torch.from_numpy(indices)[out.ok], "notes": notes}
+
+
+def judge(inputs: Inputs, _cfg: InputConfig) -> dict[str, Any]:
+    """Validation of one classifier."""
+    check_classes(inputs)
+    found = classify(lambda x: {"own": inputs.backbone(x)}, inputs, inputs.options)
+    right = found["hits"]["own"]
     return {
-        "metrics": {"validate/top1": percent(top[1]), "validate/top5": percent(top[5])},
-        "notes": notes,
+        "metrics": {"validate/top1": percent(right[1]), "validate/top5": percent(right[5])},
+        "notes": {"protocol": "own head", "features": "logits", **found["notes"]},
         "paired": "validate/top1",
-        "correct": top[1],
-        "index": torch.arange(len(images))[out.ok],
+        "correct": right[1],
+        "index": found["index"],
     }
 
 

@@ -184,6 +184,10 @@ def resize_center_crop(image: np.ndarray, size: tuple[int, int], crop_pct: float
     """
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation {interpolation!r}: expected one of {', '.join(INTERPOLATIONS)}")
+    most = 16 * max(size) // min(size)  # a strip's ends are never seen, and resizing all of it would take gigabytes
+    h, w = min(image.shape[0], most * image.shape[1]), min(image.shape[1], most * image.shape[0])
+    top, left = (image.shape[0] - h) // 2, (image.shape[1] - w) // 2
+    image = image[top : top + h, left : left + w]
     height, width = (math.floor(side / crop_pct) for side in size)
     if width * image.shape[0] >= height * image.shape[1]:  # the width decides
         height = max(height, int(width * image.shape[0] / image.shape[1]))

@@ -53,9 +53,13 @@ def check_machine(error: Exception, what: str) -> None:
         raise Failure(f"{told}: look after the machine, and run the same command again") from error
 
 
-def is_full_disk(error: BaseException) -> bool:
-    """Nothing in the program is wrong: exit 1, in one line too."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+def too_small(error: BaseException) -> str | None:
+    """What to do where a disk or a GPU's memory is full: nothing in the program is wrong, so one line too, and 1."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "make room on that disk, and run the same command again"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        return "a smaller train.batch_size, or batch_size of an evaluation, or model.grad_checkpointing=true needs less"
+    return None
 
 
 def outcome(error: BaseException | None) -> tuple[str, int, str]:
@@ -73,8 +77,8 @@ def outcome(error: BaseException | None) -> tuple[str, int, str]:
         return "failed", 1, "interrupted from the keyboard"
     if isinstance(error, Failure):
         return "failed", 1, text
-    if is_full_disk(error):
-        return "failed", 1, f"{text}; make room on that disk, and run the same command again"
+    if remedy := too_small(error):
+        return "failed", 1, f"{text.partition('. GPU ')[0]}; {remedy}"
     return "failed", 1, f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -1,6 +1,7 @@
 """Writing files so that a reader finds the old content or the new, never half of it."""
 
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -8,10 +9,13 @@ from pathlib import Path
 
 
 def fsync_folder(path: Path) -> None:
-    """Make a rename or a new entry in this folder survive a power cut."""
+    """Make a rename or a new entry in this folder survive a power cut, where its file system can (CIFS cannot)."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
     finally:
         os.close(fd)
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ BadSample = tuple[int, str, str]  # index, path, reason
 class Meter:
     """Collects one optimizer step's scalars over its micro-batches and reduces them over the processes."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, listed: Collection[int] = ()) -> None:
         self.accelerator = accelerator
+        self.listed = listed  # bad images that all processes know of: what comes up again is no news
         self.outs: list[dict[str, Tensor]] = []
         self.bad: list[BadSample] = []
         self.indices: list[Tensor] = []  # of the step's images
@@ -41,7 +42,7 @@ class Meter:
     def note(self, batch: dict[str, Any]) -> None:
         """Which images a micro-batch holds, and which of them were bad; before its `add`."""
         self.indices = [*(self.indices if self.outs else []), batch["index"]]
-        self.bad.extend(batch["bad"])
+        self.bad.extend(sample for sample in batch["bad"] if sample[0] not in self.listed)
 
     def add(self, out: dict[str, Any]) -> None:
         """Keep the scalars of one micro-batch; keys that begin with an underscore are the objective's own."""

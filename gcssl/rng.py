@@ -37,3 +37,17 @@ def seed_host(seed: int, *key: int) -> int:
     np.random.seed(number & 0xFFFFFFFF)
     torch.default_generator.manual_seed(number & 0x7FFFFFFFFFFFFFFF)
     return number & 0x7FFFFFFFFFFFFFFF
+
+
+def drop_noise(
+    seed: int, step: int, shape: tuple[int, int], position: torch.Tensor, device: torch.device
+) -> list[torch.Tensor]:
+    """Uniform numbers for drop path, by a sample's place in the global batch, so that no process layout changes them.
+
+    shape: (views, rows); position: the places of this batch's B samples, on the CPU. One (rows, B) tensor a view. They
+    are drawn for 64 places at a time, so that a process draws its own and not those of all.
+    """
+    blocks, which = np.unique(position.numpy() // 64, return_inverse=True)
+    drawn = [rng(seed, DROP_PATH, step, int(block)).random((*shape, 64), dtype=np.float32) for block in blocks]
+    uniform = torch.from_numpy(np.concatenate(drawn, -1)[..., which * 64 + position.numpy() % 64])
+    return list((uniform.pin_memory() if device.type == "cuda" else uniform).to(device, non_blocking=True))

@@ -36,6 +36,7 @@ FREE_KEYS = (
     "train.max_bad_steps",
     "train.on_collapse",
     "train.shard",
+    "model.grad_checkpointing",
     "out",
     "compare",
     "allow_env",
@@ -133,7 +134,8 @@ class RunFolder:
             except UserError as error:
                 problem = str(error)
                 self._release()
-        problem, self.resumed, self._begun, self.step = broadcast((problem, self.resumed, self._begun, self.step))
+        told = (problem, self.resumed, self._begun, self.step, self.was)
+        problem, self.resumed, self._begun, self.step, self.was = broadcast(told)
         if problem is not None:
             raise UserError(problem)
         return self

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Self
 
-from gcssl.errors import Failure, LostProcess, Preempted, UserError, is_full_disk, is_main_process, outcome
+from gcssl.errors import Failure, LostProcess, Preempted, UserError, is_main_process, outcome, too_small
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -87,7 +87,7 @@ def _report(error: BaseException, code: int, reason: str) -> None:
     if not is_main_process():
         time.sleep(8)  # an error that all have is told by the main process; the launcher then ends this one
         who = f" (process {os.environ['RANK']})"
-    if code == 1 and not isinstance(error, KeyboardInterrupt | Failure) and not is_full_disk(error):
+    if code == 1 and not isinstance(error, KeyboardInterrupt | Failure) and too_small(error) is None:
         traceback.print_exception(error)
     else:
         print(f"gcssl: {reason}{who}", file=sys.stderr, flush=True)

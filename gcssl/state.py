@@ -57,7 +57,7 @@ class RunState:
             raise UserError("data.path: the processes find other images or labels there; give all the same ones")
         if loaded is None:
             finished = (run.path / "backbone.safetensors").exists()
-            if finished or (run.was == "preempted" and told):
+            if finished or (run.was in ("preempted", "running") and told):
                 what = "a finished run" if finished else f"a run that stopped at step {told}"
                 lost = f"{run.path} holds {what} without its checkpoints, which would begin again"
                 raise UserError(f"out: {lost}; give another folder, or remove this one")

@@ -124,6 +124,11 @@ def verify_resume(cfg: PretrainConfig, processes: int = 1) -> None:
     """
     steps = {**QUIET, "train.steps": STEPS, "checkpoint.every": 1e-9, "checkpoint.keep": STEPS}
     steps |= part_of_one(*batch_layout(cfg.train, processes)[:2])
+    if torch.cuda.is_available() and not cfg.train.deterministic:
+        steps["train.deterministic"] = True
+        say(
+            "verify-resume: with train.deterministic=true; without it a GPU's kernels need not give the same bits twice"
+        )
     with elsewhere() as folder:
         whole, cut = folder / "whole", folder / "cut"
         say(f"verify-resume: {STEPS} steps without a break")

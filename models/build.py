@@ -71,6 +71,8 @@ def build_backbone(
     if kw or window_ratio is not None:
         given = ", ".join([*kw, *(["window_ratio"] if window_ratio is not None else [])])
         raise UserError(f"model.name={name}: {given} concerns GC ViT alone; for a timm model set it to null")
+    if bias_resize != "bicubic":
+        raise UserError(f"model.bias_resize={bias_resize}: concerns GC ViT alone, not {name}; leave it out")
     return TimmBackbone(name, 224 if img_size is None else img_size, **common)
 
 

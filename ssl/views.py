@@ -189,6 +189,11 @@ def multi_crop_draw(cfg: MultiCropConfig, encoder: Backbone, augment: AugmentCon
     if len(cfg.local_scale) != 2 or not 0 < cfg.local_scale[0] <= cfg.local_scale[1] <= 1:
         given = f"objective.local_scale={list(cfg.local_scale)}"
         raise UserError(f"{given}: expected the smallest and the largest share of the image's area, above 0 to 1")
+    if cfg.local_size > min(encoder.img_size):
+        sides = "x".join(map(str, encoder.img_size))
+        raise UserError(
+            f"objective.local_size={cfg.local_size}: the small crops, of large ones of {sides}; expected less"
+        )
     size, crop = (cfg.local_size, cfg.local_size), replace(augment, scale=list(cfg.local_scale))
     small = override(replace(large[0], size=size, blur_p=0.5), crop, 2, kinds)
     return CropDraw((first, second), (small,) * cfg.local_crops)

@@ -220,6 +220,16 @@ def test_a_run_keeps_and_uses_the_normalisation_that_came_with_the_weights(
     assert pixels.min() == pytest.approx(0, abs=1e-5) and pixels.max() == pytest.approx(1, abs=1e-5)
 
 
+def test_a_run_may_save_memory_after_a_stop_and_computes_the_same(tmp_path: Path) -> None:
+    """As after a move to a smaller GPU."""
+    keys = ["train.steps=3", "model.drop_path=0.3"]
+    whole = pretrain(config("mocov3", tmp_path / "whole", *keys))
+    with pytest.raises(Preempted, match="step 1 of 3"):
+        pretrain(config("mocov3", tmp_path / "cut", *keys, "train.max_hours=0"))
+    cut = pretrain(config("mocov3", tmp_path / "cut", *keys, "model.grad_checkpointing=true"))
+    assert (whole / "backbone.safetensors").read_bytes() == (cut / "backbone.safetensors").read_bytes()
+
+
 def test_a_stop_at_the_last_step_has_nothing_left_to_stop(tmp_path: Path) -> None:
     out = pretrain(config("simmim", tmp_path, "train.steps=1", "train.max_hours=0"))
     assert json.loads((out / "status.json").read_text())["state"] == "finished"

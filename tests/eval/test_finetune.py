@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from gcssl.checkpoint import write_backbone
 from gcssl.config import DataConfig, load_config
@@ -29,7 +30,7 @@ from gcssl.eval.finetune import (
     to_device,
 )
 from gcssl.eval.inputs import InputConfig, data_of
-from gcssl.loader import run_sizes
+from gcssl.eval.metrics import best
 from gcssl.models.build import backbone_info, build_backbone
 from gcssl.models.load import load_backbone
 from gcssl.runtime import make_accelerator
@@ -129,8 +130,8 @@ def test_validate_crops_as_the_fine_tuned_weights_were_judged(folder: Path, tmp_
 def test_a_run_is_judged_in_its_own_precision(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    judged, topk = [], finetune.topk_correct
-    monkeypatch.setattr(finetune, "topk_correct", lambda logits, y: judged.append(logits) or topk(logits, y))
+    judged: list[Tensor] = []
+    monkeypatch.setattr(validate, "best", lambda logits: judged.append(logits.float()) or best(logits))
     cfg = config(folder, tmp_path, f"train.precision={precision}", "train.steps=1")
     finetune.run(cfg, make_accelerator(cfg.train, cfg.runtime))
     assert len(judged) == 2  # averaged and raw weights
@@ -384,7 +385,7 @@ def test_training_images_are_normalised_by_the_backbones_own_mean_and_std(
 def test_mixing_is_a_function_of_the_step(tmp_path: Path, accelerator) -> None:
     cfg = config(tmp_path, tmp_path, "model.drop_path=0.2")
     images, labels = torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
-    how = {"cfg": cfg, "accelerator": accelerator, "backbone": backbone(), "sizes": run_sizes(cfg.train, 16, 1)}
+    how = {"cfg": cfg, "accelerator": accelerator, "backbone": backbone()}
 
     def mixed(step: int) -> list[torch.Tensor]:
         batch = {"image": images.clone(), "label": labels, "position": torch.arange(4), "index": torch.arange(4)}
@@ -412,7 +413,7 @@ def test_the_seed_reaches_weights_head_order_crops_drop_path_and_mixing(
         keys = [f"train.seed={seed}", "model.drop_path=0.5", "train.batch_size=66", "train.steps=1"]
         cfg = config(folder, tmp_path / str(place), *keys, "finetune.augment=light")  # a step sees all 66 images
         finetune.run(cfg, accelerator)
-        how = {"backbone": backbone(), "sizes": run_sizes(cfg.train, 66, 1), "accelerator": accelerator}
+        how = {"backbone": backbone(), "accelerator": accelerator}
         cfg.finetune.augment = "full"
         seen[-1].append(to_device({"image": torch.ones(4, 3, 64, 64), **four}, 0, cfg=cfg, **how, classes=3)["target"])
     for name, *values in zip(("weights", "head", "order", "crops", "drop path", "mixing"), *seen, strict=True):
@@ -440,7 +441,7 @@ def test_the_full_recipe_erases_and_mixes_as_it_says(
 
     monkeypatch.setattr(finetune, "Mixup", Noting)
     cfg = config(tmp_path, tmp_path, "finetune.mixup=0.7", "finetune.cutmix=0.6", "finetune.smoothing=0.2")
-    how = {"cfg": cfg, "accelerator": accelerator, "backbone": backbone(), "sizes": run_sizes(cfg.train, 16, 1)}
+    how = {"cfg": cfg, "accelerator": accelerator, "backbone": backbone()}
     four = {"label": torch.tensor([0, 1, 2, 0]), "position": torch.arange(4), "index": torch.arange(4)}
     to_device({"image": torch.rand(4, 3, 64, 64), **four}, 0, **how, classes=3)
     assert given == [(0.7, 0.6, 0.2, 3)]

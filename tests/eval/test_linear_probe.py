@@ -33,6 +33,7 @@ from gcssl.eval.linear_probe import (
     run,
     train_heads,
 )
+from gcssl.eval.metrics import best
 from gcssl.loader import epoch_order
 
 CPU = torch.device("cpu")
@@ -324,10 +325,7 @@ def test_the_setting_is_chosen_without_the_held_out_slice_and_its_head_trained_o
     """And standardised likewise."""
     judged: list[Tensor] = []
     scored: list[dict[Setting, tuple[float, float]]] = []
-    topk = linear_probe.topk_correct
-    monkeypatch.setattr(
-        linear_probe, "topk_correct", lambda logits, *rest: judged.append(logits) or topk(logits, *rest)
-    )
+    monkeypatch.setattr(linear_probe, "best", lambda logits: judged.append(logits) or best(logits))
     monkeypatch.setattr(linear_probe, "choose", lambda scores, n: scored.append(scores) or choose(scores, n))
     cfg = config(folder, tmp_path, protocol=protocol, features=["last"], lrs=[0.3], weight_decays=[0.0])
     inputs = SameCrops(open_inputs(cfg, accelerator))

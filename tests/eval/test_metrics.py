@@ -5,16 +5,27 @@ import math
 import pytest
 import torch
 
-from gcssl.eval.metrics import mcnemar, percent, rankme, topk_correct
+from gcssl.eval.metrics import best, hits, mcnemar, percent, rankme
 
 
 def test_topk_counts_by_hand() -> None:
-    scores = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.3, 0.4], [math.nan, 0.0, 1.0]])
-    got = topk_correct(scores, torch.tensor([1, 2, 0]), (1, 2, 5))
+    scores = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.3, 0.4], [0.9, 0.0, 1.0]])
+    top = best(scores)
+    assert top.shape == (3, 2, 3)  # five of three classes are all
+    assert top[0].tolist() == [pytest.approx([0.7, 0.2, 0.1]), [1, 2, 0]]
+    got = hits(top, torch.tensor([1, 2, 0]), (1, 2, 5))
     assert got[1].tolist() == [True, False, False]
-    assert got[2].tolist() == [True, True, False]  # a score that is not a number is never the highest
-    assert got[5].all()  # five of three classes are all
+    assert got[2].tolist() == [True, True, True]
+    assert got[5].all()
     assert percent(got[1]) == pytest.approx(100 / 3)
+
+
+def test_of_many_classes_five_are_kept_with_their_numbers() -> None:
+    scores = torch.arange(30_000).bfloat16()[None].float()
+    scores[0, 29_999] = 1e6
+    top = best(scores)
+    assert top.shape == (1, 2, 5) and top[0, 1, 0] == 29_999
+    assert best(torch.tensor([[0.0, math.nan, 1.0]]))[0, 0].isnan().any()  # which forward_all then refuses
 
 
 def exact_p(only_a: int, only_b: int) -> float:

@@ -53,6 +53,14 @@ def by_hand(model: nn.Module, folder: Path, pct: float, how: str, side: int = 64
     return 100 * sum(right) / len(right)
 
 
+def test_scores_that_are_not_numbers_are_no_predictions(folder: Path, tmp_path: Path, accelerator: Accelerator) -> None:
+    model = export(tmp_path / "m", classes=CLASSES)
+    model.head.fc.bias.data[1] = float("nan")
+    write_backbone(tmp_path / "m", model.state_dict(), backbone_info(model, class_names=CLASSES))
+    with pytest.raises(UserError, match="outputs \\(own\\) are not finite for"):
+        run(config(tmp_path / "m", folder, tmp_path / "out"), accelerator)
+
+
 @pytest.mark.parametrize("batch_size", [4, 100])
 def test_each_image_counts_once_with_the_checkpoints_own_crop(
     folder: Path, tmp_path: Path, accelerator: Accelerator, batch_size: int

@@ -375,6 +375,23 @@ def test_center_crop_covers_non_square_sizes(source: tuple[int, int]) -> None:
     assert ours.shape == (3, 32, 96) and (ours == np.array([10, 200, 90]).reshape(3, 1, 1)).all()
 
 
+@pytest.mark.parametrize("size", [(32, 32), (32, 96)])
+@pytest.mark.parametrize("long", [400, 20_000])
+def test_the_ends_of_a_strip_are_not_resized(size: tuple[int, int], long: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a 1 x 20,000 image would take 5 GB at 224 px."""
+    resized: list[int] = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *how: resized.append(max(self.size)) or resize(self, *how))
+    strip = np.zeros((8, long, 3), np.uint8)
+    strip[:, long // 2 :] = 250
+    for image in (strip, strip.transpose(1, 0, 2)):
+        out = resize_center_crop(image, size, 1.0, "bilinear")
+        assert out.shape == (3, *size) and resized[-1] <= 16 * 3 * 8
+        axis = 2 if image is strip else 1
+        first, second = np.split(out.astype(int), [size[axis - 1] // 2], axis)
+        assert first.mean() < 30 and second.mean() > 220  # the middle is where it was
+
+
 def test_override_replaces_what_is_set_and_picks_the_views_value() -> None:
     augment = AugmentConfig(scale=[0.2, 1.0], blur_p=[0.5, 0.0], solarize_p=[0.3], gray_p=0.1)
     one, two = override(BYOL_1, augment, 0, 2), override(BYOL_2, augment, 1, 2)

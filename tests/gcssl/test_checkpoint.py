@@ -11,6 +11,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,24 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "rename", rename)
     save(tmp_path, 1)
     assert (tmp_path / "checkpoints").stat().st_ino in synced
+
+
+@pytest.mark.fault("a file system on which folders cannot be flushed (CIFS)", "checkpoints are written there too")
+@pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_folders_that_cannot_be_flushed(
+    number: int, passes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_fsync = os.fsync
+
+    def fsync(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(number, os.strerror(number))
+        real_fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with nullcontext() if passes else pytest.raises(CannotWrite, match=os.strerror(number)):
+        save(tmp_path, 1)
+    assert steps(tmp_path) == ([1] if passes else [])
 
 
 def test_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:

@@ -350,6 +350,25 @@ def test_a_resume_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch, capsy
     assert "equal bit for bit" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("gpu", "asked", "said"), [(True, False, True), (True, True, False), (False, False, False)])
+def test_on_a_gpu_a_resume_is_verified_with_kernels_that_give_the_same_bits(
+    gpu: bool, asked: bool, said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+
+    def start(cfg: PretrainConfig, out: Path) -> None:
+        del out
+        found.append(cfg.train.deterministic)
+        raise UserError("far enough")
+
+    monkeypatch.setattr("gcssl.trial.start", start)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    with pytest.raises(UserError, match="far enough"):
+        verify_resume(config("simmim", f"train.deterministic={str(asked).lower()}"))
+    assert found == [gpu or asked]
+    assert ("with train.deterministic=true" in capsys.readouterr().out) == said
+
+
 def test_one_process_verifies_its_part_of_a_run_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """simclr refuses to accumulate: eight images a step are one process's, not four times two."""
     asked = []

@@ -67,6 +67,20 @@ def listed(folder: Path) -> list[int]:
     return [json.loads(line)["index"] for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
 
 
+def test_a_bad_file_that_is_listed_is_no_news(accelerator) -> None:
+    """Telling of it costs a message between all processes."""
+    listed = {3}
+    meter = Meter(accelerator, listed)
+    for index, news in ((3, False), (5, True), (5, True)):
+        meter.note({"index": torch.tensor([index]), "bad": [(index, "a.jpg", "broken")]})
+        meter.add({"loss": torch.tensor(1.0)})
+        assert meter.reduce(torch.tensor(1.0), False)["bad"] is news
+        meter.take_bad()
+    listed.add(5)  # as BadSamples does
+    meter.note({"index": torch.tensor([5]), "bad": [(5, "a.jpg", "broken")]})
+    assert not meter.take_bad()
+
+
 def test_each_bad_file_is_listed_once(accelerator, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = BadSamples(tmp_path, 9, 100, 0.03)
     bad.record(3, [(5, "e.png", "broken"), (2, "b.png", "broken"), (5, "e.png", "broken")], accelerator)

@@ -183,6 +183,7 @@ FREE = {
     "out", "allow_env", "data.workers", "data.timeout", "data.max_bad", "eval.online_every", "eval.backend",
     "log.every", "log.trackers", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.on_error",
     "runtime.timeout", "train.max_hours", "train.max_bad_steps", "train.on_collapse", "train.shard",
+    "model.grad_checkpointing",
 }  # fmt: skip
 
 

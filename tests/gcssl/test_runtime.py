@@ -82,6 +82,15 @@ def test_a_full_disk_is_one_line(tmp_path: Path, number: int) -> None:
     assert leave(CannotWrite("out: the disk is full"), tmp_path) == (1, "gcssl: out: the disk is full\n")
 
 
+@pytest.mark.fault("a GPU's memory is too small", "one line says what needs less")
+def test_a_full_gpu_is_one_line(tmp_path: Path) -> None:
+    text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB of which none is free."
+    code, told = leave(torch.OutOfMemoryError(text), tmp_path)
+    assert (code, told.count("\n")) == (1, 1)
+    assert told.startswith("gcssl: CUDA out of memory. Tried to allocate 2.00 GiB; a smaller train.batch_size")
+    assert "model.grad_checkpointing=true needs less" in told
+
+
 def test_a_second_signal_does_not_change_the_exit_code() -> None:
     """A scheduler that is in a hurry repeats it while the first one's line is written and Python shuts down.
 

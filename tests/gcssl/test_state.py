@@ -78,9 +78,10 @@ def test_a_stopped_run_without_its_checkpoints_does_not_begin_again(tmp_path: Pa
     one = state(tmp_path, scale=4.0)
     for one.run.was, one.run.step in (("failed", 3), ("preempted", 0)):
         assert one.resume() == 0
-    one.run.was, one.run.step = "preempted", 14
-    with pytest.raises(UserError, match="holds a run that stopped at step 14 without its checkpoints"):
-        one.resume()
+    for was in ("preempted", "running"):  # running: after a kill -9
+        one.run.was, one.run.step = was, 14
+        with pytest.raises(UserError, match="holds a run that stopped at step 14 without its checkpoints"):
+            one.resume()
 
 
 @pytest.mark.fault(

@@ -31,6 +31,8 @@ def test_unknown_names_and_arguments() -> None:
         build_backbone("gcvit_tny")
     with pytest.raises(UserError, match="window_ratio concerns GC ViT alone"):
         build_backbone("resnet18", window_ratio=[16, 16, 16, 32])
+    with pytest.raises(UserError, match="model.bias_resize=crop: concerns GC ViT alone, not resnet18; leave it out"):
+        build_backbone("resnet18", bias_resize="crop")
     for size in ("64", [64], (64, 64, 64), 0, 64.0, [64, "a"]):
         with pytest.raises(UserError, match="image size"):
             build_backbone("gcvit_nano", img_size=size)

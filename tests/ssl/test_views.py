@@ -131,6 +131,7 @@ BAD: dict[str, list[dict[str, Any]]] = {
         {"local_scale": [0.5, 0.1], "local_crops": 2},
         {"local_scale": [0.5], "local_crops": 2},
         {"local_size": 33, "local_crops": 2},
+        {"local_size": 96, "local_crops": 2},
     ],
     "esvit": [{"teacher_temp": -1.0}, {"freeze_last_layer_epochs": -1.0}, {"bottleneck_dim": 0}],
     "simdino": [{"eps": 0.0}, {"coeff": -1.0}],

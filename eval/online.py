@@ -21,6 +21,7 @@ from gcssl.rng import ORDER, rng
 
 KNN_K, TEMPERATURE = 20, 0.07
 BANK = 1_300_000  # images it knows at most: all of ImageNet-1k; each process holds the features of all
+RANKED = 25_600  # images whose RankMe is taken where there are twice as many or more, as in its paper
 Parts = tuple[np.ndarray, np.ndarray]  # indices of images
 
 
@@ -47,7 +48,7 @@ class OnlineProbe:
         # on the CPU: the GPU is full of what the training keeps there
         how = ((KNN_K,), TEMPERATURE, cfg.eval.backend, self.accelerator, torch.device("cpu"))
         value = 100.0 * sharded_correct(bank, queries, "last", *how).double().mean().item()
-        rank = rankme(bank.x["last"])
+        rank = rankme(bank.x["last"][:: max(1, len(bank.y) // RANKED)])
         told = f"{value:.1f} on {len(self.parts[1])} held-out training images, RankMe {rank:.1f} of the others"
         say(f"step {step}: online knn/top1@{KNN_K} {told}")
         return {f"online_knn/top1@{KNN_K}": value, "online_rankme": rank}

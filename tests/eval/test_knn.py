@@ -366,6 +366,8 @@ def test_a_result_says_which_images_judge_and_what_one_class_would_score() -> No
         ({"name": "gcvit_tiny"}, "gcvit_nano"),
         ({"window_ratio": [32, 32, 16, 32]}, "window_ratio"),
         ({"img_size": 80}, "80"),
+        ({"bias_resize": "crop"}, "model.bias_resize=crop: the run .* has bicubic; leave it out"),
+        ({"drop_path": 0.1}, "model.drop_path=0.1: the run .* has 0.0; leave it out"),
     ],
 )
 def test_a_run_refuses_another_model(

@@ -110,3 +110,6 @@ def test_the_probe_asks_for_the_held_out_images_and_knows_only_the_others(
     assert sorted([*bank, *queries]) == list(range(64))
     assert queries.tolist() == held_out(images)[1].tolist()
     assert found == {"online_knn/top1@20": 50.0, "online_rankme": float(len(bank))}
+    monkeypatch.setattr(online, "RANKED", 10)  # of many images every so many
+    found = probe(2, Namespace(encoder=None, default_encoder="student"))
+    assert found["online_rankme"] == len(bank[:: len(bank) // 10]) < 20

@@ -692,6 +692,7 @@ def test_the_held_out_slice_is_stratified_and_a_part() -> None:
     assert not np.array_equal(held, held_out(images_of(labels, fingerprint="g"))[1])
     assert not np.array_equal(np.diff(held[:50]), np.full(49, held[1] - held[0]))
     assert len(held_out(images_of(None, 1000))[1]) == 50
+    assert len(held_out(images_of(None, 600_000))[1]) == 25_000
 
 
 def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path: Path) -> None:

@@ -224,6 +224,11 @@ def test_batch_mates_leave_an_image_alone(grad: bool) -> None:
 # ---- sizes
 
 
+def test_small_images_are_judged_whole_and_others_without_their_border() -> None:
+    with torch.device("meta"):
+        assert [nano(img_size=side).crop_pct for side in (64, 128, 160, 224)] == [1.0, 1.0, 0.875, 0.875]
+
+
 def test_one_object_takes_every_legal_size() -> None:
     model = nano()
     for size in (32, 64, 96, 160, (64, 96), (128, 32)):

@@ -14,7 +14,7 @@ from gcssl.config import ModelConfig
 from gcssl.errors import UserError
 from gcssl.models.build import BACKBONES, backbone_info, build_backbone, from_config
 from gcssl.models.gcvit import GCViT
-from gcssl.models.load import AskedModel, Saved, check_asked, load_backbone
+from gcssl.models.load import AskedModel, Saved, check_asked, load_backbone, read_weights_file
 
 CONFIG = ModelConfig()
 
@@ -193,6 +193,20 @@ def test_damaged_descriptions_are_one_line(content: str, tmp_path: Path) -> None
         with pytest.raises(UserError) as error:
             load_backbone(str(tmp_path / name))
         assert "\n" not in str(error.value) and name.removesuffix("pt") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "crop"),
+    [("xxtiny", 1.0), ("xtiny", 0.875), ("tiny", 1.0), ("small", 0.875), ("base", 1.0), ("large", 1.0)],
+)
+def test_nvidias_releases_are_judged_with_the_crops_they_were(
+    name: str, crop: float, to_nvlabs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with torch.device("meta"):
+        state = to_nvlabs(build_backbone(f"gcvit_{name}", num_classes=1000).state_dict())
+    monkeypatch.setattr("gcssl.models.load.read_state", lambda _: state)
+    saved = read_weights_file(tmp_path / "a.pth.tar")
+    assert (saved.name, saved.info["crop_pct"], saved.info["crop_mode"]) == (f"gcvit_{name}", crop, "center")
 
 
 def test_raw_checkpoints_say_what_they_are(tmp_path: Path, to_nvlabs) -> None:

@@ -22,7 +22,7 @@ from gcssl.data import open_data
 from gcssl.errors import Preempted, UserError
 from gcssl.eval.online import OnlineProbe, evaluated_encoder, online_probe
 from gcssl.heartbeat import Heartbeat
-from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, run_sizes, train_loader
+from gcssl.loader import BatchPlan, Sizes, TrainSet, ViewMaker, batch_to_device, run_sizes, train_loader
 from gcssl.log import RunLog, cut_after, say
 from gcssl.meter import BadSamples, Meter
 from gcssl.models.build import Backbone, backbone_info, from_config
@@ -141,7 +141,7 @@ def fit(
         say("batch norm in the backbone: over each process's micro-batch, so other layouts of a batch train otherwise")
     run.start()  # nothing is left to refuse
     model, optimizer = prepared(objective, state.optimizer, accelerator, train)
-    plan = sizes.plan(len(dataset), accelerator.process_index, train.seed, step)
+    plan = BatchPlan(len(dataset), sizes, accelerator.process_index, train.seed, step)
     loader = train_loader(dataset, plan, cfg.data.workers, cfg.data.timeout)
     logged = (run.path, sizes.total_steps, step, cfg.log.every, cfg.log.trackers, accelerator.is_main_process)
     bad = BadSamples(run.path, step, len(dataset), cfg.data.max_bad)

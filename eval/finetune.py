@@ -107,7 +107,7 @@ class Classifier(Objective):
         self.smoothing = options.smoothing
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:  # noqa: ARG002
-        noise = batch["noise"][0] if batch.get("noise") else None
+        noise = batch.get("noise", [None])[0]
         logits = self.encoder(batch["image"], noise).float()  # B classes
         hard = batch["target"].ndim == 1  # soft targets carry their smoothing already
         loss = F.cross_entropy(logits, batch["target"], label_smoothing=self.smoothing if hard else 0.0)

@@ -39,53 +39,6 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class BatchPlan:
-    """A batch sampler: the micro-batches of one process, from start_step to total_steps.
-
-    Micro-batch a of a step on process `rank` holds positions [(a * world + rank) * batch_size, + batch_size)
-    of the global batch. The ragged end of an epoch is dropped; the permutations differ, so other images miss
-    each time.
-    """
-
-    n: int
-    global_batch: int
-    batch_size: int
-    accumulate: int
-    world: int
-    rank: int
-    seed: int
-    total_steps: int
-    start_step: int = 0
-
-    def __post_init__(self) -> None:
-        if self.batch_size * self.accumulate * self.world != self.global_batch:
-            raise ValueError(
-                f"global_batch {self.global_batch}: expected batch_size {self.batch_size} x accumulate "
-                f"{self.accumulate} x world {self.world}"
-            )
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.n // self.global_batch
-
-    def __len__(self) -> int:
-        """Micro-batches of this process that are left."""
-        return max(0, self.total_steps - self.start_step) * self.accumulate
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        order, order_epoch = np.empty(0, np.int64), -1
-        for step in range(self.start_step, self.total_steps):
-            epoch, batch = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                order, order_epoch = epoch_order(self.n, self.seed, epoch), epoch
-            for micro in range(self.accumulate):
-                first = (micro * self.world + self.rank) * self.batch_size
-                start = batch * self.global_batch + first
-                chosen = order[start : start + self.batch_size].tolist()
-                yield [(epoch, index, first + i) for i, index in enumerate(chosen)]
-
-
-@dataclass(frozen=True)
 class Sizes:
     """Batch and step counts of a run, derived once."""
 
@@ -108,11 +61,36 @@ class Sizes:
             f" {self.total_steps} steps, {self.steps_per_epoch} an epoch{rises if warmup > epochs else ''}"
         )
 
-    def plan(self, n: int, rank: int, seed: int, start_step: int) -> BatchPlan:
-        """The batches of n images that are left to process `rank` after `start_step` steps."""
-        return BatchPlan(
-            n, self.global_batch, self.batch_size, self.accumulate, self.world, rank, seed, self.total_steps, start_step
-        )
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """A batch sampler: the micro-batches of n images that are left to one process after `start_step` steps.
+
+    Micro-batch a of a step on process `rank` holds positions [(a * world + rank) * batch_size, + batch_size)
+    of the global batch. The ragged end of an epoch is dropped; the permutations differ, so other images miss
+    each time.
+    """
+
+    n: int
+    sizes: Sizes
+    rank: int
+    seed: int
+    start_step: int = 0
+
+    def __len__(self) -> int:
+        return max(0, self.sizes.total_steps - self.start_step) * self.sizes.accumulate
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        sizes, order, order_epoch = self.sizes, np.empty(0, np.int64), -1
+        for step in range(self.start_step, sizes.total_steps):
+            epoch, batch = divmod(step, sizes.steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = epoch_order(self.n, self.seed, epoch), epoch
+            for micro in range(sizes.accumulate):
+                first = (micro * sizes.world + self.rank) * sizes.batch_size
+                start = batch * sizes.global_batch + first
+                chosen = order[start : start + sizes.batch_size].tolist()
+                yield [(epoch, index, first + i) for i, index in enumerate(chosen)]
 
 
 def run_sizes(train: TrainConfig, n_images: int, world: int) -> Sizes:

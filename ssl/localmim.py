@@ -71,7 +71,7 @@ class LocalMIM(Objective):
     def features(self, batch: dict[str, Any]) -> list[Tensor]:
         """The maps B C h w of all stages, the finest first, of the first view with its mask applied."""
         x, mask = batch["views"][0], batch["masks"][0]  # B 3 H W; B h w, True = hidden
-        noise = batch["noise"][0] if batch.get("noise") else None
+        noise = batch.get("noise", [None])[0]
         maps = self.encoder.forward_pyramid(
             hide_pixels(x, mask, fill_color(self.encoder)), mask, self.mask_token, noise
         )

@@ -64,7 +64,7 @@ class MAE(Objective):
     def predict(self, batch: dict[str, Any]) -> Tensor:
         """Normalised pixels B 3 H W of the first view, from its visible units."""
         x, mask = batch["views"][0], batch["masks"][0]  # B 3 H W; B h w, True = hidden
-        noise = batch["noise"][0] if batch.get("noise") else None
+        noise = batch.get("noise", [None])[0]
         features = self.encoder.forward_visible(x, mask, noise, self.dense, self.n_visible)  # B C H/32 W/32
         return self.decoder(features, upsample_mask(mask, *features.shape[2:]))
 

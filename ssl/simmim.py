@@ -67,7 +67,7 @@ class SimMIM(Objective):
     def features(self, batch: dict[str, Any]) -> Tensor:
         """The last map B C h w of the first view with its mask applied."""
         x, mask = batch["views"][0], batch["masks"][0]  # B 3 H W; B h w, True = hidden
-        noise = batch["noise"][0] if batch.get("noise") else None
+        noise = batch.get("noise", [None])[0]
         return self.encoder.forward_features(hide_pixels(x, mask, self.mask_color), mask, self.mask_token, noise)
 
     def loss(self, features: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:

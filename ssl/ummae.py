@@ -124,7 +124,7 @@ class UMMAE(Objective):
     def predict(self, batch: dict[str, Any]) -> Tensor:
         """Normalised pixels B 3 H W of the first view, from its stitched and masked kept units."""
         x, (mask, second) = batch["views"][0], batch["masks"][:2]  # B 3 H W; B h w; B h/2 w/2
-        noise = batch["noise"][0] if batch.get("noise") else None
+        noise = batch.get("noise", [None])[0]
         seen = hide_pixels(keep_units(x, mask), second, fill_color(self.encoder))  # B 3 H/2 W/2
         return self.decoder(self.encoder.forward_features(seen, second, self.mask_token, noise), mask)
 

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,20 @@ def test_free_keys_may_change_and_the_batch_where_the_global_one_stays(tmp_path:
         pass
     with pytest.raises(UserError, match="train.batch_size: 4 -> 8"), RunFolder(tmp_path, old):
         pass  # no global batch is told, so that the keys themselves must agree
+
+
+def test_every_process_knows_how_the_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or one alone would refuse to begin again, and the others would wait for it."""
+    used(tmp_path, {"a": 1})
+    sent: list[Any] = []
+    monkeypatch.setattr("gcssl.runfolder.broadcast", lambda own: sent.append(own) or sent[0])
+    with contextlib.suppress(Preempted), RunFolder(tmp_path, {"a": 1}):
+        raise Preempted("SIGTERM")
+    monkeypatch.setenv("RANK", "1")
+    other: Any = Namespace(is_main_process=False)
+    with contextlib.suppress(Preempted), RunFolder(tmp_path, {"a": 1}, accelerator=other) as second:
+        assert (second.was, second.step) == ("preempted", 2)
+        raise Preempted("SIGTERM")
 
 
 FREE = {
@@ -355,6 +370,7 @@ def test_the_lock_is_freed_when_the_run_ends(tmp_path: Path) -> None:
 
 TWO = """
 import json, sys
+from argparse import Namespace
 from pathlib import Path
 from gcssl.config import TrainConfig, RuntimeConfig
 from gcssl.errors import UserError

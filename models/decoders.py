@@ -68,27 +68,30 @@ class MapDecoder(nn.Module):
 class TokenDecoder(nn.Module):
     """MAE's light decoder (arXiv:2111.06377): the encoder's tokens and mask tokens, transformer blocks, pixels.
 
-    It works on a grid of cells of `cell` pixels with fixed 2-d sine-cosine positions. `split`: an encoder's token
-    becomes split x split of the decoder's (a linear layer, then PixelShuffle), as in UM-MAE (arXiv:2205.10063).
+    It works on a grid of cells with fixed 2-d sine-cosine positions and predicts upscale x upscale values of
+    `channels` in each (pixels: upscale is the cell's side). `split`: an encoder's token becomes split x split of the
+    decoder's (a linear layer, then PixelShuffle), as in UM-MAE (arXiv:2205.10063).
     """
 
     positions: Tensor
 
-    def __init__(self, dim_in: int, grid: tuple[int, int], cell: int, split: int, dim: int, depth: int) -> None:
+    def __init__(
+        self, dim_in: int, grid: tuple[int, int], upscale: int, split: int, dim: int, depth: int, channels: int = 3
+    ) -> None:
         super().__init__()
         check_decoder(dim, depth)
-        self.grid, self.cell, self.split = grid, cell, split
+        self.grid, self.upscale, self.split = grid, upscale, split
         self.embed = nn.Linear(dim_in, split * split * dim)
         self.mask_token = nn.Parameter(torch.empty(dim))
         self.register_buffer("positions", sincos_positions(*grid, dim), persistent=False)  # N dim
         self.blocks = nn.ModuleList(Block(dim, dim // HEAD_DIM, qkv_bias=True) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
-        self.pred = nn.Linear(dim, 3 * cell * cell)
+        self.pred = nn.Linear(dim, channels * upscale * upscale)
         nn.init.normal_(self.mask_token, std=0.02)
         init_linears(self)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x: B C h w from the encoder; mask: B h' w' on the decoder's grid, True = hidden -> B 3 H W.
+        """x: B C h w from the encoder; mask: B h' w' on the decoder's grid, True = hidden -> B channels H W.
 
         Hidden cells start as the mask token. A grid k times finer than x's tokens repeats each of them k x k
         times, for a mask that leaves one of those visible.
@@ -100,8 +103,8 @@ class TokenDecoder(nn.Module):
         x = x.flatten(2).transpose(1, 2) + self.positions.to(x.dtype)  # B N dim
         for block in self.blocks:
             x = block(x)
-        x = self.pred(self.norm(x)).transpose(1, 2).unflatten(2, self.grid)  # B 3*cell*cell h' w'
-        return F.pixel_shuffle(x, self.cell)  # B 3 H W
+        x = self.pred(self.norm(x)).transpose(1, 2).unflatten(2, self.grid)  # B channels*upscale^2 h' w'
+        return F.pixel_shuffle(x, self.upscale)  # B channels H W, H = h' * upscale
 
 
 def sincos_positions(h: int, w: int, dim: int) -> Tensor:

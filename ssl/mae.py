@@ -1,6 +1,6 @@
 """MAE (arXiv:2111.06377) in its exact form on GC ViT: the encoder sees, and computes, visible units only.
 
-    loss = mean (prediction - norm_pixels)^2 over hidden units
+    loss = mean (prediction - norm_pixels)^2 over hidden units     (or that of another `target`: targets.py)
 
 GC ViT cannot simply drop tokens before its stem: convolutions, squeeze-excite and the global query all join units.
 Here hidden units take no part in any of them (the masked semantics of SparK, arXiv:2301.03580), so nothing of a
@@ -11,7 +11,7 @@ waits for kernels to be started, 0.76 to 0.90 times (docs/results/bench-intel-xe
 of the last stage, 32 px (ViT's: 16 px), and positions enter through the decoder and the bias tables alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +24,7 @@ from gcssl.models.decoders import TokenDecoder
 from gcssl.models.gcvit import GCViT
 from gcssl.ssl.base import Objective, Setup
 from gcssl.ssl.masking import MaskedDraw, check_ratio, check_unit, hidden_count, hide_pixels, upsample_mask
-from gcssl.ssl.targets import reconstruction, target_loss
+from gcssl.ssl.targets import HOG_CELL, TARGETS, check_target, head_shape, reconstruction, target_loss
 
 
 @dataclass
@@ -32,6 +32,7 @@ class MAEConfig:
     name: str = "mae"
     mask_ratio: float = 0.75
     mask_unit: int = 32  # pixels
+    target: str = field(default="norm_pixels", metadata={"choices": TARGETS})
     decoder_dim: int = 512
     decoder_depth: int = 8
     dense: bool = False  # compute hidden units too: the slow reference
@@ -47,7 +48,7 @@ class MAE(Objective):
         height, width = size = setup.img_size
         if not isinstance(encoder, GCViT):
             raise UserError(f"objective.name=mae: needs GC ViT, which can leave tokens out; given {encoder.name}")
-        self.unit = unit = cfg.mask_unit
+        unit = cfg.mask_unit
         whole = max(encoder.stride, *encoder.window_ratio)
         if unit % whole:
             raise UserError(f"objective.mask_unit={unit}: mae hides whole tokens and queries, so multiples of {whole}")
@@ -56,13 +57,17 @@ class MAE(Objective):
         check_ratio(n_units, cfg.mask_ratio)
         self.dense, self.n_visible = cfg.dense, n_units - hidden_count(n_units, cfg.mask_ratio)
         self.encoder: Any = encoder
-        cell = encoder.stride
-        grid = (height // cell, width // cell)
-        self.decoder = TokenDecoder(encoder.num_features, grid, cell, 1, cfg.decoder_dim, cfg.decoder_depth)
+        self.target, self.cell = cfg.target, HOG_CELL if cfg.target == "hog" else unit
+        check_target(cfg.target, unit, stride := encoder.stride)
+        upscale, channels = head_shape(cfg.target, stride, self.cell)
+        grid = (height // stride, width // stride)
+        self.decoder = TokenDecoder(
+            encoder.num_features, grid, upscale, 1, cfg.decoder_dim, cfg.decoder_depth, channels
+        )
         self.draw = MaskedDraw(override(CROP, setup.augment), unit, cfg.mask_ratio)
 
     def predict(self, batch: dict[str, Any]) -> Tensor:
-        """Normalised pixels B 3 H W of the first view, from its visible units."""
+        """The target, pixels B 3 H W or hog B 27 H/8 W/8, of the first view from its visible units."""
         x, mask = batch["views"][0], batch["masks"][0]  # B 3 H W; B h w, True = hidden
         noise = batch.get("noise", [None])[0]
         features = self.encoder.forward_visible(x, mask, noise, self.dense, self.n_visible)  # B C H/32 W/32
@@ -70,11 +75,10 @@ class MAE(Objective):
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         x, mask = batch["views"][0], batch["masks"][0]
-        return target_loss("norm_pixels", self.predict(batch), x, mask, self.unit)
+        return target_loss(self.target, self.predict(batch), x, mask, self.cell)
 
     def pictures(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """What `reconstruction` makes of them."""
         x, mask = batch["views"][0], batch["masks"][0]
-        return reconstruction(
-            self.encoder, x, mask, hide_pixels(x, mask), self.predict(batch), "norm_pixels", self.unit
-        )
+        seen = hide_pixels(x, mask)
+        return reconstruction(self.encoder, x, mask, seen, self.predict(batch), self.target, self.cell)

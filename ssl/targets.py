@@ -78,7 +78,12 @@ def check_target(kind: str, unit: int, stride: int) -> None:
 
 def target_head(kind: str, dim: int, stride: int, cell: int) -> PixelHead:
     """The linear head from tokens of `stride` pixels, B dim h w, to a map of the target's shape."""
-    return PixelHead(dim, stride // cell, 3 * BINS) if kind == "hog" else PixelHead(dim, stride)
+    return PixelHead(dim, *head_shape(kind, stride, cell))
+
+
+def head_shape(kind: str, stride: int, cell: int) -> tuple[int, int]:
+    """What is predicted of a token of `stride` pixels: upscale (values a side) and channels of each."""
+    return (stride // cell, 3 * BINS) if kind == "hog" else (stride, 3)
 
 
 def mean_hidden(error: Tensor, mask: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ def test_positions_by_hand() -> None:
 
 def test_each_kept_token_lands_in_its_own_cell() -> None:
     """One encoder token of 2 x 2 kept units on a grid of 4 x 4, without blocks, norm and positions."""
-    decoder = TokenDecoder(4, (4, 4), cell=1, split=2, dim=32, depth=1)
+    decoder = TokenDecoder(4, (4, 4), upscale=1, split=2, dim=32, depth=1)
     decoder.blocks, decoder.norm = torch.nn.ModuleList(), torch.nn.Identity()
     with torch.no_grad():
         decoder.positions.zero_()
@@ -32,7 +32,7 @@ def test_each_kept_token_lands_in_its_own_cell() -> None:
 
 
 def test_pixels_of_a_cell_are_in_order() -> None:
-    decoder = TokenDecoder(4, (2, 3), cell=8, split=1, dim=32, depth=1)
+    decoder = TokenDecoder(4, (2, 3), upscale=8, split=1, dim=32, depth=1)
     with torch.no_grad():
         decoder.pred.weight.zero_()
         decoder.pred.bias.copy_(torch.arange(3 * 64.0))
@@ -43,7 +43,7 @@ def test_pixels_of_a_cell_are_in_order() -> None:
 
 def test_hidden_cells_start_as_the_mask_token_and_know_their_place() -> None:
     torch.manual_seed(0)
-    decoder = TokenDecoder(4, (2, 2), cell=4, split=1, dim=32, depth=2)
+    decoder = TokenDecoder(4, (2, 2), upscale=4, split=1, dim=32, depth=2)
     mask = torch.tensor([[[True, True], [True, False]]])
     x = torch.randn(1, 4, 2, 2)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_the_map_decoder_equals_a_slow_version() -> None:
 
 
 def test_linears_start_as_published() -> None:
-    for decoder in (MapDecoder(8, 32, 2), TokenDecoder(8, (4, 4), cell=32, split=1, dim=32, depth=2)):
+    for decoder in (MapDecoder(8, 32, 2), TokenDecoder(8, (4, 4), upscale=32, split=1, dim=32, depth=2)):
         linears = [m for m in decoder.modules() if isinstance(m, torch.nn.Linear)]
         assert len(linears) >= 8
         for linear in linears:  # Glorot and Bengio's uniform: sqrt(6 / (in + out)), whose deviation is bound / sqrt(3)

@@ -10,6 +10,7 @@ from gcssl.errors import UserError
 from gcssl.models.build import build_backbone
 from gcssl.models.gcvit import GCViT
 from gcssl.ssl.masking import upsample_mask
+from gcssl.ssl.targets import hog
 
 Make = Callable[..., Any]
 SIZE = (128, 128)
@@ -31,16 +32,21 @@ def test_mask_leak_none_from_hidden_pixels(mae: Any, draw_batch: Make, scramble:
         assert not torch.equal(*plain)  # control
 
 
-@pytest.mark.parametrize("side", [32, 64])
-def test_loss_equals_a_slow_version_over_hidden_units(make_objective: Make, draw_batch: Make, side: int) -> None:
-    mae = make_objective("mae", size=SIZE, mask_unit=side, decoder_dim=32, decoder_depth=1)
+@pytest.mark.parametrize("target, side", [("norm_pixels", 32), ("norm_pixels", 64), ("pixels", 32), ("hog", 64)])
+def test_loss_equals_a_slow_version_over_hidden_units(
+    make_objective: Make, draw_batch: Make, target: str, side: int
+) -> None:
+    mae = make_objective("mae", size=SIZE, mask_unit=side, decoder_dim=32, decoder_depth=1, target=target)
     batch = draw_batch(mae, 2, SIZE)
     x, mask = batch["views"][0], batch["masks"][0]
     pred, errors = mae.predict(batch), []
+    wanted, cells = (hog(x, 8), side // 8) if target == "hog" else (x, side)  # a unit's side in the prediction
     for i, row, col in mask.nonzero().tolist():
-        where = (i, slice(None), slice(side * row, side * row + side), slice(side * col, side * col + side))
-        unit = x[where]
-        errors.append((pred[where] - (unit - unit.mean()) / (unit.var() + 1e-6).sqrt()).square().mean())
+        rows, cols = (slice(cells * at, cells * at + cells) for at in (row, col))
+        unit, given = wanted[i, :, rows, cols], pred[i, :, rows, cols]
+        if target == "norm_pixels":
+            unit = (unit - unit.mean()) / (unit.var() + 1e-6).sqrt()
+        errors.append((given - unit).abs().mean() if target == "pixels" else (given - unit).square().mean())
     assert len(errors) == 2 * {32: 12, 64: 3}[side]
     torch.testing.assert_close(mae(batch, 0)["loss"], torch.stack(errors).mean())
 
@@ -78,6 +84,7 @@ def test_draw_pickles_and_hides_three_quarters(mae: Any) -> None:
         ({"mask_unit": 96}, "mask_unit=96 does not fit"),
         ({"mask_ratio": 1.0}, "mask_ratio=1.0"),
         ({"decoder_dim": 16}, "decoder_dim=16"),
+        ({"target": "rgb"}, "target=rgb is unknown; one of pixels, norm_pixels, hog"),
     ],
 )
 def test_bad_values_are_refused_in_one_line(make_objective: Make, cfg: dict[str, Any], told: str) -> None:

@@ -20,6 +20,7 @@ from gcssl.rng import AUGMENT, rng
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from gcssl.config import DataConfig, TrainConfig
     from gcssl.data import Images
     from gcssl.models.build import Backbone
 
@@ -70,6 +71,11 @@ class ForwardOptions:
     workers: int = 0
     precision: str = "fp32"
     timeout: int = 300  # seconds that a loader worker may take for one batch
+
+
+def options_within(train: "TrainConfig", data: "DataConfig", precision: str = "fp32") -> ForwardOptions:
+    """Those of a pass inside a run: where a step fits, twice its images fit without gradients."""
+    return ForwardOptions(min(256, 2 * train.batch_size), data.workers, precision, data.timeout)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from torch import Tensor
 from gcssl.checkpoint import write_backbone
 from gcssl.config import CheckpointConfig, DataConfig, LogConfig, RuntimeConfig, TrainConfig, load_config
 from gcssl.errors import UserError
-from gcssl.eval.features import ForwardOptions
+from gcssl.eval.features import options_within
 from gcssl.eval.inputs import (
     AskedData,
     Inputs,
@@ -306,9 +306,8 @@ def judge(objective: Classifier, inputs: Inputs) -> dict[str, Any]:
     def both(x: Tensor) -> dict[str, Tensor]:
         return {"ema": objective.ema.module(x), "raw": objective.encoder(x)}
 
-    data = inputs.cfg.data
     precision = "bf16" if inputs.cfg.train.precision == "bf16" else "fp32"
-    found = classify(both, inputs, ForwardOptions(256, data.workers, precision, data.timeout))
+    found = classify(both, inputs, options_within(inputs.cfg.train, inputs.cfg.data, precision))
     ema, raw = found["hits"]["ema"], found["hits"]["raw"]
     metrics = {
         "finetune/top1": percent(ema[1]),

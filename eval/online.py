@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from gcssl.config import PretrainConfig
 from gcssl.data import Images, held_out
 from gcssl.errors import NotFinite, NumericStop, UserError
-from gcssl.eval.features import ForwardOptions, extract
+from gcssl.eval.features import extract, options_within
 from gcssl.eval.inputs import FEW
 from gcssl.eval.knn import sharded_correct
 from gcssl.eval.metrics import rankme
@@ -37,7 +37,7 @@ class OnlineProbe:
 
     def __call__(self, step: int, objective: Any) -> dict[str, float]:
         cfg, encoder = self.cfg, evaluated_encoder(self.cfg, objective)
-        options = ForwardOptions(workers=cfg.data.workers, timeout=cfg.data.timeout)
+        options = options_within(cfg.train, cfg.data)
         try:
             bank, queries = (
                 extract(encoder, self.images, part, self.accelerator, options=options, quiet=True)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from gcssl.errors import UserError
 from gcssl.eval.features import ForwardOptions, count_bad, forward_all
-from gcssl.eval.inputs import FRESH, InputConfig, Inputs, evaluate, program
+from gcssl.eval.inputs import InputConfig, Inputs, evaluate, program
 from gcssl.eval.metrics import best, hits, percent
+from gcssl.models.load import FRESH
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

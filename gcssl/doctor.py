@@ -27,9 +27,9 @@ from gcssl.eval.knn import search
 from gcssl.keys import nearest
 from gcssl.log import say
 from gcssl.models.gcvit import GCViT
+from gcssl.models.hidden import upsample_mask
 from gcssl.rng import MODEL, seed_torch
 from gcssl.runtime import entry
-from gcssl.ssl.masking import upsample_mask
 from gcssl.ssl.objectives import SCHEMAS
 from gcssl.trial import changed, first_minutes, first_steps, rate, replay, verify_resume
 

@@ -205,6 +205,11 @@ class RunFolder:
         if old is None:
             raise UserError(f"out: {self.path} holds {', '.join(used)} but no config.yaml; give another folder")
         old_facts = self._read_json("env.json").get("facts", {})
+        if self.facts and not old_facts:
+            raise UserError(
+                f"out: {self.path} holds {', '.join(used)} but no sound env.json, which says what its images and batch "
+                "were; give another folder"
+            )
         free = FREE_KEYS + (BATCH_KEYS if "global_batch" in self.facts else ())
         for fact, keys in (("data", DATA_KEYS), ("weights", BACKBONE_KEYS)):  # the same, wherever it lies now
             free += keys if fact in self.facts and self.facts[fact] == old_facts.get(fact) else ()

@@ -8,6 +8,7 @@ import functools
 import itertools
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -34,6 +35,7 @@ def entry(main: Callable[[list[str]], None]) -> None:
     """Run a program's main on the command line and leave with its exit code (1 with a traceback)."""
     quiet_libraries()
     follow_launcher()
+    open_more_files()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a file name may be no UTF-8
     error: BaseException | None = None
     try:
@@ -48,6 +50,14 @@ def entry(main: Callable[[list[str]], None]) -> None:
     if error is not None:
         _report(error, code, reason)
     sys.exit(code)
+
+
+def open_more_files(most: int = 65_536) -> None:
+    """A worker hands each tensor of a batch over as an open file: ten of DINO's crops exceed the usual 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _stop_here(number: int, _: FrameType | None) -> None:

@@ -6,7 +6,7 @@ what has to be copied into a cache is announced with its size.
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from gcssl.sources import LISTS, TEST_NAMES, TRAIN_NAMES, Found, Raw
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
 
 TABLES = (".parquet", ".arrow", ".tar")
 PACKED = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")  # of which load_dataset reads the first
@@ -44,6 +45,8 @@ class Rows:
             cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
         if isinstance(cell, str):
             return self.root / cell  # an absolute path stays itself
+        if cell is None:
+            raise ValueError(f"column {self.column} is empty in this row")
         if not isinstance(cell, bytes):
             raise ValueError(f"the cell holds {type(cell).__name__}, expected encoded bytes")
         return cell
@@ -228,11 +231,15 @@ def _by_split(files: list[Path], cfg: DataConfig) -> dict[str, list[Path]]:
         groups.setdefault(name or SHARD.sub("", file.stem) or "train", []).append(file)
     if not any(name in known for name in groups):
         if len(groups) > 1:
-            say(f"data: no table of {cfg.path} names a split: {', '.join(groups)} are joined as train")
+            more = f" and {len(groups) - 3} more" if len(groups) > 3 else ""
+            shown = f"{', '.join(list(groups)[:3])}{more}"
+            say(f"data: no table of {cfg.path} names a split: {shown} are joined as train")
         return {"train": files}
     if cfg.train_split is None and (others := [name for name in groups if name not in known]):
         used = [name for name in groups if name in known]
-        say(f"data: {cfg.path} has the splits {', '.join(used)}; not used beside them: {', '.join(others)}")
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        told = f"not used beside them: {', '.join(others[:3])}{more}"
+        say(f"data: {cfg.path} has the splits {', '.join(used)}; {told}")
     return groups
 
 
@@ -253,7 +260,7 @@ def _parquet(cfg: DataConfig, files: list[Path]) -> "datasets.Dataset":
 
     total = sum(file.stat().st_size for file in files)
     try:
-        features = [datasets.Features.from_arrow_schema(pq.read_schema(file)) for file in files]
+        features = [_features(pq.read_schema(file)) for file in files]
         image, label = pick_columns(features[0], cfg, cfg.path)
         columns = [image] if label is None else [image, label]
         for file, other in zip(files, features, strict=True):
@@ -261,19 +268,37 @@ def _parquet(cfg: DataConfig, files: list[Path]) -> "datasets.Dataset":
                 told = f"{' and '.join(columns)} of other types or classes than {files[0].name}"
                 raise UserError(f"data.path: {file} has {told}; shards of one split must agree")
         if total > IN_MEMORY:
-            return _cached("parquet", cfg, files, total)
+            kept = datasets.Features({column: features[0][column] for column in columns})
+            return _cached("parquet", cfg, files, total, columns=columns, features=kept)
         tables = [pq.ParquetFile(file).read(columns=columns) for file in files]
         return datasets.Dataset(pa.concat_tables(tables)).select_columns(columns)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"data.path: {_damaged(files)} is no sound parquet ({one_line(error)})") from error
 
 
-def _arrow(_cfg: DataConfig, files: list[Path]) -> "datasets.Dataset":
+def _features(schema: "pa.Schema") -> "datasets.Features":
+    """Those of the columns whose type the datasets library knows; a map, for one, it does not."""
     import datasets
     import pyarrow as pa
 
     try:
-        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
+        return datasets.Features.from_arrow_schema(schema)
+    except ValueError:
+        found = datasets.Features()
+        for field in schema:
+            with suppress(ValueError):
+                found |= datasets.Features.from_arrow_schema(pa.schema([field]))
+        return datasets.Features(found)
+
+
+def _arrow(cfg: DataConfig, files: list[Path]) -> "datasets.Dataset":
+    import datasets
+    import pyarrow as pa
+
+    try:
+        tables = [datasets.Dataset.from_file(str(file)) for file in files]
+        columns = [column for column in pick_columns(tables[0].features, cfg, cfg.path) if column]
+        return datasets.concatenate_datasets([table.select_columns(columns) for table in tables])
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"data.path: {files[0].parent} holds no sound Arrow files ({one_line(error)})") from error
 
@@ -298,14 +323,14 @@ def _from_disk(cfg: DataConfig, root: Path) -> Found:
     return {str(k): partial(_raw, cfg, root, str(k), partial(_same, table)) for k, table in splits.items()}
 
 
-def _cached(kind: str, cfg: DataConfig, files: list[Path], total: int) -> "datasets.Dataset":
+def _cached(kind: str, cfg: DataConfig, files: list[Path], total: int, **columns: Any) -> "datasets.Dataset":
     import datasets
 
     place = cfg.cache_dir or datasets.config.HF_DATASETS_CACHE
-    say(f"data: {kind} of {_size(total)} in {files[0].parent} is copied once as Arrow into {place}")
+    say(f"data: {kind} of {_size(total)} in {files[0].parent} is copied once as Arrow into {place}, or found there")
     names = [str(file) for file in files]
     try:
-        return datasets.load_dataset(kind, data_files=names, split="train", cache_dir=cfg.cache_dir)
+        return datasets.load_dataset(kind, data_files=names, split="train", cache_dir=cfg.cache_dir, **columns)
     except Exception as error:  # the builders wrap what the readers raise
         cause = error.__cause__ or error
         raise UserError(f"data.path: {files[0].parent} holds no sound {kind} files ({one_line(cause)})") from error

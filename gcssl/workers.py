@@ -66,7 +66,7 @@ class WorkerLoader(DataLoader[Any]):
                 return
             except Exception as error:
                 if isinstance(error, RuntimeError) and "DataLoader" in str(error) and "Caught" not in str(error):
-                    raise UserError(self._what_died(error)) from error
+                    raise Failure(self._what_died(error)) from error
                 if self.num_workers:  # else the garbage collector may close the queues first, and wait 10 s a worker
                     iterator._shutdown_workers()
                 if not isinstance(error, UserError | Failure):

@@ -22,8 +22,9 @@ from gcssl.errors import UserError
 from gcssl.models.build import Backbone
 from gcssl.models.decoders import TokenDecoder
 from gcssl.models.gcvit import GCViT
+from gcssl.models.hidden import upsample_mask
 from gcssl.ssl.base import Objective, Setup
-from gcssl.ssl.masking import MaskedDraw, check_ratio, check_unit, hidden_count, hide_pixels, upsample_mask
+from gcssl.ssl.masking import MaskedDraw, check_ratio, check_unit, hidden_count, hide_pixels
 from gcssl.ssl.targets import HOG_CELL, TARGETS, check_target, head_shape, reconstruction, target_loss
 
 

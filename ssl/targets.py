@@ -15,7 +15,7 @@ from torch import Tensor
 from gcssl.errors import UserError
 from gcssl.models.decoders import PixelHead
 from gcssl.models.functional import at_least_fp32
-from gcssl.ssl.masking import upsample_mask
+from gcssl.models.hidden import upsample_mask
 
 TARGETS = ("pixels", "norm_pixels", "hog")
 BINS = 9  # of a half turn

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from gcssl.augment import ViewSpec, normalize, resize_center_crop
 from gcssl.config import DataConfig
 from gcssl.data import open_data
-from gcssl.errors import UserError
+from gcssl.errors import Failure, UserError
 from gcssl.eval.features import KINDS, Crop, ForwardOptions, extract
 from gcssl.models.build import build_backbone
 
@@ -125,7 +125,7 @@ class Stuck:
 
 @pytest.mark.parametrize("crop", [Crop(SIZE), Crop(SIZE, random=ViewSpec())])
 def test_a_worker_that_hangs_ends_an_evaluation_after_data_timeout(crop: Crop, accelerator: Accelerator) -> None:
-    with pytest.raises(UserError, match="timed out after 1 seconds; workers were reading stuck 0 "):
+    with pytest.raises(Failure, match="timed out after 1 seconds; workers were reading stuck 0 "):
         extract(nano(), Stuck(), np.arange(2), accelerator, crop, ForwardOptions(workers=1, timeout=1))
 
 

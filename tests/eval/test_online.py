@@ -87,6 +87,17 @@ def test_features_that_are_not_numbers_end_the_run_as_its_losses_would(tmp_path:
         probe(7, Namespace(encoder=encoder, default_encoder="student"))
 
 
+def test_the_probe_shows_the_encoder_no_more_images_at_once_than_training_shows_to_fit(tmp_path: Path) -> None:
+    cfg = PretrainConfig(out=str(tmp_path))
+    cfg.eval.online_every, cfg.data.shapes_n, cfg.data.workers, cfg.train.batch_size = 1, 64, 0, 8
+    encoder, shown = build_backbone("gcvit_nano", 64), []
+    encoder.stem.register_forward_pre_hook(lambda _, given: shown.append(len(given[0])))
+    probe = online.online_probe(cfg, open_data(cfg.data).train, Accelerator(cpu=True), SIZES)
+    assert probe is not None
+    probe(1, Namespace(encoder=encoder, default_encoder="student"))
+    assert max(shown) == 16 and sum(shown) == 64
+
+
 def test_the_probe_asks_for_the_held_out_images_and_knows_only_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

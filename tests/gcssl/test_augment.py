@@ -297,10 +297,11 @@ def test_a_crop_reaches_both_ends_and_the_first_attempt_that_fits_counts() -> No
         assert (top, left, h, w) == (expected, 1 - expected, 9, 9)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 4000), (4000, 2), (3, 3)])
-def test_crops_of_odd_images_stay_inside(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(1, 1), (1, 30), (2, 4000), (4000, 2), (3, 3)])
+@pytest.mark.parametrize("ratio", [SIMCLR.ratio, (2.5, 4.0)])
+def test_crops_of_odd_images_stay_inside(size: tuple[int, int], ratio: tuple[float, float]) -> None:
     width, height = size
-    spec = replace(SIMCLR, size=(32, 64))
+    spec = replace(SIMCLR, size=(32, 64), ratio=ratio)
     for i in range(20):
         view = draw_view(rng(0, i), spec)
         top, left, h, w = crop_box(view, spec, height, width)

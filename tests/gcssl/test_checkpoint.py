@@ -528,3 +528,14 @@ def test_checkpoints_that_a_running_run_deletes_meanwhile(tmp_path: Path, monkey
 
     monkeypatch.setattr(checkpoint, "verify", two_more)
     assert_is(tmp_path, 4)
+
+
+def test_what_is_removed_has_no_checkpoints_name_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill in the middle of it would leave half a checkpoint that looks damaged."""
+    seen: list[list[int]] = []
+    remove = shutil.rmtree
+    for step in (1, 2):
+        save(tmp_path, step)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **how: (seen.append(steps(tmp_path)), remove(path, **how)))
+    save(tmp_path, 3)
+    assert seen[-1] == steps(tmp_path) == [3, 2]

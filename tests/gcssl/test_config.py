@@ -117,6 +117,7 @@ def test_image_sizes() -> None:
 def test_text_is_taken_as_written() -> None:
     cfg = load("objective.name=pixels", "out=007", "data.path=/a b/c: d=e", "model.weights=null")
     assert (cfg.out, cfg.data.path, cfg.model.weights) == ("007", "/a b/c: d=e", None)
+    assert load("objective.name=pixels", "out='null'").out == "null"
     assert load("objective.name=pixels", "out=no").out == "no"
 
 

@@ -327,6 +327,44 @@ def test_large_parquet_is_cached_and_announced(
     assert "KiB" in said and str(tmp_path / "cache") in said and any((tmp_path / "cache").iterdir())
 
 
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_columns_that_nobody_asks_for_may_be_of_any_type(
+    size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other types in each shard; a map, which the datasets library has no type for. They are not copied either."""
+    if size == "large":
+        monkeypatch.setattr(gcssl.tables, "IN_MEMORY", 10)
+    names = ["dog", "ant", "cat"]
+    rows = pa.table({"jpg": [encoded(COLOURS[n]) for n in names], "cls": names})
+    pairs = pa.array([[("a", 1)]] * 3, pa.map_(pa.string(), pa.int64()))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i, meta in enumerate((pa.array([1, 2, 3]), pa.array(list("xyz")))):
+        pq.write_table(rows.append_column("meta", meta).append_column("pairs", pairs), folder / f"train-{i}.parquet")
+    train = opened(folder, cache_dir=str(tmp_path / "cache")).train
+    assert len(train) == 6
+    assert_labels_match_pixels(train)
+    assert (tmp_path / "cache").exists() == (size == "large")
+
+
+def test_arrow_shards_may_differ_in_columns_that_nobody_asks_for(tmp_path: Path) -> None:
+    for i, meta in enumerate(([1, 2, 3], list("xyz"))):
+        table(3).add_column("meta", meta).save_to_disk(tmp_path / f"part{i}")
+        shutil.copy(next((tmp_path / f"part{i}").glob("*.arrow")), tmp_path / f"train-{i}.arrow")
+        shutil.rmtree(tmp_path / f"part{i}")
+    assert_labels_match_pixels(opened(tmp_path).train)
+
+
+def test_many_tables_without_a_split_are_told_in_a_short_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Spark names them."""
+    for i in range(5):
+        table(2).to_parquet(tmp_path / f"part-0000{i}-{i}a9b-c000.parquet")
+    assert len(opened(tmp_path).train) == 10
+    assert "part-00002-2a9b-c and 2 more are joined as train" in capsys.readouterr().out
+
+
 def test_parquet_without_huggingface_metadata(tmp_path: Path) -> None:
     names = ["dog", "ant", "cat"]
     rows = pa.table({"jpg": [encoded(COLOURS[n]) for n in names], "cls": names})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageFile
 
-from gcssl.data import BadImage, _jpeg, decode
+from gcssl.data import BadImage, _jpeg, _true_rgb, decode
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -204,3 +204,14 @@ def test_a_file_that_would_start_a_program_is_refused(tmp_path: Path, monkeypatc
     with pytest.raises(BadImage):
         decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
     assert not (tmp_path / "started").exists()
+
+
+def test_damaged_exif_leaves_a_sound_image_as_stored() -> None:
+    assert first(saved(Image.new("RGB", (8, 8), (10, 20, 30)), "png", exif=b"Exif\0\0no tiff")) == (10, 20, 30)
+
+
+def test_premultiplied_grey_is_laid_on_white() -> None:
+    """No file opens so; an image of the datasets library may be of any mode."""
+    half = Image.merge("LA", (Image.new("L", (4, 4), 100), Image.new("L", (4, 4), 128)))
+    for image in (half, half.convert("La")):
+        assert abs(_true_rgb(image).getpixel((0, 0))[0] - (100 * 128 + 255 * 127) / 255) <= 2  # type: ignore[index]

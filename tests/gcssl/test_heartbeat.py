@@ -28,7 +28,13 @@ def test_a_closed_connection_names_the_process_that_is_behind(heartbeat: Heartbe
 
 
 @pytest.mark.parametrize(
-    "own", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("shapes differ"), OSError()]
+    "own",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("shapes differ"),
+        OSError(),
+        ValueError("Connection closed by peer"),
+    ],
 )
 def test_an_error_of_this_process_stays_itself(own: Any, heartbeat: Heartbeat) -> None:
     with pytest.raises(type(own)) as error, heartbeat:

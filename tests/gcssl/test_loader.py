@@ -22,7 +22,7 @@ from PIL import Image
 from gcssl.augment import BYOL_1, BYOL_2, IMAGENET_MEAN, IMAGENET_STD, View, ViewSpec, draw_view
 from gcssl.config import AugmentConfig
 from gcssl.data import Images
-from gcssl.errors import Preempted, UserError
+from gcssl.errors import Failure, Preempted, UserError
 from gcssl.eval.features import Crop
 from gcssl.loader import (
     BatchPlan,
@@ -203,6 +203,15 @@ def test_bad_images_are_replaced_alike_in_every_epoch_and_reported() -> None:
     assert dataset[(0, 4, 0)]["bad"] == []
 
 
+def test_a_replacement_is_drawn_by_the_place_that_it_fills() -> None:
+    """So that it is no copy of the view that the epoch shows of it anyway."""
+    keys: list[Any] = []
+    dataset = TrainSet(make_images(40, broken=(3,)), lambda *given: keys.append(given[2]) or {}, seed=7)
+    item = dataset[(2, 3, 0)]
+    dataset[(2, item["index"], 1)]
+    assert [(seed, epoch, index) for seed, _, epoch, index in keys] == [(7, 2, 3), (7, 2, item["index"])]
+
+
 def test_a_set_of_broken_images_ends_in_one_line() -> None:
     images = make_images(30, broken=tuple(range(30)))
     for workers in (0, 1):
@@ -219,7 +228,7 @@ def test_a_set_of_broken_images_ends_in_one_line() -> None:
 def test_a_worker_that_dies_or_hangs_is_named_with_its_file(fate: str) -> None:
     images = make_images(40, deadly=7, fate=fate)
     loader = train_loader(TrainSet(images, ViewMaker(draw, SIZE), seed=3), plan(n=40), workers=1, timeout=3)
-    with pytest.raises(UserError, match=r"folder/7.png.*data.workers=1") as caught:
+    with pytest.raises(Failure, match=r"folder/7.png.*data.workers=1") as caught:
         list(loader)
     assert "\n" not in str(caught.value)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gcssl.log
-from gcssl.log import RunLog, say
+from gcssl.log import RunLog, cut_after, say
 from gcssl.runtime import quiet_libraries
 
 
@@ -55,6 +55,15 @@ def test_a_resume_drops_what_came_after_it_and_half_a_line(tmp_path: Path) -> No
         file.write('{"step": 9, "lo')  # killed while it wrote
     run(tmp_path, 4, 10)
     assert steps_of(tmp_path) == [2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("last", [b'{"step": 4, "loss": 1.0}', b'{"step": 4, "path": "caf\xc3'])
+def test_a_last_line_without_its_end_is_no_line(last: bytes, tmp_path: Path) -> None:
+    """What is appended later would run on from it; a name may be cut in the middle of a letter."""
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b'{"step": 2}\n' + last)
+    cut_after(path, 8)
+    assert path.read_bytes() == b'{"step": 2}\n'
 
 
 def test_numbers_that_are_not_finite_stay_json(tmp_path: Path) -> None:

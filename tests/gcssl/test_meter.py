@@ -29,6 +29,16 @@ def test_means_over_micro_batches_and_flags(accelerator) -> None:
     assert values == expected and meter.micro == 0
 
 
+def test_a_step_names_the_images_of_all_its_micro_batches(accelerator) -> None:
+    meter = Meter(accelerator)
+    for step in range(2):
+        for first in (0, 2):
+            meter.note({"index": torch.arange(first, first + 2) + 10 * step, "bad": []})
+            meter.add({"loss": torch.tensor(1.0)})
+        assert torch.cat(meter.indices).tolist() == [10 * step + i for i in range(4)]
+        meter.reduce(torch.tensor(1.0), stop=False)
+
+
 def test_waiting_is_measured_but_for_the_first_batch(accelerator) -> None:
     def loader() -> Iterator[int]:
         for i in range(3):
@@ -38,6 +48,7 @@ def test_waiting_is_measured_but_for_the_first_batch(accelerator) -> None:
     meter, waits = Meter(accelerator), []
     for _ in meter.waiting(loader()):
         waits.append(meter.take_wait())
+    assert meter.take_wait() >= 0.0 and meter.take_wait() == 0.0  # each wait is of one step
     assert waits[0] == 0.0 and min(waits[1:]) >= 0.049  # a sleep of 0.05 is never shorter
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+from gcssl import runfolder
 from gcssl.config import DataConfig, PretrainConfig, TrainConfig, config_dict
 from gcssl.errors import LostProcess, NumericStop, Preempted, UserError
 from gcssl.keys import flatten
@@ -426,3 +427,30 @@ def test_two_processes_agree_on_the_folder(tmp_path: Path) -> None:
     assert status(tmp_path / "run")["state"] == "finished"
     lost = status(tmp_path / "lost")  # the reason is that of the process that failed first
     assert (lost["state"], lost["reason"]) == ("refused", "process 1: only here")
+
+
+@pytest.mark.parametrize("damage", ['{"facts": {', None])
+def test_a_run_of_which_nobody_knows_the_images_is_refused(tmp_path: Path, damage: str | None) -> None:
+    """A batch and a path of data may be written otherwise where what they stand for is the same, by env.json."""
+    with RunFolder(tmp_path, config(), global_batch=16, facts={"data": "A"}) as run:
+        run.start()
+        (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n')
+    (tmp_path / "env.json").unlink() if damage is None else (tmp_path / "env.json").write_text(damage)
+    with (
+        pytest.raises(UserError, match=r"holds metrics.jsonl but no sound env.json.*give another folder"),
+        RunFolder(tmp_path, config(), global_batch=64, facts={"data": "B"}),
+    ):
+        pytest.fail("entered")
+
+
+def test_results_of_changed_files_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gcssl").mkdir()
+    (tmp_path / "gcssl" / "runfolder.py").write_text("1")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(runfolder, "__file__", str(tmp_path / "gcssl" / "runfolder.py"))
+    clean = runfolder._commit()
+    assert clean is not None and len(clean) == 40
+    (tmp_path / "gcssl" / "runfolder.py").write_text("2")
+    assert runfolder._commit() == clean + "+"

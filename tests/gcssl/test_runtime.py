@@ -91,6 +91,14 @@ def test_a_full_gpu_is_one_line(tmp_path: Path) -> None:
     assert "model.grad_checkpointing=true needs less" in told
 
 
+def test_a_program_may_open_what_the_system_allows() -> None:
+    code = "import resource\nfrom gcssl.runtime import entry\n"
+    code += "entry(lambda _: print(*resource.getrlimit(resource.RLIMIT_NOFILE)))"
+    told = subprocess.run(["bash", "-c", 'ulimit -Sn 200; ulimit -Hn 900; exec "$@"', "-", sys.executable, "-c", code],
+                          capture_output=True, text=True, check=True, timeout=60).stdout  # fmt: skip
+    assert told.split() == ["900", "900"]
+
+
 def test_a_second_signal_does_not_change_the_exit_code() -> None:
     """A scheduler that is in a hurry repeats it while the first one's line is written and Python shuts down.
 

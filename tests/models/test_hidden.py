@@ -268,3 +268,12 @@ def test_average_by_hand_of_samples_that_hide_different_counts() -> None:
     sites = torch.tensor([[[False, True], [False, True]], [[False, False], [False, False]]])[..., None]
     assert average(x, sites).tolist() == [[2.0], [4.0]] and average(x, None).tolist() == [[1.0], [4.0]]
     assert average(x.half(), sites).dtype == torch.float16 and average(x.double(), sites).dtype == torch.float64
+
+
+def test_an_average_in_bf16_divides_by_the_share_itself() -> None:
+    x, sites = torch.rand(1, 1, 7, 64), torch.zeros(1, 1, 7, 1, dtype=torch.bool)
+    sites[..., 3:, :] = True
+    x = x.masked_fill(sites, 0.0).bfloat16()
+    wanted = (x.mean((1, 2)).float() / (3 / 7)).bfloat16()
+    assert torch.equal(average(x, sites), wanted)
+    assert not torch.equal(x.mean((1, 2)) / torch.tensor(3 / 7).bfloat16(), wanted)  # control

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from gcssl.config import AugmentConfig
 from gcssl.models.gcvit import GCViT
+from gcssl.models.hidden import upsample_mask
 from gcssl.ssl.base import Setup
-from gcssl.ssl.masking import draw_mask, upsample_mask
+from gcssl.ssl.masking import draw_mask
 from gcssl.ssl.objectives import OBJECTIVES
 
 SIZE = (64, 64)

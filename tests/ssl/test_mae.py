@@ -9,7 +9,7 @@ import torch
 from gcssl.errors import UserError
 from gcssl.models.build import build_backbone
 from gcssl.models.gcvit import GCViT
-from gcssl.ssl.masking import upsample_mask
+from gcssl.models.hidden import upsample_mask
 from gcssl.ssl.targets import hog
 
 Make = Callable[..., Any]

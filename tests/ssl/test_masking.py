@@ -8,8 +8,9 @@ import torch
 
 from gcssl.errors import UserError
 from gcssl.models.build import build_backbone
+from gcssl.models.hidden import upsample_mask
 from gcssl.rng import rng
-from gcssl.ssl.masking import check_ratio, check_unit, default_unit, draw_blocks, draw_mask, hide_pixels, upsample_mask
+from gcssl.ssl.masking import check_ratio, check_unit, default_unit, draw_blocks, draw_mask, hide_pixels
 from scripts.timm_matrix import random_batch
 
 

@@ -8,7 +8,8 @@ import torch
 
 from gcssl.errors import UserError
 from gcssl.models.decoders import PixelHead
-from gcssl.ssl.masking import hide_pixels, upsample_mask
+from gcssl.models.hidden import upsample_mask
+from gcssl.ssl.masking import hide_pixels
 from gcssl.ssl.targets import TARGETS, l1_hidden, make_target, target_loss
 
 Make = Callable[..., Any]

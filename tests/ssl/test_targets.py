@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gcssl.errors import UserError
-from gcssl.ssl.masking import upsample_mask
+from gcssl.models.hidden import upsample_mask
 from gcssl.ssl.targets import (
     check_target,
     hidden_std,

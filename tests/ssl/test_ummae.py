@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gcssl.errors import UserError
 from gcssl.models.build import build_backbone
-from gcssl.ssl.masking import hide_pixels, keep_units, upsample_mask
+from gcssl.models.hidden import upsample_mask
+from gcssl.ssl.masking import hide_pixels, keep_units
 
 Make = Callable[..., Any]
 SIZE = (128, 128)

@@ -93,12 +93,13 @@ def pretrain_sizes(cfg: PretrainConfig, n_images: int, world: int, couples: bool
     """Batch and steps on `world` processes; refuses accumulation where the objective would compute another loss."""
     sizes = run_sizes(cfg.train, n_images, world)
     if couples and (sizes.accumulate > 1 or sizes.global_batch < 2):
+        fewer = ", a smaller train.global_batch" if cfg.train.global_batch is not None else ""
         keys = {key: getattr(cfg.objective, key, None) for key in ("view", "koleo_weight", "balance")}
         raise UserError(
             f"train.accumulate={sizes.accumulate}, batch_size={sizes.batch_size}: {cfg.objective.name}"
             f"{','.join(f' objective.{key}={x}' for key, x in keys.items() if x)}"
-            " compares the images of a batch, two at least, and none across micro-batches; use more processes"
-            " (doctor.processes=, plan.processes=), a larger batch or another setting"
+            " compares the images of a micro-batch, so it needs train.accumulate=1 and two at least; use more processes"
+            f" (doctor and plan: doctor.processes=, plan.processes=){fewer} or a larger train.batch_size"
         )
     return sizes
 
@@ -215,6 +216,7 @@ def prepared(
     where torch wants it: step counts that Accelerate moved to a GPU would be read back in each step.
     """
     if train.compile:
+        say("train.compile: the first steps wait for the compiler, minutes of them")
         compile_encoders(objective)
     if train.shard and accelerator.num_processes > 1:
         shard(objective, optimizer, accelerator)

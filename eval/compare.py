@@ -20,6 +20,8 @@ def compare(first: Path, second: Path) -> dict[str, float | int]:
     """Top-1 in percent of both result files and McNemar's test of their difference; UserError unless both are of
     the same test images."""
     a, b = read(first), read(second)
+    if first.resolve() == second.resolve():
+        raise UserError(f"{second}: given twice; expected the results of two evaluations")
     if a["test_fingerprint"] != b["test_fingerprint"]:
         raise UserError(f"{second}: judged on other images ({b['test_split']}) than {first} ({a['test_split']})")
     metric, other = a["correct"]["metric"], b["correct"]["metric"]

@@ -13,7 +13,7 @@ import torch
 
 from gcssl.config import DataConfig, ModelConfig, RuntimeConfig, TrainConfig, config_dict, load_config, read_yaml
 from gcssl.data import held_out, open_data
-from gcssl.errors import UserError
+from gcssl.errors import Failure, UserError
 from gcssl.eval.features import PRECISIONS, Crop, Features, ForwardOptions, extract, frozen
 from gcssl.eval.results import check_result, comparison, packed, result_table, settings_of, write_result
 from gcssl.log import say
@@ -191,7 +191,9 @@ def result_path(cfg: Any, task: str, run: dict[str, Any] | None) -> Path:
     """<run>/eval/[<name>/]<task>.json, or <out>/[<name>/]<task>.json where out is given; UserError if not writable."""
     if not cfg.out and run is None:
         told = f"backbone={cfg.backbone} is no run folder (it has no config.yaml)"
-        raise UserError(f"out: not given, and {told}; give out=<folder> for the result, or a run folder")
+        within = next(Path(cfg.backbone).glob("*/config.yaml"), None) if Path(cfg.backbone).is_dir() else None
+        such = f", such as {within.parent}" if within else ""
+        raise UserError(f"out: not given, and {told}; give a run folder{such}, or out=<folder> for the result")
     if cfg.name is not None and (not cfg.name or Path(cfg.name).name != cfg.name or cfg.name in (".", "..")):
         raise UserError(f"name: {cfg.name!r} given, expected one word (it names a folder)")
     folder = Path(cfg.out) if cfg.out else Path(cfg.backbone) / "eval"
@@ -245,7 +247,9 @@ def labels_of(images: "Images") -> np.ndarray:
             why = f"{images.reader.root} does not hold one folder of images a class, two classes at least"
             told = f"data.path: split {images.name} has no labels, and evaluations need them: {why}"
             raise UserError(f"{told}; give data.path=<a labelled set>")
-        raise UserError(f"data.label_column: split {images.name} has no labels, and evaluations need them")
+        columns = getattr(images.reader, "columns", ())
+        of_these = f"; give data.label_column=, one of {', '.join(columns)}" if columns else ""
+        raise UserError(f"data.label_column: split {images.name} has no labels, and evaluations need them{of_these}")
     return images.labels
 
 
@@ -344,11 +348,14 @@ def asked_result(task: str, cfg: Any) -> tuple[Any, dict[str, Any] | None, Path,
 
 
 def report(task: str, cfg: Any, path: Path, settings: dict[str, Any], result: dict[str, Any], main: bool) -> None:
-    """Write the result (the main process does) and print its table."""
-    if main:
-        write_result(path, result, settings)
+    """Print the table of the result, and write it (the main process does)."""
     for line in result_table(result, cfg.backbone, cfg.compare):
         say(line)
+    if main:
+        try:
+            write_result(path, result, settings)
+        except OSError as error:
+            raise Failure(f"{path}: cannot be written ({error.strerror}); what was measured stands above") from None
     say(f"{task}: {result['n_test']} test images, {result['seconds']:.1f} s, written to {path}")
 
 

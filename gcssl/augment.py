@@ -93,7 +93,7 @@ def override(spec: ViewSpec, augment: AugmentConfig, view: int = 0, views: int =
         if value is not None:
             if len(value) not in (1, views):
                 each = f", or {views}, one a view" if views > 1 else ""
-                raise UserError(f"augment.{key}={list(value)}: expected one number{each}")
+                raise UserError(f"augment.{key}={list(value)}: expected a list of one number{each}")
             changes[key] = float(value[view if len(value) > 1 else 0])
     for key in ("flip_p", "jitter_p", "gray_p", "interpolation"):
         if getattr(augment, key) is not None:

@@ -164,7 +164,6 @@ def _find(cfg: DataConfig) -> Found:
         if listed[0].parent == root and (splits := split_folders(cfg, root)):
             told = f"{listed[0]} beside the folders {', '.join(splits)} would not be read"
             raise UserError(f"data.path: {told}; give each of them one, with the names of its own files")
-        say(f"data: images of {root} that its metadata file does not list are not used")
         return load_other(cfg, root)
     if root.is_dir() and has_folders(cfg, root):
         looked = [folder for folder in (root, root / "train") if folder.is_dir()]

@@ -10,6 +10,7 @@ real training) and doctor.processes (that the run will have). It writes nothing 
 
 import shutil
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,7 +61,11 @@ def check_images(dry: DryRun) -> Finding:
             more = f" and {len(seen.bad) - MOST_BAD} more" if len(seen.bad) > MOST_BAD else ""
             told += f", {len(seen.bad)} cannot be decoded: {', '.join(first)}{more}"
         parts.append(told)
-    verdict = "FAIL" if worst > dry.cfg.data.max_bad else "warn" if worst else "ok"
+    if worst > dry.cfg.data.max_bad:
+        parts.append(f"more than data.max_bad={dry.cfg.data.max_bad}")
+    if dry.refused:
+        parts.append(f"evaluations will refuse the test split: {dry.refused}")
+    verdict = "FAIL" if worst > dry.cfg.data.max_bad else "warn" if worst or dry.refused else "ok"
     return Finding(verdict, "; ".join(parts))
 
 
@@ -70,6 +75,9 @@ def check_classes(dry: DryRun) -> Finding:
         return Finding("ok", "no labels: pretraining needs none")
     counts = np.bincount(labels, minlength=len(classes))
     told = f"{len(classes)} classes of {counts.min()} to {counts.max()} images"
+    cases = Counter(name.casefold() for name in classes)
+    if doubled := [name for name in classes if cases[name.casefold()] > 1]:
+        return Finding("warn", f"{told}; {' and '.join(doubled[:3])} are two classes, by case alone")
     if counts.min() < 20:
         return Finding("warn", f"{told}; {classes[int(counts.argmin())]} has few: its kNN and probe say little")
     return Finding("ok", told)

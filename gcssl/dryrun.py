@@ -14,7 +14,6 @@ from gcssl.data import BadImage, Images, Splits, open_data
 from gcssl.errors import UserError
 from gcssl.eval.online import probe_parts
 from gcssl.loader import Sizes, TrainSet, ViewMaker, batch_to_device, collate
-from gcssl.log import say
 from gcssl.pretrain import build_pretrain_backbone, check_objective, pretrain_sizes
 from gcssl.rng import rng
 from gcssl.runfolder import check_writable
@@ -96,6 +95,7 @@ class DryRun:
     objective: Any
     sizes: Sizes
     seen: "dict[str, Scan]"
+    refused: str  # why evaluations will refuse the test split, if they will
 
     def batch(self, count: int = SAMPLES) -> dict[str, Any]:
         """The first images of the training set as the objective gets them, again where there are fewer."""
@@ -114,15 +114,16 @@ def examine(cfg: DoctorConfig) -> DryRun:
     sizes = pretrain_sizes(cfg, len(data.train), cfg.doctor.processes, couples)
     probe_parts(cfg, data.train)  # may refuse them
     splits = {"train": data.train}
+    refused = ""
     try:
         if data.test is not None:
             splits["val"] = data.test
     except UserError as error:  # pretraining does not open it
-        say(f"the test split is not looked at: {error}")
+        refused = str(error)
     seen = {name: scan(images, cfg) for name, images in splits.items()}
     objective = make_objective(cfg, backbone, sizes.total_steps, sizes.steps_per_epoch)
     check_shard(cfg.train, objective)
-    return DryRun(cfg, data, backbone, objective, sizes, seen)
+    return DryRun(cfg, data, backbone, objective, sizes, seen, refused)
 
 
 def checkpoint_bytes(dry: DryRun) -> tuple[int, int]:

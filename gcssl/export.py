@@ -18,12 +18,13 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models.gcvit import GlobalContextVit
 from torch import Tensor, nn
 
 from gcssl.checkpoint import write_tensors
 from gcssl.config import ModelConfig, load_config
-from gcssl.errors import UserError
+from gcssl.errors import Failure, UserError, one_line
 from gcssl.files import aside, replacing
 from gcssl.log import say
 from gcssl.models.build import Backbone, backbone_info
@@ -70,10 +71,21 @@ def export(cfg: ExportConfig) -> Path:
     backbone.eval()
     info = {key: value for key, value in info.items() if key not in ("source", "notes")}  # paths of this machine
     out.parent.mkdir(parents=True, exist_ok=True)
-    difference = {"timm": export_timm, "torch": export_torch, "onnx": export_onnx}[cfg.format](backbone, info, out)
+    try:
+        difference = {"timm": export_timm, "torch": export_torch, "onnx": export_onnx}[cfg.format](backbone, info, out)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not is_full(out.parent, backbone):
+            raise
+        raise Failure(f"out: {out} cannot be written ({one_line(error)}); make room on that disk") from None
     parameters = sum(p.numel() for p in backbone.parameters())
     say(f"{out}: {backbone.name}, {parameters:,} parameters; outputs read back differ by {difference:.1e}")
     return out
+
+
+def is_full(folder: Path, backbone: Backbone) -> bool:
+    """Has the disk no room for the weights? safetensors, torch and onnx each tell it by an error of their own."""
+    needed = sum(t.numel() * t.element_size() for t in backbone.state_dict().values())
+    return shutil.disk_usage(folder).free < 1.1 * needed
 
 
 # ---- timm
@@ -196,7 +208,8 @@ def readme(config: dict[str, Any], name: str) -> str:
 def export_torch(backbone: Backbone, info: dict[str, Any], out: Path) -> float:
     """A state dict and its description; returns the largest relative difference of the outputs read back."""
     with replacing(out) as weights, replacing(out.with_suffix(".json")) as described:
-        torch.save({k: v.detach().cpu() for k, v in backbone.state_dict().items()}, weights)
+        model = backbone if isinstance(backbone, GCViT) else backbone.model  # timm's own names
+        torch.save({k: v.detach().cpu() for k, v in model.state_dict().items()}, weights)
         described.write_text(json.dumps({**info, **backbone_core(backbone)}, indent=1) + "\n")
         again = rebuild(Saved({}, backbone.name, json.loads(described.read_text())["model_args"], {}))
         load_weights(again, torch.load(weights, weights_only=True))

@@ -171,6 +171,11 @@ def read_label_file(path: Path, names: list[str]) -> list[str]:
             f"data.val_labels: {path} holds numbers, whose order is not that of the class names; expected "
             f"one class name (n01440764, ...) per line, or {KAGGLE_LABELS}"
         )
+    if all(line.split()[0] in (name, Path(name).stem) for line, name in zip(sorted(lines), names, strict=True)):
+        raise UserError(
+            f"data.val_labels: {path} names a file in each line ({lines[0]}); expected one class name per line, in the "
+            f"order of the sorted file names, or {KAGGLE_LABELS}"
+        )
     return lines
 
 
@@ -224,7 +229,7 @@ def _folders(root: Path) -> list[str]:
 
 
 def _images(root: Path) -> list[str]:
-    return sorted(e.name for e in entries(root) if _is_image(e.name) and not _holds(e.is_dir))  # dead links: bad images
+    return sorted(e.name for e in entries(root) if is_image(e.name) and not _holds(e.is_dir))  # dead links: bad images
 
 
 def entries(root: Path) -> list[os.DirEntry[str]]:
@@ -253,19 +258,19 @@ def _below(root: Path, others: Counter[str]) -> list[str]:
     names = []
     for folder, files in _walk(root):
         prefix = os.path.relpath(folder, root)
-        names += [file if prefix == "." else f"{prefix}/{file}" for file in files if _is_image(file)]
+        names += [file if prefix == "." else f"{prefix}/{file}" for file in files if is_image(file)]
         _count(files, others)
     return sorted(names)
 
 
 def _count(files: list[str], others: Counter[str]) -> None:
     """Add the suffixes of files that are no images by their names; those of tables are told apart."""
-    names = [file for file in files if not _is_image(file) and not file.startswith(".")]
+    names = [file for file in files if not is_image(file) and not file.startswith(".")]
     others.update(Path(name).suffix or "without a suffix" for name in names if not name.lower().endswith(LISTS))
 
 
 def _has_image(root: Path) -> bool:
-    return any(_is_image(file) for _, files in _walk(root) for file in files)
+    return any(is_image(file) for _, files in _walk(root) for file in files)
 
 
 def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
@@ -286,5 +291,5 @@ def _is_visible(folder: str) -> bool:
     return not folder.startswith(".") and folder != "lost+found"  # of a file system's root; its owner's alone
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")

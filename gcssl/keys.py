@@ -47,7 +47,7 @@ RANGES: dict[str, tuple[float, float | None, int | None]] = {
     "model.window_ratio": (1, None, 4),
     "data.workers": (0, None, None),
     "data.max_bad": (0, 1, None),
-    "data.timeout": (0, None, None),
+    "data.timeout": (1, None, None),
     "data.shapes_n": (1, None, None),
     "train.epochs": (1, None, None),
     "train.steps": (1, None, None),
@@ -68,7 +68,7 @@ RANGES: dict[str, tuple[float, float | None, int | None]] = {
     "eval.online_every": (0, None, None),
     "runtime.timeout": (1, None, None),
     "log.every": (1, None, None),
-    "checkpoint.every": (0, None, None),
+    "checkpoint.every": (ABOVE_0, None, None),
     "checkpoint.keep": (2, None, None),  # the newest one may be damaged
     "checkpoint.keep_every": (0, None, None),
     "plan.processes": (1, None, None),
@@ -226,6 +226,8 @@ def _unknown(key: str, value: Any, known: dict[str, Leaf]) -> str:
     outer = next((name for name in known if key.startswith(name + ".")), None)
     if outer is not None:
         return f"no such key; {outer} is {known[outer].expected()} and holds no keys"
+    if key.startswith("objective.") and not any(name.startswith("objective.") for name in known):
+        return "no such key; objectives and their recipes, configs/pretrain, are of pretrain.py; others: configs/eval"
     siblings = {name[len(parent) + 1 if parent else 0 :].split(".")[0] for name in known if name.startswith(parent)}
     near = difflib.get_close_matches(last, sorted(siblings), n=1)
     if near:

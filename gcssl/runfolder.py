@@ -19,6 +19,7 @@ from gcssl.config import config_dict, read_yaml, to_yaml
 from gcssl.errors import UserError, is_main_process, outcome
 from gcssl.files import atomic_write
 from gcssl.keys import defaults_of, diff_configs, flatten
+from gcssl.log import say
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,6 +53,7 @@ PRODUCTS = (
     "bad_samples.jsonl",
     "bad_steps.jsonl",
 )
+OWN = {"config.yaml": "out", "env.json": "facts", "status.json": "state"}  # a key that each has where a run wrote it
 PACKAGES = (
     "gcssl",
     "torch",
@@ -200,8 +202,9 @@ class RunFolder:
             raise UserError(
                 f"out: {self.path} holds other runs, such as {run.parent.name}; give out={self.path}/<name>"
             )
-        if not used:
-            return  # nothing was done yet: a start that was refused, or stopped before its first step
+        if not used:  # nothing was done yet: a start that was refused, or stopped before its first step
+            self._keep_what_others_wrote(old)
+            return
         if old is None:
             raise UserError(f"out: {self.path} holds {', '.join(used)} but no config.yaml; give another folder")
         old_facts = self._read_json("env.json").get("facts", {})
@@ -228,13 +231,29 @@ class RunFolder:
             lines = [line, *(other for other in lines if not other.startswith(f"{section}."))]
         if lines:
             more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
+            from_here = (
+                f" (model.weights={self.path} starts there from its weights)" if "objective" in self.config else ""
+            )
             raise UserError(
                 f"out: {self.path} holds a run with another config ({'; '.join(lines[:8])}{more}); "
-                "set these back to continue it, or give another folder"
+                f"set these back to continue it, or give another folder{from_here}"
             )
         self.resumed = True
         status = self._read_json("status.json")
         self.step, self.was = int(status.get("step", 0)), status.get("state")
+
+    def _keep_what_others_wrote(self, old: dict[str, Any] | None) -> None:
+        """Refuse a folder whose config.yaml, env.json or status.json no run wrote; tell of other files."""
+        for name, key in OWN.items():
+            path = self.path / name
+            holds = (old or {}) if name == "config.yaml" else self._read_json(name)
+            if path.exists() and path.stat().st_size and key not in holds:
+                raise UserError(f"out: {path} was written by no run and would be replaced; give another folder")
+        if old is None:
+            others = sorted(path.name for path in self.path.iterdir() if not path.name.startswith("."))
+            if others:
+                more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+                say(f"out: {self.path} holds other files beside the run: {', '.join(others[:3])}{more}")
 
     def _take_lock(self) -> None:
         self._lock = lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gcssl.config import DataConfig
 from gcssl.errors import UserError, one_line
+from gcssl.folders import is_image
 from gcssl.log import say
 from gcssl.sources import LISTS, TEST_NAMES, TRAIN_NAMES, Found, Raw
 
@@ -35,6 +36,7 @@ class Rows:
 
     def __init__(self, table: "datasets.Dataset", column: str, name: str, root: Path) -> None:
         self.table, self.column, self.name, self.root = table.select_columns([column]), column, name, root
+        self.columns = [other for other in table.column_names if other != column]  # where labels may be
 
     def __len__(self) -> int:
         return len(self.table)
@@ -143,9 +145,14 @@ def load_other(cfg: DataConfig, root: Path) -> Found:
         told = f"data.path: {root} cannot be opened by the datasets library ({one_line(error.__cause__ or error)})"
         if any(root.glob("*.zip")):
             told += "; unpack the zip"
+        elif (root / "status.json").is_file():
+            told += "; it is the folder of a run, give that of its images"
         elif any([*root.glob("metadata.*"), *root.glob("*/metadata.*")]):
             told += "; a metadata file needs the column file_name, a csv commas, and every split a file of its own"
         raise UserError(told) from error
+    images = sum(is_image(path.name) for path in root.rglob("*"))
+    if (left := images - sum(map(len, tables.values()))) > 0 and any(root.rglob("metadata.*")):
+        say(f"data: {left} of the {images} images in {root} are not used: its metadata file does not list them")
     return {name: partial(_raw, cfg, root, name, partial(_same, table)) for name, table in tables.items()}
 
 

@@ -33,6 +33,8 @@ def test_bits_come_back_and_undecodable_images_are_wrong(n: int) -> None:
 def test_two_results_are_paired(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = torch.arange(100) < 60, (torch.arange(100) >= 20) & (torch.arange(100) < 70)
     files = written(tmp_path / "a", a), written(tmp_path / "b", b)
+    with pytest.raises(UserError, match="given twice; expected the results of two"):
+        compare(files[0], tmp_path / "." / "a")
     assert compare(*files) == {"a": 60.0, "b": 50.0, **mcnemar(a, b)}
     main([str(file) for file in files])
     lines = capsys.readouterr().out.splitlines()

@@ -1,13 +1,16 @@
 """The result file, which overwrites nothing silently."""
 
+import errno
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from gcssl.errors import UserError
+from gcssl.errors import Failure, UserError
+from gcssl.eval import inputs
 from gcssl.eval.results import check_result, comparison, settings_of, table, write_result
 
 
@@ -76,3 +79,17 @@ def test_settings_leave_out_what_does_not_change_the_numbers() -> None:
 def test_table_is_aligned() -> None:
     lines = table([["", "run"], ["knn/top1@20", 5.0], ["n", 12.345]])
     assert lines == ["               run", "knn/top1@20   5.00", "n            12.35"]
+
+
+def test_what_was_measured_is_told_also_where_it_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(inputs, "write_result", full)
+    result = {"knn/top1@20": 12.34, "n_test": 5, "seconds": 1.0}
+    cfg = SimpleNamespace(backbone="runs/a", compare=None)
+    with pytest.raises(Failure, match="knn.json: cannot be written .No space left on device.; .* stands above"):
+        inputs.report("knn", cfg, tmp_path / "knn.json", {}, result, main=True)
+    assert "knn/top1@20   12.34" in capsys.readouterr().out

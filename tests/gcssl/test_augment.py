@@ -426,5 +426,5 @@ def test_bad_overrides_are_one_line_that_names_the_key(key: str, value: object) 
 def test_as_many_numbers_as_the_objective_draws_views_are_asked_for() -> None:
     with pytest.raises(UserError, match="or 2, one a view"):
         override(BYOL_1, AugmentConfig(blur_p=[0.1, 0.2, 0.3]), 0, 2)
-    with pytest.raises(UserError, match="expected one number$"):
+    with pytest.raises(UserError, match="expected a list of one number$"):
         override(BYOL_1, AugmentConfig(blur_p=[0.1, 0.2]))

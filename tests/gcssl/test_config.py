@@ -264,6 +264,8 @@ def test_the_shared_tables_name_real_keys() -> None:
     [
         ("log.every=0", "at least 1"),
         ("checkpoint.keep_every=-1", "at least 0"),
+        ("checkpoint.every=0.0", "above 0"),
+        ("data.timeout=0", "at least 1"),
         ("checkpoint.keep=1", "at least 2"),
         ("model.in_chans=1", "expected 3"),
         ("data.workers=-1", "at least 0"),

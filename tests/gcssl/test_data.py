@@ -245,6 +245,9 @@ def test_a_flat_val_without_or_with_wrong_labels_is_refused(tmp_path: Path) -> N
     assert "numbers" in refused(inner, val_labels=str(labels))
     labels.write_text("dog\ncat\nyak\n")
     assert "class yak of split val" in refused(inner, val_labels=str(labels))
+    files = sorted(file.name for file in (inner / "val").iterdir())
+    labels.write_text("".join(f"{name} dog\n" for name in files))
+    assert f"names a file in each line ({files[0]} dog)" in refused(inner, val_labels=str(labels))
     (tmp_path / "some.csv").write_text("ImageId,PredictionString\nILSVRC_val_1,dog 1 2 3 4\n")
     assert "no row for 2 of 3" in refused(inner, val_labels=str(tmp_path / "some.csv"))
     for name in ("latin.csv", "latin.txt"):
@@ -582,7 +585,11 @@ def test_images_beside_a_metadata_file(tmp_path: Path, capsys: pytest.CaptureFix
     train = opened(folder, cache_dir=str(tmp_path / "cache")).train
     assert len(train) == len(COLOURS)
     assert_labels_match_pixels(train)
-    assert "that its metadata file does not list are not used" in capsys.readouterr().out
+    listed = len(COLOURS)
+    assert f"1 of the {listed + 1} images in {folder} are not used: its metadata" in capsys.readouterr().out
+    (folder / "unlisted.png").unlink()
+    assert len(opened(folder, cache_dir=str(tmp_path / "cache")).train) == listed
+    assert "metadata" not in capsys.readouterr().out
 
 
 def test_the_test_split_is_the_first_labelled_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from gcssl.config import PretrainConfig, load_config
 from gcssl.data import Images
 from gcssl.doctor import CHECKS
 from gcssl.dryrun import DoctorConfig, DryRun, examine
-from gcssl.errors import NumericStop, Preempted, UserError
+from gcssl.errors import Failure, NumericStop, Preempted, UserError
 from gcssl.eval.finetune import Classifier, FinetuneConfig
 from gcssl.eval.finetune import run as finetune
 from gcssl.pretrain import pretrain
@@ -69,6 +69,7 @@ def test_bad_images_and_small_classes(tmp_path: Path) -> None:
     assert doctor.check_classes(dry).verdict == "warn"
     dry.cfg.data.max_bad = 0.01
     assert doctor.check_images(dry).verdict == "FAIL"
+    assert doctor.check_images(dry).told.endswith("; more than data.max_bad=0.01")
     for i in range(1, 8):
         (data / f"train/class0/{i:02d}.png").write_text("no image")
     many = examine(
@@ -77,6 +78,17 @@ def test_bad_images_and_small_classes(tmp_path: Path) -> None:
     told = doctor.check_images(many).told
     assert told.count("class0/0") == 5 and "8 cannot be decoded: " in told and "and 3 more" in told
     assert doctor.check_first_steps(many).verdict != "FAIL"  # the check above has told what is to be told
+
+
+def test_what_evaluations_will_refuse_and_classes_of_one_name_are_warnings(tmp_path: Path) -> None:
+    data = folder(tmp_path / "data", train=60)
+    (data / "val/class0").rename(data / "val/other")
+    (data / "train/class1").rename(data / "train/Class0")
+    dry = examine(config("simmim", f"data.path={data}", "train.batch_size=8"))
+    found = doctor.check_images(dry)
+    assert found.verdict == "warn" and "evaluations will refuse the test split: data.path: class " in found.told
+    found = doctor.check_classes(dry)
+    assert found.verdict == "warn" and "Class0 and class0 are two classes, by case alone" in found.told
 
 
 def test_an_image_that_kills_a_worker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +100,7 @@ def test_an_image_that_kills_a_worker_is_named(tmp_path: Path, monkeypatch: pyte
         return load(self, i)
 
     monkeypatch.setattr(Images, "load", deadly)
-    with pytest.raises(UserError, match="workers were reading .*07.png"):
+    with pytest.raises(Failure, match="workers were reading .*07.png"):
         examine(config("simmim", f"data.path={data}", "train.batch_size=8", "data.workers=1"))
 
 
@@ -225,7 +237,7 @@ def test_the_first_steps_are_real_and_leave_nothing(capfd: pytest.CaptureFixture
 
 
 def test_what_pretraining_refuses_is_refused_or_a_failed_check(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="simclr compares the images of a batch"):
+    with pytest.raises(UserError, match="simclr compares the images of a micro-batch"):
         examine(config("simclr", "train.accumulate=2"))
     examine(config("simclr", "train.global_batch=32", "train.batch_size=16", "doctor.processes=2"))
     with pytest.raises(UserError, match="is a file; give another folder"):

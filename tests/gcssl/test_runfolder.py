@@ -269,7 +269,7 @@ def status_absent(folder: Path) -> bool:
 HOLD = """
 import os, sys, time
 from gcssl.runfolder import RunFolder
-with RunFolder(sys.argv[1], {}) as run:
+with RunFolder(sys.argv[1], {"out": ""}) as run:
     run.start()
     if os.fork() == 0:  # like a loader worker, which outlives a killed run for some seconds
         time.sleep(30)
@@ -293,12 +293,12 @@ def test_a_folder_in_use_is_refused_and_a_killed_run_frees_it(tmp_path: Path) ->
     )
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError) as refused, RunFolder(tmp_path, {}):
+        with pytest.raises(UserError) as refused, RunFolder(tmp_path, {"out": ""}):
             pass
         assert f"in use by process {holder.pid} on {os.uname().nodename}" in str(refused.value)
         holder.kill()
         holder.wait()
-        with RunFolder(tmp_path, {}):
+        with RunFolder(tmp_path, {"out": ""}):
             assert str(os.getpid()) in (tmp_path / ".lock").read_text()
     finally:
         os.killpg(holder.pid, signal.SIGKILL)
@@ -363,7 +363,7 @@ def test_a_signal_to_one_process_alone_is_what_ended_the_run(
 
 
 def test_the_lock_is_freed_when_the_run_ends(tmp_path: Path) -> None:
-    with RunFolder(tmp_path, {}):
+    with RunFolder(tmp_path, {"out": ""}):
         pass
     with open(tmp_path / ".lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -454,3 +454,23 @@ def test_results_of_changed_files_say_so(tmp_path: Path, monkeypatch: pytest.Mon
     assert clean is not None and len(clean) == 40
     (tmp_path / "gcssl" / "runfolder.py").write_text("2")
     assert runfolder._commit() == clean + "+"
+
+
+@pytest.mark.parametrize(
+    "name, text", [("config.yaml", "project: mine"), ("env.json", '{"a": 1}'), ("status.json", "{}")]
+)
+def test_files_that_no_run_wrote_are_not_replaced(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    told = f"{name} was written by no run and would be replaced; give another folder"
+    with pytest.raises(UserError, match=told), RunFolder(tmp_path, config()):
+        pytest.fail("entered")
+    assert (tmp_path / name).read_text() == text
+
+
+def test_files_beside_a_run_are_told_at_its_first_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(5):
+        (tmp_path / f"{i}.jpg").touch()
+    for told in (1, 0):
+        with RunFolder(tmp_path, config()) as run:
+            run.start()
+        assert capsys.readouterr().out.count("holds other files beside the run: 0.jpg, 1.jpg, 2.jpg and 2 more") == told

@@ -1,17 +1,22 @@
 """Exports: timm loads them without gcssl, outputs are equal, nothing is written over or left half done."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import onnxruntime
 import pytest
+import timm
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from gcssl.checkpoint import save_checkpoint, write_backbone
-from gcssl.errors import UserError
+from gcssl.errors import Failure, UserError
 from gcssl.export import ExportConfig, export, largest_difference
 from gcssl.models.build import backbone_info, build_backbone
 from gcssl.models.load import load_backbone
@@ -89,8 +94,27 @@ def test_exports_load_again_here(kind: str, name: str, tmp_path: Path) -> None:
         assert backbone.name == name and info["step"] == 7 and info["class_names"][2] == "class 2"
         for key, value in model.state_dict().items():
             assert torch.equal(backbone.state_dict()[key], value), key
+    if (kind, name) == ("torch", "resnet18"):
+        timm.create_model(name, num_classes=3).load_state_dict(torch.load(path))
     for file in [path, path.with_suffix(".json")] if kind == "torch" else path.iterdir():
         assert str(tmp_path).encode() not in file.read_bytes()  # where it came from is nobody's business
+
+
+@pytest.mark.parametrize("kind, out", [("timm", "out"), ("torch", "out.pt")])
+def test_a_full_disk_is_one_line(kind: str, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("No space left") if kind == "timm" else RuntimeError("unexpected pos 64")
+
+    make_run(tmp_path / "run", "gcvit_nano", img_size=64)
+    monkeypatch.setattr("gcssl.export.write_tensors", full)
+    monkeypatch.setattr(torch, "save", full)
+    cfg = ExportConfig(str(tmp_path / "run"), kind, str(tmp_path / out))
+    with pytest.raises((SafetensorError, RuntimeError)):  # on a disk that has room it is something else
+        export(cfg)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(Failure, match=f"^out: .*{out} cannot be written .*make room on that disk"):
+        export(cfg)
+    assert not (tmp_path / out).exists()
 
 
 def test_the_encoder_asked_for_is_exported(tmp_path: Path) -> None:

@@ -225,7 +225,8 @@ def open_splits(
     rest, held = hold_out(train, "give a test split or more images")
     told = f"no test split: {len(held)} images of {train.name} are held out as the test, {len(rest)} remain"
     say(f"{told}; a backbone pretrained on this data has seen them, without their labels")
-    return train.select(rest), train.select(held), f"held-out slice of {train.name}"
+    name = f"held-out slice of {train.name}"
+    return train.select(rest), train.select(held, name), name
 
 
 def hold_out(train: "Images", advice: str) -> tuple[np.ndarray, np.ndarray]:

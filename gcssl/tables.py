@@ -139,6 +139,7 @@ def load_other(cfg: DataConfig, root: Path) -> Found:
     """The splits that load_dataset finds in a folder: of images beside a metadata file, csv, json, zip."""
     import datasets
 
+    listed = any([*root.glob("metadata.*"), *root.glob("*/metadata.*")])
     try:
         tables = datasets.load_dataset(str(root), cache_dir=cfg.cache_dir)
     except Exception as error:
@@ -147,11 +148,11 @@ def load_other(cfg: DataConfig, root: Path) -> Found:
             told += "; unpack the zip"
         elif (root / "status.json").is_file():
             told += "; it is the folder of a run, give that of its images"
-        elif any([*root.glob("metadata.*"), *root.glob("*/metadata.*")]):
+        elif listed:
             told += "; a metadata file needs the column file_name, a csv commas, and every split a file of its own"
         raise UserError(told) from error
-    images = sum(is_image(path.name) for path in root.rglob("*"))
-    if (left := images - sum(map(len, tables.values()))) > 0 and any(root.rglob("metadata.*")):
+    images = sum(is_image(path.name) for path in root.rglob("*")) if listed else 0
+    if (left := images - sum(map(len, tables.values()))) > 0:
         say(f"data: {left} of the {images} images in {root} are not used: its metadata file does not list them")
     return {name: partial(_raw, cfg, root, name, partial(_same, table)) for name, table in tables.items()}
 

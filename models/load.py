@@ -103,7 +103,7 @@ def load_backbone(
 def check_exists(spec: str, key: str = "backbone") -> None:
     """UserError where `spec`, the value of `key`, is a path to nothing: said before anything large is opened."""
     if spec not in FRESH and not spec.startswith(TIMM) and not Path(spec).exists():
-        fresh = ", or random, or none" if key != "model.weights" else ""
+        fresh = {"backbone": ", or random, or none", "compare": ", or random"}.get(key, "")
         raise UserError(f"{key}={spec}: no such run, checkpoint or file; expected the path of one{fresh}")
 
 

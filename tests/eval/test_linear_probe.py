@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gcssl.augment import ViewSpec
 from gcssl.config import DataConfig, ModelConfig
 from gcssl.data import held_out
-from gcssl.errors import UserError
+from gcssl.errors import Failure, UserError
 from gcssl.eval import linear_probe
 from gcssl.eval.features import extract
 from gcssl.eval.finetune import FinetuneOptions
@@ -444,7 +444,7 @@ def test_data_timeout_reaches_the_loader(
     cfg = config(folder, tmp_path, data=DataConfig(path=str(folder), workers=1, timeout=1))
     inputs = open_inputs(cfg, accelerator)
     monkeypatch.setattr(inputs.train, "load", lambda _: time.sleep(3))
-    with pytest.raises(UserError, match="timed out after 1 seconds"):
+    with pytest.raises(Failure, match="timed out after 1 seconds"):
         inputs.features(inputs.train, ("last",))
 
 

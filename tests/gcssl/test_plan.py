@@ -136,7 +136,7 @@ def test_the_speed_is_measured_where_none_is_given(capfd: pytest.CaptureFixture[
             ["plan.processes=3", "train.global_batch=64"],
             "train.global_batch: given 64, expected a multiple of 3 processes",
         ),
-        (["train.global_batch=64"], "simclr compares the images of a batch"),
+        (["train.global_batch=64"], "simclr compares the images of a micro-batch"),
     ],
 )
 def test_what_cannot_be_is_refused(keys: list[str], told: str) -> None:

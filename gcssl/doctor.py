@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from gcssl.config import load_config
 from gcssl.data import held_out
-from gcssl.dryrun import DoctorConfig, DryRun, checkpoint_bytes, examine
+from gcssl.dryrun import DoctorConfig, DryRun, examine
 from gcssl.errors import UserError
 from gcssl.eval.knn import search
 from gcssl.keys import nearest
@@ -32,6 +32,7 @@ from gcssl.models.hidden import upsample_mask
 from gcssl.rng import MODEL, seed_torch
 from gcssl.runtime import entry
 from gcssl.ssl.objectives import SCHEMAS
+from gcssl.state import checkpoint_bytes
 from gcssl.trial import changed, first_minutes, first_steps, rate, replay, verify_resume
 
 MOST_BAD = 5  # images that cannot be decoded, of those named
@@ -207,7 +208,7 @@ def check_batch(dry: DryRun) -> Finding:
 
 def check_disk(dry: DryRun) -> Finding:
     cfg = dry.cfg
-    weights, moments = checkpoint_bytes(dry)
+    weights, moments = checkpoint_bytes(dry.objective, cfg.train.optimizer)
     epochs = dry.sizes.total_steps // dry.sizes.steps_per_epoch
     for_ever = epochs // cfg.checkpoint.keep_every if cfg.checkpoint.keep_every else 0
     needed = (weights + moments) * (cfg.checkpoint.keep + 1 + for_ever)  # the newest is whole before the oldest goes

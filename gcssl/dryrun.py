@@ -124,11 +124,3 @@ def examine(cfg: DoctorConfig) -> DryRun:
     objective = make_objective(cfg, backbone, sizes.total_steps, sizes.steps_per_epoch)
     check_shard(cfg.train, objective)
     return DryRun(cfg, data, backbone, objective, sizes, seen, refused)
-
-
-def checkpoint_bytes(dry: DryRun) -> tuple[int, int]:
-    """(of the objective's state, of the optimizer's)."""
-    weights = sum(t.numel() * t.element_size() for t in dry.objective.state_dict().values())
-    slots = {"adamw": 2, "lamb": 2, "sgd": 1, "lars": 1}[dry.cfg.train.optimizer]
-    trained = (p for p in dry.objective.parameters() if p.requires_grad)
-    return weights, slots * sum(p.numel() * p.element_size() for p in trained)

@@ -22,12 +22,13 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from gcssl.config import PretrainConfig, load_config
-from gcssl.dryrun import DoctorConfig, DoctorOptions, DryRun, checkpoint_bytes, examine
+from gcssl.dryrun import DoctorConfig, DoctorOptions, DryRun, examine
 from gcssl.loader import Sizes
 from gcssl.log import say
 from gcssl.rng import MODEL, seed_torch
 from gcssl.runtime import bf16_is_fast, entry
 from gcssl.ssl.objectives import SCHEMAS
+from gcssl.state import checkpoint_bytes
 from gcssl.trial import changed, duration, first_steps, rate
 
 Row = tuple[str, str, str]  # what, how much, where from
@@ -101,7 +102,7 @@ def count(dry: DryRun) -> Counted:
         flops = counter.get_total_flops() / images
     image = (kept[4] - kept[2]) / 2
     trained = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
-    state, optimizer = checkpoint_bytes(dry)
+    state, optimizer = checkpoint_bytes(dry.objective, dry.cfg.train.optimizer)
     return Counted(flops, image, kept[2] - 2 * image + (state + optimizer + trained) / 2**20)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from gcssl.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 from gcssl.config import CheckpointConfig
@@ -17,7 +17,7 @@ from gcssl.errors import CannotWrite, NumericStop, UserError
 from gcssl.files import atomic_write
 from gcssl.loader import Sizes
 from gcssl.log import say
-from gcssl.runfolder import RunFolder
+from gcssl.runfolder import RunFolder, broadcast
 from gcssl.shard import whole
 
 
@@ -61,6 +61,7 @@ class RunState:
                 what = "a finished run" if finished else f"a run that stopped at step {told}"
                 lost = f"{run.path} holds {what} without its checkpoints, which would begin again"
                 raise UserError(f"out: {lost}; give another folder, or remove this one")
+            self._check_room()
             return 0
         self.objective.load_state_dict(loaded.tensors["model"])
         for name in ("encoder", "teacher") if "mean" in loaded.state else ():
@@ -74,6 +75,14 @@ class RunState:
             self.monitors[name].load_state_dict(loaded.state[name])
         say(f"resumed from {loaded.path.name}")
         return run.step
+
+    def _check_room(self) -> None:
+        """A disk that takes no checkpoint is told before there is one to lose."""
+        needed = sum(checkpoint_bytes(self.objective, self.run.config["train"]["optimizer"]))
+        free = broadcast(shutil.disk_usage(self.run.path).free)
+        if free < needed:
+            told = f"a checkpoint takes {needed / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free"
+            raise CannotWrite(f"{self.run.path}: {told}; make room and run the same command again")
 
     def snapshot(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """All that a resume needs beside config and step: tensors by file, and JSON values. By every process."""
@@ -135,6 +144,14 @@ class RunState:
             save_checkpoint(folder, step, tensors, state, keep=2)
         except (OSError, CannotWrite) as error:
             say(f"{folder}: not written: {error}")
+
+
+def checkpoint_bytes(objective: nn.Module, optimizer: str) -> tuple[int, int]:
+    """(of the objective's state, of the optimizer's)."""
+    weights = sum(t.numel() * t.element_size() for t in objective.state_dict().values())
+    slots = {"adamw": 2, "lamb": 2, "sgd": 1, "lars": 1}[optimizer]
+    trained = (p for p in objective.parameters() if p.requires_grad)
+    return weights, slots * sum(p.numel() * p.element_size() for p in trained)
 
 
 def saves_at(step: int, cfg: CheckpointConfig, sizes: Sizes) -> bool:

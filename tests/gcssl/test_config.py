@@ -343,3 +343,10 @@ def test_a_run_folder_in_place_of_a_config_is_told_its_config(tmp_path: Path) ->
     (tmp_path / "config.yaml").write_text("train: {epochs: 3}\n")
     with pytest.raises(UserError, match=f"did you mean {tmp_path}/config.yaml"):
         load_config(PretrainConfig, [str(tmp_path), "out=x"])
+
+
+def test_an_objective_given_to_an_evaluation_is_told_where_it_belongs() -> None:
+    from gcssl.eval.finetune import FinetuneConfig
+
+    with pytest.raises(UserError, match="objective.name: no such key; objectives and their recipes, .* of pretrain.py"):
+        load_config(FinetuneConfig, ["objective.name=simmim"])

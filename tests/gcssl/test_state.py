@@ -1,6 +1,7 @@
 """What a resume reads back: the loss scale that goes with the checkpoint, and none of an earlier fit; incidents."""
 
 import errno
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from gcssl.checkpoint import save_checkpoint
 from gcssl.config import CheckpointConfig, RuntimeConfig, TrainConfig
-from gcssl.errors import NumericStop, UserError, outcome
+from gcssl.errors import CannotWrite, NumericStop, UserError, outcome
 from gcssl.models.build import build_backbone
 from gcssl.runtime import make_accelerator
 from gcssl.state import RunState
@@ -22,7 +23,8 @@ def state(folder: Path, scale: float) -> RunState:
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     model = nn.Module()
     model.encoder = build_backbone("gcvit_nano", 64)
-    run: Any = Namespace(path=folder, step=0, is_main=True, facts={"data": "fingerprint"}, was=None)
+    told: dict[str, Any] = {"facts": {"data": "fingerprint"}, "was": None, "config": {"train": {"optimizer": "sgd"}}}
+    run: Any = Namespace(path=folder, step=0, is_main=True, **told)
     return RunState(run, model, torch.optim.SGD(model.parameters()), accelerator, {}, None)
 
 
@@ -33,6 +35,16 @@ def test_the_loss_scale_is_that_of_the_checkpoint_or_a_new_one(tmp_path: Path) -
     save_checkpoint(tmp_path, 3, *state(tmp_path, scale=8.0).snapshot(), keep=2)
     again = state(tmp_path, scale=4.0)
     assert again.resume() == 3 and again.accelerator.scaler.get_scale() == 8.0
+
+
+@pytest.mark.fault("a disk without room for one checkpoint", "one line before the first step")
+def test_a_run_does_not_begin_where_no_checkpoint_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Namespace(free=17_000_000))
+    told = "a checkpoint takes 18 MB and the disk has 17 MB free; make room and run the same command again"
+    with pytest.raises(CannotWrite, match=told):
+        state(tmp_path, scale=4.0).resume()
+    save_checkpoint(tmp_path, 3, *state(tmp_path, scale=8.0).snapshot(), keep=2)
+    assert state(tmp_path, scale=4.0).resume() == 3  # it may be at its end
 
 
 @pytest.mark.fault(

@@ -82,6 +82,11 @@ def outcome(error: BaseException | None) -> tuple[str, int, str]:
     return "failed", 1, f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def first_of(names: list[str]) -> str:
+    """The first three, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def one_line(error: BaseException) -> str:
     """Its type and the first 160 characters of what it says."""
     text = " ".join(str(error).split())[:160]

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from gcssl.config import config_dict, read_yaml, to_yaml
-from gcssl.errors import UserError, is_main_process, outcome
+from gcssl.errors import UserError, first_of, is_main_process, outcome
 from gcssl.files import atomic_write
 from gcssl.keys import defaults_of, diff_configs, flatten
 from gcssl.log import say
@@ -252,8 +252,7 @@ class RunFolder:
         if old is None:
             others = sorted(path.name for path in self.path.iterdir() if not path.name.startswith("."))
             if others:
-                more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-                say(f"out: {self.path} holds other files beside the run: {', '.join(others[:3])}{more}")
+                say(f"out: {self.path} holds other files beside the run: {first_of(others)}")
 
     def _take_lock(self) -> None:
         self._lock = lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gcssl.config import DataConfig
-from gcssl.errors import UserError, one_line
+from gcssl.errors import UserError, first_of, one_line
 from gcssl.folders import is_image
 from gcssl.log import say
 from gcssl.sources import LISTS, TEST_NAMES, TRAIN_NAMES, Found, Raw
@@ -239,15 +239,11 @@ def _by_split(files: list[Path], cfg: DataConfig) -> dict[str, list[Path]]:
         groups.setdefault(name or SHARD.sub("", file.stem) or "train", []).append(file)
     if not any(name in known for name in groups):
         if len(groups) > 1:
-            more = f" and {len(groups) - 3} more" if len(groups) > 3 else ""
-            shown = f"{', '.join(list(groups)[:3])}{more}"
-            say(f"data: no table of {cfg.path} names a split: {shown} are joined as train")
+            say(f"data: no table of {cfg.path} names a split: {first_of(list(groups))} are joined as train")
         return {"train": files}
     if cfg.train_split is None and (others := [name for name in groups if name not in known]):
         used = [name for name in groups if name in known]
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        told = f"not used beside them: {', '.join(others[:3])}{more}"
-        say(f"data: {cfg.path} has the splits {', '.join(used)}; {told}")
+        say(f"data: {cfg.path} has the splits {', '.join(used)}; not used beside them: {first_of(others)}")
     return groups
 
 

@@ -82,6 +82,11 @@ def export(cfg: ExportConfig) -> Path:
     return out
 
 
+def timms(backbone: Backbone) -> nn.Module:
+    """The model whose weights have timm's names: GC ViT itself, else the one that is wrapped."""
+    return backbone if isinstance(backbone, GCViT) else backbone.model
+
+
 def is_full(folder: Path, backbone: Backbone) -> bool:
     """Has the disk no room for the weights? safetensors, torch and onnx each tell it by an error of their own."""
     needed = sum(t.numel() * t.element_size() for t in backbone.state_dict().values())
@@ -94,11 +99,10 @@ def is_full(folder: Path, backbone: Backbone) -> bool:
 def export_timm(backbone: Backbone, info: dict[str, Any], out: Path) -> float:
     """The folder that timm loads; returns the largest relative difference of timm's outputs from ours."""
     config = timm_config(backbone, info)
-    weights = backbone if isinstance(backbone, GCViT) else backbone.model
     temporary = aside(out)
     temporary.mkdir()
     try:
-        write_tensors(temporary / "model.safetensors", weights.state_dict())
+        write_tensors(temporary / "model.safetensors", timms(backbone).state_dict())
         (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         (temporary / "README.md").write_text(readme(config, out.name))
         difference = max(largest_difference(backbone, build(temporary)) for build in builders(config))
@@ -157,7 +161,7 @@ def builders(config: dict[str, Any]) -> list[Callable[[Path], nn.Module]]:
 def largest_difference(backbone: Backbone, other: nn.Module) -> float:
     """Largest relative difference of outputs and features of two images; UserError above TOLERANCE."""
     images = _images(backbone, 2)
-    ours: Any = backbone if isinstance(backbone, GCViT) else backbone.model
+    ours: Any = timms(backbone)
     theirs: Any = other.eval()
     with torch.no_grad():
         outputs = _difference(backbone, ours(images), theirs(images))
@@ -208,12 +212,11 @@ def readme(config: dict[str, Any], name: str) -> str:
 def export_torch(backbone: Backbone, info: dict[str, Any], out: Path) -> float:
     """A state dict and its description; returns the largest relative difference of the outputs read back."""
     with replacing(out) as weights, replacing(out.with_suffix(".json")) as described:
-        model = backbone if isinstance(backbone, GCViT) else backbone.model  # timm's own names
-        torch.save({k: v.detach().cpu() for k, v in model.state_dict().items()}, weights)
+        torch.save({k: v.detach().cpu() for k, v in timms(backbone).state_dict().items()}, weights)
         described.write_text(json.dumps({**info, **backbone_core(backbone)}, indent=1) + "\n")
         again = rebuild(Saved({}, backbone.name, json.loads(described.read_text())["model_args"], {}))
         load_weights(again, torch.load(weights, weights_only=True))
-        return largest_difference(backbone, again if isinstance(again, GCViT) else again.model)
+        return largest_difference(backbone, timms(again))
 
 
 # ---- onnx

@@ -896,3 +896,12 @@ def test_a_metadata_file_with_other_columns_is_told_which_it_needs(tmp_path: Pat
     (tmp_path / "a.png").write_bytes(encoded(COLOURS["ant"]))
     (tmp_path / "metadata.csv").write_text("file;label\na.png;1\n")
     assert refused(tmp_path).endswith("needs the column file_name, a csv commas, and every split a file of its own")
+
+
+def test_a_folder_that_is_a_run_and_an_empty_cell_are_named(tmp_path: Path) -> None:
+    for name in ("status.json", "env.json"):
+        (tmp_path / name).write_text("[1")
+    assert "it is the folder of a run, give that of its images" in refused(tmp_path)
+    pq.write_table(pa.table({"jpg": [encoded((1, 2, 3)), None]}), tmp_path / "train.parquet")
+    with pytest.raises(BadImage, match="column jpg is empty in this row"):
+        opened(tmp_path / "train.parquet").train.load(1)

@@ -248,9 +248,7 @@ def labels_of(images: "Images") -> np.ndarray:
             why = f"{images.reader.root} does not hold one folder of images a class, two classes at least"
             told = f"data.path: split {images.name} has no labels, and evaluations need them: {why}"
             raise UserError(f"{told}; give data.path=<a labelled set>")
-        columns = getattr(images.reader, "columns", ())
-        of_these = f"; give data.label_column=, one of {', '.join(columns)}" if columns else ""
-        raise UserError(f"data.label_column: split {images.name} has no labels, and evaluations need them{of_these}")
+        raise UserError(f"data.label_column: split {images.name} has no labels, and evaluations need them")
     return images.labels
 
 

@@ -36,7 +36,6 @@ class Rows:
 
     def __init__(self, table: "datasets.Dataset", column: str, name: str, root: Path) -> None:
         self.table, self.column, self.name, self.root = table.select_columns([column]), column, name, root
-        self.columns = [other for other in table.column_names if other != column]  # where labels may be
 
     def __len__(self) -> int:
         return len(self.table)
@@ -210,6 +209,8 @@ def pick_columns(features: dict[str, Any], cfg: DataConfig, where: str) -> tuple
         label = labels[0] if labels else None
         if label is None and (named := [c for c in LABEL_NAMES if c in features]):
             say(f"data: column {named[0]} holds {features[named[0]]}, no integers or names, and is not used as labels")
+        elif label is None and (others := [c for c, f in features.items() if c != image and _is_label(f)]):
+            say(f"data: no column is taken for labels; data.label_column= names one: {first_of(others)}")
     elif not _is_label(features[label]):
         raise UserError(f"data.label_column: {label} holds {features[label]}, expected integers or names")
     return image, label

@@ -348,6 +348,15 @@ def test_unlabelled_images_cannot_be_probed(tmp_path: Path, refused) -> None:
     )
 
 
+def test_the_folder_above_a_run_and_a_wrong_comparison_are_told(tmp_path: Path, refused) -> None:
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/config.yaml").touch()
+    line = refused(knn, f"backbone={tmp_path / 'runs'}", "data.path=shapes")
+    assert f"give a run folder, such as {tmp_path / 'runs/a'}, or out=<folder>" in line
+    line = refused(knn, "backbone=random", "compare=nothing", "data.path=shapes", f"out={tmp_path}")
+    assert line == "gcssl: compare=nothing: no such run, checkpoint or file; expected the path of one, or random\n"
+
+
 def test_a_typo_stops_the_whole_program_before_it_writes(tmp_path: Path) -> None:
     """As a user starts it."""
     argv = [sys.executable, "pretrain.py", YAML, f"out={tmp_path / 'run'}", "train.epoch=3"]

@@ -905,3 +905,13 @@ def test_a_folder_that_is_a_run_and_an_empty_cell_are_named(tmp_path: Path) -> N
     pq.write_table(pa.table({"jpg": [encoded((1, 2, 3)), None]}), tmp_path / "train.parquet")
     with pytest.raises(BadImage, match="column jpg is empty in this row"):
         opened(tmp_path / "train.parquet").train.load(1)
+
+
+@pytest.mark.parametrize("others, told", [({"breed": ["pug"], "age": [3], "price": [1.5]}, "breed, age\n"), ({}, "")])
+def test_columns_that_may_hold_labels_are_named_where_none_does_by_name(
+    others: dict[str, list[object]], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pq.write_table(pa.table({"jpg": [encoded((1, 2, 3))], **others}), tmp_path / "train.parquet")
+    assert opened(tmp_path).train.labels is None
+    line = "data: no column is taken for labels; data.label_column= names one: "
+    assert capsys.readouterr().out == (line + told if told else "")

@@ -184,6 +184,8 @@ def _train_name(cfg: DataConfig, found: Found) -> str:
     name = next((n for n in found if n.lower() in TRAIN_NAMES), None)
     if name is None and len(found) == 1:
         name = next(iter(found))
+        if name.lower() in TEST_NAMES:
+            say(f"data: {cfg.path} has no training split, so its {name} is trained on")
     if name is None:
         raise UserError(f"data.train_split: no split train in {cfg.path}, expected one of {', '.join(found)}")
     return name

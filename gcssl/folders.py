@@ -216,6 +216,9 @@ def _tree_of_images(root: Path, others: Counter[str]) -> tuple[list[str], list[i
             classes.append(folder)
     if classes and (empty := sorted(set(folders) - set(classes))):
         say(f"data: {root}: folders without images are no classes ({len(empty)}): {', '.join(empty[:3])}")
+    if len(classes) > 1 and (deeper := next((name for name in names if name.count("/") > 1), None)):
+        told = f"folders below a class folder count as that class, {Path(deeper).parent} as {deeper.partition('/')[0]}"
+        say(f"data: {root}: {told}")
     return names, labels, classes
 
 

@@ -537,6 +537,23 @@ def test_folders_without_images_are_no_classes_and_told(tmp_path: Path, capsys: 
     assert f"data: {tmp_path}: folders without images are no classes (2): bee, notes\n" in capsys.readouterr().out
 
 
+def test_folders_below_class_folders_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path)
+    assert opened(tmp_path).train.classes == ["ant", "cat", "dog"] and "below a class" not in capsys.readouterr().out
+    (tmp_path / "cat/tabby").mkdir()
+    (tmp_path / "cat/tabby/a.png").write_bytes(encoded(COLOURS["cat"]))
+    assert opened(tmp_path).train.classes == ["ant", "cat", "dog"]
+    assert "folders below a class folder count as that class, cat/tabby as cat\n" in capsys.readouterr().out
+
+
+def test_a_test_split_alone_is_trained_on_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path / "test")
+    assert opened(tmp_path).train.name == "test"
+    assert f"data: {tmp_path} has no training split, so its test is trained on\n" in capsys.readouterr().out
+    shutil.move(tmp_path / "test", tmp_path / "train")
+    assert opened(tmp_path).train.name == "train" and "no training split" not in capsys.readouterr().out
+
+
 def test_a_link_to_itself_is_no_folder(tmp_path: Path) -> None:
     write_tree(tmp_path)
     (tmp_path / "loop").symlink_to("loop")

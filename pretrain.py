@@ -143,18 +143,18 @@ def fit(
     run.start()  # nothing is left to refuse
     model, optimizer = prepared(objective, state.optimizer, accelerator, train)
     plan = BatchPlan(len(dataset), sizes, accelerator.process_index, train.seed, step)
-    loader = train_loader(dataset, plan, cfg.data.workers, cfg.data.timeout)
+    batches = train_loader(dataset, plan, cfg.data.workers, cfg.data.timeout)
     logged = (run.path, sizes.total_steps, step, cfg.log.every, cfg.log.trackers, accelerator.is_main_process)
     bad = BadSamples(run.path, step, len(dataset), cfg.data.max_bad)
     meter = Meter(accelerator, bad.seen)
     objective.train()
     if run.is_main:
         cut_after(bad_steps.path, step)
-    with StopSignal(train.max_hours) as stop, RunLog(*logged) as log, Heartbeat(accelerator) as heartbeat:
+    with StopSignal(train.max_hours) as stop, RunLog(*logged) as log, Heartbeat(accelerator) as heartbeat, batches:
         if probe and probe.due(step) and not broadcast(log.holds(step, "online_rankme")):
             with log.pause():
                 measure(probe, objective, step, log, stop)  # a signal ended it
-        for batch in meter.waiting(loader):
+        for batch in meter.waiting(batches):
             batch = to_device(batch, step)
             meter.note(batch)
             if meter.micro == 0:

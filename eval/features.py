@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from gcssl.augment import INTERPOLATIONS, ViewSpec, crop_resize, draw_view, norm
 from gcssl.errors import NotFinite, UserError
 from gcssl.loader import eval_loader
 from gcssl.log import say
-from gcssl.rng import AUGMENT, rng
+from gcssl.rng import PROBE, rng
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,7 +56,7 @@ class Crop:
         """uint8 H W 3 -> uint8 3 H W; index: the image's place in its split."""
         if self.random is not None:
             spec = dataclasses.replace(self.random, size=self.size)
-            return crop_resize(image, draw_view(rng(self.seed, AUGMENT, self.epoch, index), spec), spec)
+            return crop_resize(image, draw_view(rng(self.seed, PROBE, self.epoch, index), spec), spec)
         if not self.squash:
             return resize_center_crop(image, self.size, self.crop_pct, self.interpolation)
         height, width = self.size
@@ -144,15 +145,16 @@ def forward_all(
     indices = np.asarray(indices, dtype=np.int64)
     if not len(indices):
         raise UserError("no images to evaluate: the split is empty")
-    device, mine = accelerator.device, indices[accelerator.process_index :: accelerator.num_processes]
+    device, done = accelerator.device, 0
+    mine = indices[accelerator.process_index :: accelerator.num_processes]
     rows: dict[str, np.ndarray] = {}
     labels, good = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.bool)]
-    with frozen(model), autocast(device, options.precision):
+    loader = eval_loader(images, mine, crop.size, crop, options.batch_size, options.workers, options.timeout)
+    with frozen(model), autocast(device, options.precision), loader:
         if not len(mine):  # a process without images still knows the shapes
             probe = torch.zeros(1, 3, *crop.size, device=device)
             rows = {name: out[:0].float().cpu().numpy() for name, out in call(probe).items()}
-        done, how = 0, (crop.size, crop, options.batch_size, options.workers, options.timeout)
-        for batch in eval_loader(images, mine, *how) if len(mine) else ():
+        for batch in loader:
             x = batch["image"].to(device, non_blocking=True).float().div_(255)
             for name, out in call(normalize(x, model.mean, model.std)).items():
                 if name not in rows:  # once in memory: those of a large set are gigabytes
@@ -162,9 +164,7 @@ def forward_all(
             labels.append(batch["label"])
             good.append(batch["ok"])
 
-    def joined(part: Tensor) -> Tensor:
-        return gather_rows(part, len(indices), accelerator)
-
+    joined = partial(gather_rows, n=len(indices), accelerator=accelerator)
     found = {name: joined(torch.from_numpy(rows.pop(name))) for name in list(rows)}
     out = Outputs(found, joined(torch.cat(labels)), joined(torch.cat(good)))
     if not out.ok.any():

@@ -1,5 +1,6 @@
 """Which process was lost: each tells the others' common store what step it has begun, and a survivor reads it."""
 
+import itertools
 import time
 from types import TracebackType
 from typing import Self
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 
 from gcssl.errors import LostProcess
 
+_FITS = itertools.count()  # in one process: the store keeps what an earlier one told
 SIGNS = ("gloo", "NCCL", "Connection closed", "Connection reset", "c10d")  # in what torch raises when one is gone
 
 
@@ -20,12 +22,13 @@ class Heartbeat:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.keys = f"gcssl/{next(_FITS)}"
         self.store = dist.distributed_c10d._get_default_store() if self.world > 1 else None
 
     def beat(self, step: int) -> None:
         """This process has the batch of step `step`."""
         if self.store is not None:
-            self.store.set(f"gcssl/{self.rank}", f"{step} {time.time():.0f}")
+            self.store.set(f"{self.keys}/{self.rank}", f"{step} {time.time():.0f}")
 
     def __enter__(self) -> Self:
         return self
@@ -38,7 +41,7 @@ class Heartbeat:
         """The processes that are behind this one, as far as the store tells."""
         assert self.store is not None
         try:
-            names = [f"gcssl/{rank}" for rank in range(self.world)]
+            names = [f"{self.keys}/{rank}" for rank in range(self.world)]
             told = [self.store.get(name).decode().split() if self.store.check([name]) else None for name in names]
         except Exception:  # its host was the process that is gone
             return "another process was lost, probably the first one"

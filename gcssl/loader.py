@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from gcssl.augment import View, ViewSpec, colour, crop_resize
 from gcssl.config import AugmentConfig, TrainConfig
@@ -197,7 +196,7 @@ def _stack(values: list[Any], key: str) -> Any:
     return torch.from_numpy(np.stack([np.asarray(value) for value in values]))
 
 
-def train_loader(dataset: TrainSet, plan: BatchPlan, workers: int, timeout: int) -> DataLoader[Any]:
+def train_loader(dataset: TrainSet, plan: BatchPlan, workers: int, timeout: int) -> WorkerLoader:
     """One loader for the whole rest of the run; a worker that dies or hangs ends it with one line."""
     return WorkerLoader(
         dataset,
@@ -234,7 +233,7 @@ def eval_loader(
     batch_size: int,
     workers: int,
     timeout: int = 300,
-) -> DataLoader[Any]:
+) -> WorkerLoader:
     """Images at `indices`, in order: {index B, image uint8 B 3 H W, label B, ok B}.
 
     pixels: makes the input (3, *size) from (image, index). timeout: seconds that a worker may take for one

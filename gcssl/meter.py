@@ -49,7 +49,8 @@ class Meter:
         self.outs.append({k: v.detach().float() for k, v in out.items() if not k.startswith("_")})
 
     def reduce(self, grad_norm: Tensor, stop: bool) -> dict[str, float]:
-        """Means over micro-batches and processes, with `finite`, `stop` and `bad`: one all-reduce, one host read."""
+        """Means over micro-batches and processes, with `finite`, `stop` and `bad`: one all-reduce and one host read,
+        in fp16 two."""
         keys = list(self.outs[0])
         losses = torch.stack([torch.stack([out[k].to(grad_norm.device) for k in keys]) for out in self.outs]).mean(0)
         local = torch.cat([losses, grad_norm.detach().float().reshape(1)])

@@ -1,6 +1,7 @@
 """Randomness: every draw is a function of the seed and a key of integers, so that a run can go on from any step.
 
-The first part of a key says what is drawn; those of orders and views are shared by pretraining, probe and fine-tuning.
+The first part of a key says what is drawn; those of orders are shared by pretraining, probe and fine-tuning, those of
+views by the first and the last.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 ORDER, AUGMENT, REPLACE = 101, 102, 103  # of images; of views and masks; of images that cannot be decoded
+PROBE = 104  # crops of frozen features: others than those that the encoder was trained on
 INIT, DROP_PATH, MODEL = 201, 202, 203  # first weights; drop path; whatever else a model draws
 MIXUP = 301
 

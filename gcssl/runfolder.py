@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -46,28 +47,14 @@ DATA_KEYS = ("data.path", "data.cache_dir")
 BACKBONE_KEYS = ("backbone", "encoder")
 BATCH_KEYS = ("train.batch_size", "train.accumulate", "train.global_batch")
 PRODUCTS = (
-    "checkpoints",
-    "metrics.jsonl",
-    "backbone.safetensors",
-    "backbone.json",
-    "bad_samples.jsonl",
-    "bad_steps.jsonl",
-)
+    "checkpoints", "metrics.jsonl", "backbone.safetensors", "backbone.json", "bad_samples.jsonl", "bad_steps.jsonl",
+)  # fmt: skip
+SHOWN_WITHIN = 60  # seconds that a file server may take to show one machine what another has written
 OWN = {"config.yaml": "out", "env.json": "facts", "status.json": "state"}  # a key that each has where a run wrote it
 PACKAGES = (
-    "gcssl",
-    "torch",
-    "torchvision",
-    "timm",
-    "accelerate",
-    "datasets",
-    "omegaconf",
-    "safetensors",
-    "pillow",
-    "numpy",
-    "faiss-gpu",
-    "faiss-cpu",
-)
+    "gcssl", "torch", "torchvision", "timm", "accelerate", "datasets", "omegaconf", "safetensors", "pillow", "numpy",
+    "faiss-gpu", "faiss-cpu",
+)  # fmt: skip
 
 
 def broadcast(value: Any) -> Any:
@@ -159,6 +146,22 @@ class RunFolder:
             print(f"gcssl: {self.path}/status.json: cannot be written: {failure}", file=sys.stderr)
         self._release()
 
+    def is_shared(self) -> bool:
+        """Whether this process finds in the folder what the main process wrote there when this start began."""
+        until = time.monotonic() + SHOWN_WITHIN
+        while not self._sees_lock():
+            if time.monotonic() > until:
+                return False
+            time.sleep(1)
+        return True
+
+    def _sees_lock(self) -> bool:
+        try:
+            os.listdir(self.path.parent)  # has a file server's client look anew
+            return self._begun in (self.path / ".lock").read_text()
+        except OSError:
+            return False
+
     def progress(self, step: int) -> None:
         """Tell status.json that the run goes on and where it is. Main process; the others do nothing."""
         if not self._started:
@@ -170,11 +173,11 @@ class RunFolder:
     def _open(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._begun = datetime.now(UTC).isoformat()
             self._take_lock()
         except OSError as error:
             raise UserError(f"out: {self.path} cannot be written to: {error.strerror}") from None
         self._compare()
-        self._begun = datetime.now(UTC).isoformat()
 
     def start(self) -> None:
         """Bind the folder to this config: from here on nothing is left to refuse.
@@ -265,10 +268,11 @@ class RunFolder:
             raise UserError(
                 f"out: {self.path} is in use by {owner}; wait until it ends or give another folder"
             ) from None
-        except OSError:
-            return  # a file system without locks
+        except OSError:  # a file system without locks
+            pass
         os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()} since {self._begun}\n".encode(), 0)
+        os.fsync(lock)  # for `is_shared` on other machines
 
     def _release(self) -> None:
         if self._lock is not None:

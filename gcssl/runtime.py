@@ -245,28 +245,32 @@ def check_accelerator(accelerator: "Accelerator", train: "TrainConfig", accumula
 def main_process_first(accelerator: "Accelerator") -> Iterator[None]:
     """The main process runs the block before the others do, and all leave it together, however long it takes: copying
     or listing a set takes hours, and runtime.timeout is for processes that compute. LostProcess where the others take
-    runtime.timeout more than twice as long as the main process did."""
+    runtime.timeout more than twice as long as the main process did; who leaves by a signal waits for nobody."""
     if accelerator.num_processes == 1:
         yield
         return
     from torch import distributed
 
     store = distributed.distributed_c10d._get_default_store()  # no group of gloo, which needs a network of its own
-    turn, begin = f"gcssl/first/{next(_TURNS)}", time.monotonic()
+    turn, begin, together = f"gcssl/first/{next(_TURNS)}", time.monotonic(), True
     if not accelerator.is_main_process:
         store.wait([f"{turn}/main"], timedelta(days=2))
     try:
         yield
+    except (Preempted, KeyboardInterrupt):  # the others may have got it too, and be gone
+        together = False
+        raise
     finally:
         store.set(f"{turn}/main", "")
-        if store.add(f"{turn}/count", 1) == accelerator.num_processes:
-            store.set(f"{turn}/all", "")
-        patience = store.timeout + 2 * timedelta(seconds=time.monotonic() - begin)  # type: ignore[attr-defined]
-        try:
-            store.wait([f"{turn}/all"], patience)
-        except RuntimeError as error:
-            told = f"a process was lost before or while it opened the images: waited {patience.total_seconds():.0f} s"
-            raise LostProcess(f"{told} for it") from error
+        if together:
+            if store.add(f"{turn}/count", 1) == accelerator.num_processes:
+                store.set(f"{turn}/all", "")
+            patience = store.timeout + 2 * timedelta(seconds=time.monotonic() - begin)  # type: ignore[attr-defined]
+            try:
+                store.wait([f"{turn}/all"], patience)
+            except RuntimeError as error:
+                told = f"waited {patience.total_seconds():.0f} s for it; if it was copying them, raise runtime.timeout"
+                raise LostProcess(f"a process was lost before or while it opened the images: {told}") from error
 
 
 def keep_freed_memory() -> None:

@@ -48,13 +48,9 @@ class RunState:
             accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
         loaded, told = load_checkpoint(run.path), run.step
         run.step = 0 if loaded is None else loaded.step
-        own = [(run.step, run.facts["data"])]
-        steps, data = zip(*(gather_object(own) if accelerator.num_processes > 1 else own), strict=True)
-        if len(set(steps)) > 1:
-            found = f"the processes find other steps in {run.path}: {list(steps)}"
-            raise UserError(f"out: {found}; give a folder that all share")
-        if len(set(data)) > 1:
-            raise UserError("data.path: the processes find other images or labels there; give all the same ones")
+        if accelerator.num_processes > 1:
+            shared, steps, data = zip(*gather_object([(run.is_shared(), run.step, run.facts["data"])]), strict=True)
+            check_common(run.path, shared, steps, data)
         if loaded is None:
             finished = (run.path / "backbone.safetensors").exists()
             if finished or (run.was in ("preempted", "running") and told):
@@ -79,7 +75,7 @@ class RunState:
     def _check_room(self) -> None:
         """A disk that takes no checkpoint is told before there is one to lose."""
         needed = sum(checkpoint_bytes(self.objective, self.run.config["train"]["optimizer"]))
-        free = broadcast(shutil.disk_usage(self.run.path).free)
+        free = broadcast(shutil.disk_usage(self.run.path).free if self.run.is_main else 0)
         if free < needed:
             told = f"a checkpoint takes {needed / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free"
             raise CannotWrite(f"{self.run.path}: {told}; make room and run the same command again")
@@ -144,6 +140,18 @@ class RunState:
             save_checkpoint(folder, step, tensors, state, keep=2)
         except (OSError, CannotWrite) as error:
             say(f"{folder}: not written: {error}")
+
+
+def check_common(folder: Path, shared: tuple[bool, ...], steps: tuple[int, ...], data: tuple[str, ...]) -> None:
+    """UserError where the processes, each with its own values, do not work on one run."""
+    if not all(shared):
+        found = f"{folder} is another folder for process {shared.index(False)} than for the main process"
+        raise UserError(f"out: {found}; give a folder that all share")
+    if len(set(steps)) > 1:
+        found = f"the processes find other steps in {folder}: {list(steps)}"
+        raise UserError(f"out: {found}; give a folder that all share")
+    if len(set(data)) > 1:
+        raise UserError("data.path: the processes find other images or labels there; give all the same ones")
 
 
 def checkpoint_bytes(objective: nn.Module, optimizer: str) -> tuple[int, int]:

@@ -7,7 +7,8 @@ import os
 import signal
 import weakref
 from functools import partial
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -39,7 +40,9 @@ class ReportingSet(Dataset[dict[str, Any]]):
 
 
 class WorkerLoader(DataLoader[Any]):
-    """A DataLoader whose failures are one line."""
+    """`with WorkerLoader(...) as loader:` is a DataLoader whose failures are one line, wherever in the block torch's
+    signal handler raises that of a worker.
+    """
 
     def __init__(self, dataset: ReportingSet, *, num_workers: int, timeout: int, **how: Any) -> None:
         """timeout: seconds that a worker may take for one batch."""
@@ -54,6 +57,13 @@ class WorkerLoader(DataLoader[Any]):
             **how,
         )
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: type | None, error: BaseException | None, __: TracebackType | None) -> None:
+        if error is not None and _is_death(error):
+            raise Failure(self._what_died(error)) from error
+
     def __iter__(self) -> Any:
         if self.num_workers:
             dataset: Any = self.dataset
@@ -65,7 +75,7 @@ class WorkerLoader(DataLoader[Any]):
             except StopIteration:
                 return
             except Exception as error:
-                if isinstance(error, RuntimeError) and "DataLoader" in str(error) and "Caught" not in str(error):
+                if _is_death(error):
                     raise Failure(self._what_died(error)) from error
                 if self.num_workers:  # else the garbage collector may close the queues first, and wait 10 s a worker
                     iterator._shutdown_workers()
@@ -88,12 +98,17 @@ class WorkerLoader(DataLoader[Any]):
         _WORKERS.update(iterator._workers)
         return iterator
 
-    def _what_died(self, error: RuntimeError) -> str:
+    def _what_died(self, error: BaseException) -> str:
         reason = " ".join(str(error).split())
         dataset: Any = self.dataset
         files = [dataset.images.where(index) for index in dataset.reading or () if index >= 0]
         doing = f"workers were reading {', '.join(files)}" if files else "no worker was reading a file"
         return f"{reason[:200]}; {doing} (data.workers={self.num_workers}, data.timeout={self.timeout:g} s)"
+
+
+def _is_death(error: BaseException) -> bool:
+    """A worker's that died or hung, not one that it raised."""
+    return isinstance(error, RuntimeError) and "DataLoader" in str(error) and "Caught" not in str(error)
 
 
 _WORKERS: weakref.WeakSet[Any] = weakref.WeakSet()  # weak: a process that is held keeps its file descriptors

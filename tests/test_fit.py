@@ -2,18 +2,23 @@
 
 import json
 import math
+import multiprocessing
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import gcssl.pretrain as program
 from gcssl.checkpoint import write_backbone
 from gcssl.config import PretrainConfig, load_config
-from gcssl.errors import Preempted
+from gcssl.errors import Failure, Preempted
 from gcssl.models.build import backbone_info, build_backbone
 from gcssl.models.load import load_backbone
 from gcssl.pretrain import pretrain
@@ -173,6 +178,39 @@ def test_prototypes_do_not_move_while_they_are_frozen(tmp_path: Path) -> None:
         load_file(out / f"checkpoints/step_{step:08d}/model.safetensors")["projector.last.weight"] for step in (1, 2, 3)
     )
     assert torch.equal(one, two) and not torch.equal(two, three)
+
+
+def test_frozen_prototypes_have_no_part_in_the_gradients_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is clipped: they would take from the others' share."""
+    left_out: list[bool] = []
+    clip = Accelerator.clip_grad_norm_
+
+    def watched(self: Accelerator, parameters: Any, most: float) -> Any:
+        parameters = list(parameters)
+        left_out.append(any(p.requires_grad and p.grad is None for p in parameters))
+        return clip(self, parameters, most)
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", watched)
+    keys = ["objective.freeze_last_layer_epochs=1", "objective.local_crops=0", "objective.out_dim=16"]
+    pretrain(config("dino", tmp_path, *keys, "train.steps=3"))
+    assert left_out == [True, True, False]
+
+
+def test_a_worker_that_dies_during_a_step_ends_the_run_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's signal handler raises wherever the step is."""
+    others = set(multiprocessing.active_children())
+
+    def kill(*_: Any) -> None:
+        (worker,) = set(multiprocessing.active_children()) - others
+        os.kill(worker.pid or 0, signal.SIGKILL)
+        time.sleep(10)
+
+    watch(monkeypatch, "simmim", kill)
+    with pytest.raises(Failure, match=r"is killed by signal: Killed.*\(data.workers=1"):
+        pretrain(config("simmim", tmp_path, "train.steps=3", "data.workers=1"))
+    assert "data.workers=1" in json.loads((tmp_path / "status.json").read_text())["reason"]
 
 
 def test_checkpoints_of_every_second_epoch_stay(tmp_path: Path) -> None:

@@ -379,7 +379,8 @@ def test_processes_that_share_no_folder_are_refused(whole: Path, tmp_path: Path)
     """One process finds a checkpoint, the other does not: each would go its own way."""
     shutil.copytree(whole, tmp_path / "run0")
     program_of_one = (
-        "import os, sys; from gcssl.pretrain import main; from gcssl.runtime import entry\n"
+        "import os, sys, gcssl.runfolder; from gcssl.pretrain import main; from gcssl.runtime import entry\n"
+        "gcssl.runfolder.SHOWN_WITHIN = 0\n"
         "sys.argv[-1] += os.environ['RANK']; entry(main)\n"
     )
     (tmp_path / "own.py").write_text(program_of_one)
@@ -390,4 +391,4 @@ def test_processes_that_share_no_folder_are_refused(whole: Path, tmp_path: Path)
     done = subprocess.run(
         [*torchrun, str(tmp_path / "own.py"), *argv], cwd=ROOT, capture_output=True, text=True, env=env
     )
-    assert done.returncode != 0 and "[3, 0]; give a folder that all share" in done.stderr, done.stderr[-3000:]
+    assert done.returncode != 0 and "run0 is another folder for process 1" in done.stderr, done.stderr[-3000:]

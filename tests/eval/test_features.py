@@ -12,12 +12,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from gcssl.augment import ViewSpec, normalize, resize_center_crop
+from gcssl.augment import ViewSpec, crop_resize, draw_view, normalize, resize_center_crop
 from gcssl.config import DataConfig
 from gcssl.data import open_data
 from gcssl.errors import Failure, UserError
 from gcssl.eval.features import KINDS, Crop, ForwardOptions, extract
 from gcssl.models.build import build_backbone
+from gcssl.rng import AUGMENT, rng
 
 SIZE = (64, 64)
 
@@ -90,6 +91,14 @@ def test_random_crops_are_a_function_of_seed_epoch_and_image(folder: Path, accel
     assert torch.equal(crops([0, 1, 2, 3, 4], 0, 3, workers=2), base)
     for other in (crops([0, 1, 2, 3, 4], 1, 3), crops([0, 1, 2, 3, 4], 0, 4)):
         assert ((other - base).abs().amax(1) > 1e-4).all()
+
+
+def test_random_crops_are_not_those_of_pretraining() -> None:
+    """Heads would learn from crops that the encoder has seen, and be judged on others."""
+    image, spec = np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8), ViewSpec(size=SIZE)
+    for index in range(4):
+        seen = crop_resize(image, draw_view(rng(0, AUGMENT, 2, index), spec), spec)
+        assert not np.array_equal(Crop(SIZE, random=spec, seed=0, epoch=2)(image, index), seen)
 
 
 def test_bf16_is_close_to_fp32_and_other_precisions_are_refused(folder: Path, accelerator: Accelerator) -> None:

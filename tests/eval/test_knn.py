@@ -24,7 +24,7 @@ from gcssl.eval.features import extract
 from gcssl.eval.inputs import data_of, describe_test, model_of
 from gcssl.eval.knn import KnnConfig, _threads, knn_accuracy, knn_correct, run, search, self_check
 from gcssl.models.build import backbone_info, build_backbone
-from gcssl.models.load import load_backbone
+from gcssl.models.load import AskedModel, load_backbone
 
 BACKENDS = ("faiss", "torch")
 
@@ -348,6 +348,8 @@ def test_a_fresh_backbone_is_compared_on_what_the_first_one_sees(
         told.append([one["compare"][key] for key in ("crop", "interpolation", "mean", "std")])
     assert told[0] == [one[key] for key in ("crop", "interpolation", "mean", "std")]
     assert told[1][:2] == [{"size": [96, 96], "crop_pct": 0.8}, "bicubic"]
+    cfg.model, cfg.name = AskedModel(img_size=[32, 32]), "small"
+    assert run(cfg, accelerator)["compare"]["crop"]["size"] == [32, 32]  # asked for, of both
 
 
 def test_a_result_says_which_images_judge_and_what_one_class_would_score() -> None:

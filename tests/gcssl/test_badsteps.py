@@ -66,6 +66,15 @@ def test_a_new_level_is_soon_the_normal_one(tmp_path: Path) -> None:
     assert skipped[0] and sum(skipped) < TrainConfig().max_bad_steps and not any(skipped[5:])
 
 
+def test_only_a_good_step_ends_a_row_of_bad_ones(tmp_path: Path) -> None:
+    steps = judge(tmp_path)
+    for i in range(WINDOW):
+        steps.judge(values(noisy(i)))
+    steps.in_a_row = [{"step": 1}]
+    assert steps.judge(values(9.0)) and steps.judge(values(math.nan, finite=False)) and steps.in_a_row
+    assert not steps.judge(values(1.0)) and not steps.in_a_row
+
+
 def test_batch_norms_are_put_back_after_a_model_was_moved(tmp_path: Path) -> None:
     """Accelerate moves a model to the device it is on, cpu:0, which replaces its buffers."""
     model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2).eval())

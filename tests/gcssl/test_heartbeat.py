@@ -27,6 +27,13 @@ def test_a_closed_connection_names_the_process_that_is_behind(heartbeat: Heartbe
         raise RuntimeError("[gloo/transport/tcp/pair.cc:525] Connection closed by peer")
 
 
+def test_steps_of_an_earlier_fit_name_nobody(heartbeat: Heartbeat) -> None:
+    mine, _ = (Heartbeat(SimpleNamespace(process_index=rank, num_processes=2)) for rank in range(2))  # type: ignore[arg-type]
+    mine.beat(0)
+    assert mine.behind() == "process 1 hung or died before step 1, never heard of"
+    assert heartbeat.behind().startswith("process 1 hung or died before step 5")
+
+
 @pytest.mark.parametrize(
     "own",
     [

@@ -233,6 +233,20 @@ def test_a_worker_that_dies_or_hangs_is_named_with_its_file(fate: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault("a loader worker killed while the model computes", "one line")
+def test_a_worker_that_dies_while_the_model_computes_is_one_line_too() -> None:
+    """torch's signal handler raises in whatever the main process is doing."""
+    others = set(multiprocessing.active_children())
+    with pytest.raises(Failure, match=r"is killed by signal: Killed.*\(data.workers=1, data.timeout=60 s\)$") as caught:
+        with eval_loader(make_images(400), np.arange(400), SIZE, Crop(SIZE), 4, 1, 60) as loader:
+            for _ in loader:
+                (worker,) = set(multiprocessing.active_children()) - others
+                os.kill(worker.pid or 0, signal.SIGKILL)
+                time.sleep(10)
+                pytest.fail("it went on")
+    assert "\n" not in str(caught.value)
+
+
 def test_an_error_in_make_keeps_its_type_and_traceback() -> None:
     def make(*_: Any) -> dict[str, Any]:
         raise ValueError("a bug")

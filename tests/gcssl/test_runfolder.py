@@ -7,9 +7,11 @@ import functools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,18 @@ def test_status_tells_how_a_run_ended(tmp_path: Path, error: Exception, state: s
     end = status(tmp_path)
     assert (end["state"], end["exit_code"], end["step"]) == (state, code, 4)
     assert str(error) in str(end["reason"])
+
+
+def test_a_process_that_sees_another_folder_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file server may show late what another machine has written."""
+    monkeypatch.setattr(time, "sleep", lambda _: shutil.copytree(tmp_path / "main", tmp_path / "other"))
+    with RunFolder(tmp_path / "main", {"out": ""}) as main:
+        other = RunFolder(tmp_path / "other", {"out": ""})
+        other._begun = main._begun  # as it is told by the main process
+        assert main.is_shared() and other.is_shared()
+        monkeypatch.setattr("gcssl.runfolder.SHOWN_WITHIN", -1)
+        other._begun = "another start"
+        assert not other.is_shared()
 
 
 def test_the_same_command_continues(tmp_path: Path) -> None:

@@ -7,18 +7,23 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from gcssl.config import RuntimeConfig, TrainConfig
-from gcssl.errors import CannotWrite, NumericStop, Preempted, UserError, outcome
+from gcssl.errors import CannotWrite, LostProcess, NumericStop, Preempted, UserError, outcome
 from gcssl.runtime import (
     StopSignal,
     batch_layout,
     bf16_is_fast,
     entry,
+    main_process_first,
     make_accelerator,
 )
 
@@ -157,6 +162,20 @@ def test_a_process_that_is_lost_before_the_images_are_opened_ends_the_others() -
     assert "gcssl: a process was lost before or while it opened the images: waited" in told
 
 
+@pytest.mark.fault("a signal while the images are opened", "each process ends at once and waits for no other")
+def test_who_leaves_by_a_signal_while_the_images_are_opened_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=1))
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    accelerator: Any = SimpleNamespace(num_processes=2, is_main_process=True)
+    for error in (Preempted("stopped by SIGTERM"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), main_process_first(accelerator):
+            raise error
+    with pytest.raises(LostProcess, match="if it was copying them, raise runtime.timeout"):
+        with main_process_first(accelerator):
+            pass
+
+
 def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
     assert leave(KeyboardInterrupt(), tmp_path) == (1, "gcssl: interrupted from the keyboard\n")
 
@@ -218,8 +237,9 @@ def test_what_is_done_at_once_ends_with_the_signal(when: str) -> None:
         if when == "before":
             os.kill(os.getpid(), signal.SIGTERM)
         with stop.at_once(3, 9):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(1)
+            if when == "inside":
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(1)
             pytest.fail("it went on")
     assert not raised.value.agreed
     with StopSignal() as stop:

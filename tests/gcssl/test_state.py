@@ -15,7 +15,7 @@ from gcssl.config import CheckpointConfig, RuntimeConfig, TrainConfig
 from gcssl.errors import CannotWrite, NumericStop, UserError, outcome
 from gcssl.models.build import build_backbone
 from gcssl.runtime import make_accelerator
-from gcssl.state import RunState
+from gcssl.state import RunState, checkpoint_bytes
 
 
 def state(folder: Path, scale: float) -> RunState:
@@ -24,6 +24,7 @@ def state(folder: Path, scale: float) -> RunState:
     model = nn.Module()
     model.encoder = build_backbone("gcvit_nano", 64)
     told: dict[str, Any] = {"facts": {"data": "fingerprint"}, "was": None, "config": {"train": {"optimizer": "sgd"}}}
+    told["is_shared"] = lambda: True
     run: Any = Namespace(path=folder, step=0, is_main=True, **told)
     return RunState(run, model, torch.optim.SGD(model.parameters()), accelerator, {}, None)
 
@@ -47,6 +48,19 @@ def test_a_run_does_not_begin_where_no_checkpoint_has_room(tmp_path: Path, monke
     assert state(tmp_path, scale=4.0).resume() == 3  # it may be at its end
 
 
+def test_only_the_main_process_looks_at_its_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file server may not show the folder to the others yet."""
+    one = state(tmp_path / "not there", scale=4.0)
+    one.run.is_main = False
+    monkeypatch.setattr("gcssl.state.broadcast", lambda own: own + 10**12)
+    assert one.resume() == 0
+
+
+def test_a_checkpoint_holds_moments_of_what_is_trained_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False).requires_grad_(False))
+    assert checkpoint_bytes(model, "adamw") == (2 * 64, 2 * 64) and checkpoint_bytes(model, "sgd") == (2 * 64, 64)
+
+
 @pytest.mark.fault(
     "an incident that cannot be written",
     "said in one line; still exit 78 with the reason",
@@ -64,12 +78,16 @@ def test_an_incident_that_cannot_be_written_still_ends_in_its_reason(
 @pytest.mark.parametrize(
     ("other", "told"),
     [
-        ((6, "fingerprint"), r"the processes find other steps in .*: \[0, 6\]; give a folder that all share"),
-        ((0, "another"), r"data.path: the processes find other images or labels there; give all the same ones"),
+        (
+            (False, 0, "fingerprint"),
+            r"is another folder for process 1 than for the main process; give a folder",
+        ),
+        ((True, 6, "fingerprint"), r"the processes find other steps in .*: \[0, 6\]; give a folder that all share"),
+        ((True, 0, "another"), r"data.path: the processes find other images or labels there; give all the same ones"),
     ],
 )
 def test_processes_that_see_other_files_are_told_so(
-    other: tuple[int, str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    other: tuple[bool, int, str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = state(tmp_path, scale=4.0)
     one.accelerator = Namespace(num_processes=2, scaler=None)

@@ -41,6 +41,15 @@ def test_a_head_that_widens_the_features_is_run_at_every_position(name: str) -> 
     assert model.freeze_unused() == []
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_the_last_map_is_normed_as_the_pooled_features_are(name: str) -> None:
+    model, x = wrapped(name), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        model.model.norm.bias.fill_(7.0)
+        assert model.forward_features(x).mean().sub(7).abs() < 1e-4
+        assert model.pooled(x)["last"].mean().sub(7).abs() < 1e-4
+
+
 @pytest.mark.parametrize(
     "name", ["fastvit_t8", "hiera_tiny_224", "pit_ti_224", "swin_tiny_patch4_window7_224", "resnet18"]
 )

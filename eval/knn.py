@@ -245,6 +245,19 @@ def search(bank: Tensor, queries: Tensor, k: int, backend: str = "auto") -> tupl
 # ---------------------------------------------------------------------------------------------------- votes
 
 
+def _checked(what: str, x: Any, y: Any) -> tuple[Tensor, Tensor]:
+    """Features N D and labels N as tensors; ValueError for what would be compared or counted wrongly."""
+    x, y = torch.as_tensor(x), torch.as_tensor(y)
+    if x.ndim != 2 or y.shape != x.shape[:1]:
+        shapes = f"got {list(x.shape)} and {list(y.shape)}"
+        raise ValueError(f"{what}: features N x D and a label for each of the N expected, {shapes}")
+    if y.is_floating_point() or y.dtype == torch.bool or (len(y) and y.min() < 0):
+        raise ValueError(f"{what}: class ids from 0 on expected as labels, got {y}")
+    if len(x) and not (x.amin().isfinite() and x.amax().isfinite()):
+        raise ValueError(f"{what}: finite features expected, {int((~x.isfinite()).any(1).sum())} of {len(x)} are not")
+    return x, y.long()
+
+
 def knn_correct(
     train_x: Tensor,
     train_y: Tensor,
@@ -255,10 +268,15 @@ def knn_correct(
     backend: str = "auto",
 ) -> Tensor:
     """Whether each test image is classified rightly, for each k: bool len(ks) M. See knn_accuracy."""
+    train_x, train_y = _checked("train", train_x, train_y)
+    test_x, test_y = _checked("test", test_x, test_y)
     if not len(train_x) or not len(ks) or min(ks) < 1:
         raise ValueError(f"a bank of at least one feature and ks of at least 1 expected, got {len(train_x)}, {ks}")
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
+    if train_x.shape[1] != test_x.shape[1]:
+        sizes = f"{train_x.shape[1]} in train and {test_x.shape[1]} in test"
+        raise ValueError(f"features of equal size expected, got {sizes}")
     if max(ks) > len(train_x):
         say(f"knn: k is capped at the {len(train_x)} images of the bank")
     n_classes = int(max(train_y.max(), test_y.max() if len(test_y) else 0)) + 1

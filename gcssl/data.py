@@ -76,8 +76,13 @@ class Images:
         return self.reader.where(int(i))
 
     def select(self, indices: np.ndarray, name: str | None = None) -> "Images":
-        """The images at `indices`, in that order, as a split of its own."""
-        indices = np.asarray(indices, np.int64)
+        """The images at `indices`, in that order, as a split of its own; of booleans, those that are True."""
+        indices = np.asarray(indices)
+        if indices.dtype == bool and indices.shape == (len(self),):
+            indices = np.flatnonzero(indices)
+        if indices.size and not np.issubdtype(indices.dtype, np.integer):
+            raise ValueError(f"indices: whole numbers expected, or a boolean for each of {len(self)}, got {indices!r}")
+        indices = indices.astype(np.int64)
         labels = None if self.labels is None else self.labels[indices]
         digest = hashlib.sha256(self.fingerprint.encode() + indices.tobytes()).hexdigest()
         return Images(_Selected(self.reader, indices), labels, self.classes, name or self.name, digest)

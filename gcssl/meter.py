@@ -15,6 +15,7 @@ from torch import Tensor
 from gcssl.errors import UserError, is_main_process
 from gcssl.log import cut_after, is_kept, say
 
+TAKEN = ("step", "epoch", "lr", "wd", "grad_norm", "finite", "stop", "bad", "skipped", "bad_images")  # by the loop
 BadSample = tuple[int, str, str]  # index, path, reason
 
 
@@ -46,7 +47,11 @@ class Meter:
 
     def add(self, out: dict[str, Any]) -> None:
         """Keep the scalars of one micro-batch; keys that begin with an underscore are the objective's own."""
-        self.outs.append({k: v.detach().float() for k, v in out.items() if not k.startswith("_")})
+        told = {k: v for k, v in out.items() if not k.startswith("_")}
+        if wrong := [k for k, v in told.items() if k in TAKEN or not isinstance(v, Tensor) or v.ndim]:
+            names = f"other names than {', '.join(TAKEN)}"
+            raise ValueError(f"an objective's forward: tensors of no dimension by {names} expected, wrong: {wrong}")
+        self.outs.append({k: v.detach().float() for k, v in told.items()})
 
     def reduce(self, grad_norm: Tensor, stop: bool) -> dict[str, float]:
         """Means over micro-batches and processes, with `finite`, `stop` and `bad`: one all-reduce and one host read,

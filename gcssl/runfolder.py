@@ -223,7 +223,7 @@ class RunFolder:
         lines = [line for line in diff_configs(known, self.config) if not is_free(line.split(":")[0], free)]
         common = old_facts.keys() & self.facts.keys()
         changed = [k for k in sorted(common) if old_facts[k] != self.facts[k]]
-        other_images = "data.path: other images (their number, names or contents) than this run began with"
+        other_images = "data.path: other images than this run began with (another number, other names or labels)"
         told = {"data": other_images, "weights": "backbone: other weights than this run began with"}
         if "global_batch" in changed:
             batches = f"{old_facts['global_batch']} -> {self.facts['global_batch']} images a step"

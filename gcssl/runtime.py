@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -22,6 +23,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Self
 
 from gcssl.errors import Failure, LostProcess, Preempted, UserError, is_main_process, outcome, too_small
+from gcssl.streams import keep_talking
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,10 +38,10 @@ def entry(main: Callable[[list[str]], None]) -> None:
     quiet_libraries()
     follow_launcher()
     open_more_files()
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a file name may be no UTF-8
+    keep_talking()
     error: BaseException | None = None
     try:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in stop_signals():
             signal.signal(number, _stop_here)
         main(sys.argv[1:])
     except (Exception, KeyboardInterrupt, Preempted) as raised:
@@ -58,6 +60,12 @@ def open_more_files(most: int = 65_536) -> None:
     wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """What asks for an end; a hang-up only where it was not ignored, as nohup does."""
+    hears = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return (signal.SIGTERM, signal.SIGUSR1, *([signal.SIGHUP] if hears else []))
 
 
 def _stop_here(number: int, _: FrameType | None) -> None:
@@ -91,7 +99,7 @@ def follow_launcher() -> None:
 
 def _report(error: BaseException, code: int, reason: str) -> None:
     """One line on stderr, from the main process; from another one where the main one did not end the job."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # the exit code is known; what follows takes no more time
+    for number in stop_signals():  # the exit code is known; what follows takes no more time
         signal.signal(number, signal.SIG_IGN if is_main_process() else signal.SIG_DFL)
     who = ""
     if not is_main_process():
@@ -326,21 +334,20 @@ def set_deterministic(on: bool) -> None:
 
 
 class StopSignal:
-    """Turns SIGTERM, SIGUSR1 and the first Ctrl-C into a flag that the loop reads between two steps; also
-    train.max_hours. A second Ctrl-C ends the run at once.
+    """Turns SIGTERM, SIGUSR1, SIGHUP and the first Ctrl-C into a flag that the loop reads between two steps; also
+    train.max_hours. A second Ctrl-C ends the run at once. In a thread that is not the main one signals are others'.
 
     The handlers only set the flag. `requested` is this process's own view: the caller reduces it over
     processes.
     """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self, max_hours: float | None = None) -> None:
         self.reason = ""
         self.deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
         self.max_hours = max_hours
         self._at: tuple[int, int] | None = None  # step and total, inside at_once
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        heard = (*stop_signals(), signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        self._before = {number: signal.signal(number, self._note) for number in heard}
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.reason = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

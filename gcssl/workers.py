@@ -5,8 +5,10 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import traceback
 import weakref
 from functools import partial
+from multiprocessing import queues
 from types import TracebackType
 from typing import Any, Self
 
@@ -102,6 +104,9 @@ class WorkerLoader(DataLoader[Any]):
         reason = " ".join(str(error).split())
         dataset: Any = self.dataset
         files = [dataset.images.where(index) for index in dataset.reading or () if index >= 0]
+        if any(worker.exitcode == NO_ROOM for worker in _WORKERS):
+            full = f"/dev/shm, through which workers hand over their batches, is full (data.workers={self.num_workers})"
+            return f"{full}; make it larger (docker run --shm-size=8g), or set data.workers=0"
         doing = f"workers were reading {', '.join(files)}" if files else "no worker was reading a file"
         return f"{reason[:200]}; {doing} (data.workers={self.num_workers}, data.timeout={self.timeout:g} s)"
 
@@ -111,6 +116,7 @@ def _is_death(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DataLoader" in str(error) and "Caught" not in str(error)
 
 
+NO_ROOM = 74  # exit code of a worker that cannot hand its batch over (sysexits.h: EX_IOERR)
 _WORKERS: weakref.WeakSet[Any] = weakref.WeakSet()  # weak: a process that is held keeps its file descriptors
 
 
@@ -131,5 +137,18 @@ def _context() -> str:
 def _start_worker(parent: int, _: int) -> None:
     """Signals are the main process's business, which lets its workers finish; they die with it, whatever they await."""
     end_with_parent(parent, signal.SIGKILL)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a scheduler may send to every process of a job
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGUSR1,
+        signal.SIGHUP,
+    ):  # schedulers send them to every process
         signal.signal(number, signal.SIG_IGN)
+    queues.Queue._on_queue_feeder_error = staticmethod(_cannot_send)  # type: ignore[attr-defined]
+
+
+def _cannot_send(error: Exception, _: Any) -> None:
+    """Of a batch that cannot be handed over Python prints a traceback and goes on, and the main process would wait."""
+    if "shared memory" not in str(error):
+        traceback.print_exception(error)
+    os._exit(NO_ROOM if "shared memory" in str(error) else 1)

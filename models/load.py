@@ -236,6 +236,8 @@ def check_asked(spec: str, saved: Saved, model: ModelConfig) -> None:
     ratio = saved.args.get("window_ratio")
     if model.window_ratio is not None and ratio is not None and list(model.window_ratio) != list(ratio):
         raise UserError(f"{spec} has window_ratio {list(ratio)}, {list(model.window_ratio)} was asked for")
+    if model.in_chans not in (3, saved.args.get("in_chans", 3)):
+        raise UserError(f"{spec} has in_chans {saved.args.get('in_chans', 3)}, {model.in_chans} was asked for")
 
 
 def check_query(spec: str, saved: Saved, backbone: Backbone) -> None:

@@ -33,7 +33,10 @@ class Objective(nn.Module):
     draw: Callable[..., Any]  # (rng, (H, W)) -> a sample's ([(spec, view), ...], [mask h w or None, ...])
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
-        """`loss`, and what else is logged, from {"views": [B 3 H W, ...], "masks": [B h w, ...]}; changes no buffer."""
+        """`loss`, and what else is logged, from {"views": [B 3 H W, ...], "masks": [B h w, ...]}; changes no buffer.
+
+        All tensors of no dimension. Names that begin with an underscore are not logged, the loop's (meter.TAKEN) refused.
+        """
         raise NotImplementedError
 
     def freeze(self, step: int) -> None:

@@ -45,7 +45,9 @@ def refused(monkeypatch, capsys):
     def run(module, *argv: str) -> str:
         monkeypatch.setattr(sys, "argv", ["program", *map(str, argv)])
         capsys.readouterr()
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, getattr(sys, name))  # which entry replaces
         with pytest.raises(SystemExit) as stop:
             entry(module.main)
         for number, handler in handlers.items():

@@ -7,21 +7,25 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import gcssl.pretrain as program
+from gcssl.augment import BYOL_1, draw_view
 from gcssl.checkpoint import write_backbone
 from gcssl.config import PretrainConfig, load_config
 from gcssl.errors import Failure, Preempted
 from gcssl.models.build import backbone_info, build_backbone
 from gcssl.models.load import load_backbone
 from gcssl.pretrain import pretrain
+from gcssl.ssl.base import Objective
 from gcssl.ssl.objectives import OBJECTIVES, SCHEMAS
 from gcssl.ssl.simmim import SimMIM
 
@@ -211,6 +215,47 @@ def test_a_worker_that_dies_during_a_step_ends_the_run_in_one_line(
     with pytest.raises(Failure, match=r"is killed by signal: Killed.*\(data.workers=1"):
         pretrain(config("simmim", tmp_path, "train.steps=3", "data.workers=1"))
     assert "data.workers=1" in json.loads((tmp_path / "status.json").read_text())["reason"]
+
+
+def test_an_objective_from_outside_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/objectives.md has it."""
+
+    @dataclass
+    class MineConfig:
+        name: str = "mine"
+        weight: float = 1.0
+
+    class Mine(Objective):
+        def __init__(self, cfg: MineConfig, encoder: Any, _: Any) -> None:
+            super().__init__()
+            self.encoder, self.weight = encoder, cfg.weight
+
+        def draw(self, rng: np.random.Generator, size: tuple[int, int]) -> Any:
+            spec = replace(BYOL_1, size=size)
+            return [(spec, draw_view(rng, spec))], [None]
+
+        def forward(self, batch: dict[str, Any], _: int) -> dict[str, torch.Tensor]:
+            return {"loss": self.weight * self.encoder(batch["views"][0]).square().mean(), **more}
+
+    monkeypatch.setitem(OBJECTIVES, "mine", (Mine, MineConfig))
+    keys = [
+        *TINY,
+        "data.path=shapes",
+        "model.name=gcvit_nano",
+        "model.img_size=64",
+        "train.epochs=2",
+        f"out={tmp_path}",
+    ]
+    cfg = load_config(
+        PretrainConfig, [*keys, "objective.name=mine", "objective.weight=2"], {**SCHEMAS, "mine": MineConfig}
+    )
+    more: dict[str, Any] = {}
+    pretrain(cfg)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["loss"] < json.loads(lines[0])["loss"] and len(lines) == 4
+    for more in ({"step": torch.tensor(9.0)}, {"part": 1.0}, {"part": torch.ones(2)}):
+        with pytest.raises(ValueError, match=rf"an objective's forward: .* wrong: \['{next(iter(more))}'\]"):
+            pretrain(replace(cfg, out=str(tmp_path / str(len(list(tmp_path.iterdir()))))))
 
 
 def test_checkpoints_of_every_second_epoch_stay(tmp_path: Path) -> None:

@@ -352,6 +352,25 @@ def test_a_fresh_backbone_is_compared_on_what_the_first_one_sees(
     assert run(cfg, accelerator)["compare"]["crop"]["size"] == [32, 32]  # asked for, of both
 
 
+def test_features_of_ones_own_are_taken_as_arrays_or_refused() -> None:
+    draw = np.random.default_rng(0)
+    x, y = draw.normal(size=(40, 8)), draw.integers(0, 3, 40)
+    wanted = knn_accuracy(torch.tensor(x), torch.tensor(y), torch.tensor(x), torch.tensor(y), ks=[3])
+    assert wanted == knn_accuracy(x, y.astype(np.int32), x, y.tolist(), ks=[3])
+    nan, minus = x.copy(), y.copy()
+    nan[3, 2], minus[4] = np.nan, -1
+    for wrong, told in [
+        ((x[:30], y, x, y), r"train: .* got \[30, 8\] and \[40\]"),
+        ((x, y, x, y[:1]), r"test: .* got \[40, 8\] and \[1\]"),
+        ((x, y, x[:, :4], y), "equal size expected, got 8 in train and 4 in test"),
+        ((nan, y, x, y), "train: finite features expected, 1 of 40 are not"),
+        ((x, y, x, minus), "test: class ids from 0 on"),
+        ((x, y.astype(float), x, y), "train: class ids from 0 on"),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            knn_accuracy(*wrong, ks=[3])
+
+
 def test_a_result_says_which_images_judge_and_what_one_class_would_score() -> None:
     def told(*counts: int) -> str:
         return describe_test(np.repeat(np.arange(len(counts)), counts), "val")

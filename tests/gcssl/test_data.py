@@ -537,6 +537,18 @@ def test_folders_without_images_are_no_classes_and_told(tmp_path: Path, capsys: 
     assert f"data: {tmp_path}: folders without images are no classes (2): bee, notes\n" in capsys.readouterr().out
 
 
+def test_a_part_of_a_set_is_named_by_places_or_by_a_mask(tmp_path: Path) -> None:
+    write_tree(tmp_path)
+    images = opened(tmp_path).train
+    part = images.select(images.labels == 1)
+    assert len(part) == (images.labels == 1).sum() > 0 and set(part.labels.tolist()) == {1}
+    assert part.fingerprint == images.select(np.flatnonzero(images.labels == 1)).fingerprint
+    assert len(images.select([])) == 0
+    for wrong in ([0.9, 1.9], np.array([True])):
+        with pytest.raises(ValueError, match="indices: whole numbers expected"):
+            images.select(wrong)
+
+
 def test_folders_below_class_folders_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tree(tmp_path)
     assert opened(tmp_path).train.classes == ["ant", "cat", "dog"] and "below a class" not in capsys.readouterr().out

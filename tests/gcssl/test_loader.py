@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,16 @@ def test_a_worker_that_dies_while_the_model_computes_is_one_line_too() -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault("a /dev/shm too small for the workers' batches (docker's)", "one line at once, with the remedy")
+def test_workers_without_shared_memory_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setitem(ForkingPickler._extra_reducers, torch.Tensor, full)
+    with pytest.raises(Failure, match=r"^/dev/shm, .* is full \(data.workers=1\); make it larger .* data.workers=0$"):
+        list(eval_loader(make_images(8), np.arange(8), SIZE, Crop(SIZE), 2, 1, timeout=60))
+
+
 def test_an_error_in_make_keeps_its_type_and_traceback() -> None:
     def make(*_: Any) -> dict[str, Any]:
         raise ValueError("a bug")
@@ -263,7 +274,7 @@ def test_an_error_in_make_keeps_its_type_and_traceback() -> None:
 )
 def test_workers_ignore_the_signals() -> None:
     def make(*_: Any) -> dict[str, Any]:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             os.kill(os.getpid(), number)
         return {"alive": 1}
 

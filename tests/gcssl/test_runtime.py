@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +68,7 @@ def leave(end: BaseException | signal.Signals | None, folder: Path) -> tuple[int
         (ValueError("broken"), 1, "ValueError: broken"),
         (signal.SIGTERM, 75, "gcssl: stopped by SIGTERM; run the same command again"),
         (signal.SIGUSR1, 75, "gcssl: stopped by SIGUSR1; run the same command again"),
+        (signal.SIGHUP, 75, "gcssl: stopped by SIGHUP; run the same command again"),
     ],
 )
 def test_entry_maps_ends_to_exit_codes(
@@ -212,7 +214,7 @@ def test_outcomes() -> None:
 # --- stop signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_sets_a_flag_and_is_given_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopSignal() as stop:
@@ -220,6 +222,27 @@ def test_a_signal_sets_a_flag_and_is_given_back(number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
         assert stop.requested and stop.reason == ("Ctrl-C" if number == signal.SIGINT else number.name)
     assert signal.getsignal(number) is before
+
+
+def test_nohup_is_heeded() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_loop_in_another_thread_leaves_signals_alone() -> None:
+    def loop() -> bool:
+        with StopSignal(max_hours=0) as stop:
+            return stop.requested
+
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(loop).result() and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_second_ctrl_c_is_not_waited_for() -> None:

@@ -35,7 +35,7 @@ class Objective(nn.Module):
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
         """`loss`, and what else is logged, from {"views": [B 3 H W, ...], "masks": [B h w, ...]}; changes no buffer.
 
-        All tensors of no dimension. Names that begin with an underscore are not logged, the loop's (meter.TAKEN) refused.
+        Tensors of no dimension. Names that begin with an underscore are not logged, the loop's (meter.TAKEN) refused.
         """
         raise NotImplementedError
 

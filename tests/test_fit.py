@@ -238,17 +238,9 @@ def test_an_objective_from_outside_is_trained(tmp_path: Path, monkeypatch: pytes
             return {"loss": self.weight * self.encoder(batch["views"][0]).square().mean(), **more}
 
     monkeypatch.setitem(OBJECTIVES, "mine", (Mine, MineConfig))
-    keys = [
-        *TINY,
-        "data.path=shapes",
-        "model.name=gcvit_nano",
-        "model.img_size=64",
-        "train.epochs=2",
-        f"out={tmp_path}",
-    ]
-    cfg = load_config(
-        PretrainConfig, [*keys, "objective.name=mine", "objective.weight=2"], {**SCHEMAS, "mine": MineConfig}
-    )
+    keys = [*TINY, "data.path=shapes", "model.name=gcvit_nano", "model.img_size=64", "train.epochs=2", "train.blr=0.1"]
+    keys += ["objective.name=mine", "objective.weight=2", f"out={tmp_path}"]
+    cfg = load_config(PretrainConfig, keys, {**SCHEMAS, "mine": MineConfig})
     more: dict[str, Any] = {}
     pretrain(cfg)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class RunLog:
         self._file = open(self._jsonl, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
         if "tensorboard" in trackers:
             self._board = _open_board(Path(folder) / "tensorboard", start_step)
-        if sys.stderr.isatty():
+        if _columns(sys.stderr):
             self._bar = tqdm(total=total_steps, initial=start_step, unit="step", file=sys.stderr, dynamic_ncols=True)
 
     @property
@@ -168,6 +168,14 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _columns(stream: TextIO) -> int:
+    """Of its terminal; 0 where it is none, or has no width, as in some containers: a bar would not be seen."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 0
 
 
 def _memory() -> dict[str, float]:

@@ -1,9 +1,13 @@
 """say, the progress lines, metrics.jsonl and TensorBoard, also across a resume."""
 
+import fcntl
 import io
 import json
+import os
+import struct
 import subprocess
 import sys
+import termios
 import time
 import warnings
 from pathlib import Path
@@ -121,13 +125,18 @@ def test_without_a_terminal_a_line_now_and_then(
     assert "img/s" in lines[0] and lines[0].endswith("left")
 
 
-def test_on_a_terminal_a_bar(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    run(tmp_path, 0, 10)
-    told = capfd.readouterr().err
+@pytest.mark.parametrize("columns", [100, 0])
+def test_on_a_terminal_a_bar(columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one without a width, as containers have, it would not be seen: lines."""
+    ours, its = os.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+    with os.fdopen(its, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        run(tmp_path, 0, 10)
+        told = os.read(ours, 100_000).decode()
+    os.close(ours)
     assert "10/10" in told and "loss 0.1000" in told and "img/s" in told
+    assert ("100%|" in told) == bool(columns) and ("step 10/10" in told) == (not columns)
 
 
 def test_tensorboard_starts_silently(tmp_path: Path) -> None:

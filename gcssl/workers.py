@@ -137,12 +137,7 @@ def _context() -> str:
 def _start_worker(parent: int, _: int) -> None:
     """Signals are the main process's business, which lets its workers finish; they die with it, whatever they await."""
     end_with_parent(parent, signal.SIGKILL)
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGUSR1,
-        signal.SIGHUP,
-    ):  # schedulers send them to every process
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):  # sent to every process of a job
         signal.signal(number, signal.SIG_IGN)
     queues.Queue._on_queue_feeder_error = staticmethod(_cannot_send)  # type: ignore[attr-defined]
 

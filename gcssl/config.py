@@ -225,7 +225,7 @@ def _split(argv: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:
             own = Path(argument) / "config.yaml"
             near = f"; did you mean {own}, or backbone={argument}?" if own.is_file() else ""
             near = near or ("; yaml files come before all keys" if argument.endswith((".yaml", ".yml")) else "")
-            near = near or ("; write key=value without spaces" if equals or argument == "=" else "")
+            near = near or ("; write key=value without spaces" if re.fullmatch(r"\w+\.\w+", argument) else "")
             near = near or ("; write a list without spaces: [1,2]" if argument.endswith("]") else "")
             raise UserError(f"{argument}: expected [file.yaml ...] key=value ..., for example train.epochs=10{near}")
         else:

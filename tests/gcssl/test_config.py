@@ -173,6 +173,11 @@ def test_refusals(argument: str, line: str) -> None:
     assert refusal(argument).startswith(line)
 
 
+def test_spaces_and_a_late_yaml_are_told() -> None:
+    assert refusal("train.seed", "=", "4").endswith("; write key=value without spaces")
+    assert refusal("train.seed=4", "more.yaml").endswith("; yaml files come before all keys")
+
+
 def test_an_objective_must_be_chosen_and_keeps_to_its_keys() -> None:
     with pytest.raises(
         UserError, match="objective.name: not given, expected one of pixels, pairs, both; or give a yaml"

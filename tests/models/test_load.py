@@ -142,7 +142,7 @@ def test_finished_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         str(tmp_path / "run"), ModelConfig(img_size=128, window_ratio=[16, 16, 16, 32]), exact=True
     )
     assert exact.img_size == (128, 128)
-    for wrong in (AskedModel(name="gcvit_tiny"), AskedModel(window_ratio=[32, 32, 16, 32])):
+    for wrong in (AskedModel("gcvit_tiny"), AskedModel(window_ratio=[32, 32, 16, 32]), AskedModel(in_chans=4)):
         with pytest.raises(UserError, match="was asked for"):
             load_backbone(str(tmp_path / "run"), wrong)
     with pytest.raises(UserError, match="another architecture"):
